@@ -1,0 +1,55 @@
+"""What travels from the data to the model: `Encoded` (one sample), `Batch` (one micro-batch), and their shapes.
+
+Shape letters: B samples in a micro-batch, T positions, I images, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+IMAGE_TOKEN = "<image>"
+"""The placeholder in texts, and the name of its row in the tokenizer."""
+
+IGNORE_INDEX = -100
+"""Label of a position that is no target (torch's and transformers' convention)."""
+
+NO_TURN = -1
+"""`turn` of a position that is no target."""
+
+
+@dataclass
+class Encoded:
+    """One sample as token ids. The image placeholder is already repeated once per image feature."""
+
+    input_ids: np.ndarray  # (T,) int64
+    target: np.ndarray  # (T,) bool: is this token predicted from the ones before it, and trained on? never at 0
+    turn: np.ndarray  # (T,) int32: which assistant turn a target belongs to (0, 1, ...); NO_TURN elsewhere
+    grounded: np.ndarray  # (T,) bool: is the token part of a word that the image shows? all False where unknown
+    num_images: int  # images whose span is in input_ids (a span that truncation would cut is left out whole)
+    truncated: bool = False
+
+
+@dataclass
+class Batch:
+    """One micro-batch, right-padded. Filler rows (`weight` 0) only keep ranks in step: no targets, in no count."""
+
+    input_ids: torch.Tensor  # (B, T) int64
+    attention_mask: torch.Tensor  # (B, T) int64: 1 on real tokens, 0 on padding
+    labels: torch.Tensor  # (B, T) int64: the token id where it is a target, else IGNORE_INDEX
+    turn: torch.Tensor  # (B, T) int32
+    grounded: torch.Tensor  # (B, T) bool
+    image_mask: torch.Tensor  # (B, T) bool: positions that an image feature fills
+    pixel_values: torch.Tensor  # (I, C, H, W) float32, in the order of their spans; I = 0 in a text-only batch
+    num_samples: int  # real samples, filler left out
+    num_tokens: int  # real tokens, image tokens included; filler and padding left out
+    num_targets: int
+    rows: list[tuple[str, int]] = field(default_factory=list)  # (data digest, row) of the real samples
+    ids: list[str | None] = field(default_factory=list)  # their `id` in the source, which may repeat or be absent
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return Batch(**{**vars(self), **moved})

@@ -1,0 +1,1 @@
+"""Sources -> prepared Parquet shards -> batches."""

@@ -1,0 +1,182 @@
+"""Where does each text stand in what a chat template makes of a conversation? By characters, exactly.
+
+The conversation is rendered twice: as it is, and with a sentinel in place of every text asked for. The second rendering
+gives the template's fixed pieces; the first must be these pieces with the texts between them (trimmed, where the
+template trims). Nothing is guessed and nothing tokenised here: where the two do not fit, the template is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import jinja2
+
+from dpa_ray.errors import UserError
+
+Message = dict[str, str]
+
+_THINK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+_DATE_FORMATS = ("%d %b %Y", "%d %B %Y", "%Y-%m-%d")
+_TRIMS = (
+    lambda text: text,
+    lambda text: text.strip(),
+    lambda text: text.lstrip(),
+    lambda text: text.rstrip(),
+    lambda text: text.strip("\n"),
+    lambda text: text.lstrip("\n"),
+    lambda text: text.rstrip("\n"),
+)
+
+
+@dataclass
+class Span:
+    """One message's text in a rendering: characters [start, end). From `content` on it is text[offset:] of the message
+    (`content` > `start` where a thinking block, which the template rewrites, comes first)."""
+
+    message: int
+    start: int
+    end: int
+    content: int
+    offset: int
+
+
+def pin_template(template: str, template_date: str | None) -> str:
+    """`template` with what varies from day to day or call to call fixed, so that training and use render alike.
+
+    A clock (`strftime_now`) and a `date_string` give `template_date`; `enable_thinking` (Qwen3: does the generation
+    prompt hold the empty thinking block that answers have in training?) is false unless the caller says otherwise.
+    Written into the template itself, because transformers turns functions among a template's arguments into text. A
+    template that asks for none of these comes back as it is. Raises: UserError where the date cannot be read.
+    """
+    lines = []
+    if template_date is not None and ("strftime_now" in template or "date_string" in template):
+        day = _parse_date(template_date)
+        text = "f"
+        for code in "aAbBdmyYjHIMSpUwW":
+            value = day.strftime(f"%{code}")
+            text += f"|replace('%-{code}', {value.lstrip('0') or '0'!r})|replace('%{code}', {value!r})"
+        lines.append("{% macro strftime_now(f) %}{{ " + text + " }}{% endmacro %}")
+        lines.append(
+            "{% if date_string is not defined %}{% set date_string = " + repr(template_date) + " %}{% endif %}"
+        )
+    if "enable_thinking" in template:
+        lines.append("{% if enable_thinking is not defined %}{% set enable_thinking = false %}{% endif %}")
+    # the newline after a block tag is dropped (trim_blocks): the template still starts a line of its own
+    return "".join(line + "\n" for line in lines) + template
+
+
+def _parse_date(text: str) -> datetime:
+    for form in _DATE_FORMATS:
+        try:
+            return datetime.strptime(text, form)
+        except ValueError:
+            continue
+    raise UserError(f"model.template_date: expected a date like '26 Jul 2024' or '2024-07-26', found {text!r}")
+
+
+def own_template(tokenizer: Any) -> str:
+    """The tokenizer's own chat template. Raises: UserError where it has none."""
+    try:
+        template: str = tokenizer.get_chat_template()
+    except ValueError:
+        raise UserError(
+            "expected a tokenizer with a chat template for the stage instruct, found none: take an instruct model as "
+            "model.llm, or put a chat_template.jinja into its folder"
+        ) from None
+    return template
+
+
+def render(tokenizer: Any, template: str, messages: list[Message], *, generation_prompt: bool = False) -> str:
+    """`messages` through `template`. Raises: UserError with the template's own words where it refuses them."""
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=generation_prompt
+        )
+    except jinja2.exceptions.TemplateError as err:
+        roles = [message["role"] for message in messages]
+        hint = "; fold the system turn's text into the first human turn" if "system" in roles else ""
+        raise UserError(f"the chat template refuses a conversation of {', '.join(roles)}: {err}{hint}") from None
+    return text
+
+
+def find_texts(
+    tokenizer: Any,
+    template: str,
+    messages: list[Message],
+    roles: Collection[str],
+    *,
+    generation_prompt: bool = False,
+) -> tuple[str, list[Span]]:
+    """The rendering of `messages`, and in it the span of the text of every message that has one of `roles`.
+
+    Raises: UserError where the template does something to these texts from which their spans cannot be found.
+    """
+    real = render(tokenizer, template, messages, generation_prompt=generation_prompt)
+    wanted = [i for i, message in enumerate(messages) if message["role"] in roles]
+    stem = "zqMark"
+    while stem in real:
+        stem += "q"
+    for thinking in (False, True):
+        values: dict[str, str] = {}  # sentinel -> the text that it stands for
+        marked = [dict(message) for message in messages]
+        for i in wanted:
+            marked[i]["content"] = _marked(messages[i]["content"], f"{stem}{i}", values, thinking)
+        shown = render(tokenizer, template, marked, generation_prompt=generation_prompt)
+        pieces = re.split(f"({stem}[0-9]+[ab]z)", shown)
+        spans = _align(real, pieces, values, messages, len(stem))
+        if spans is not None and [span.message for span in spans] == wanted:
+            return real, spans
+        if not any(_THINK.match(messages[i]["content"]) for i in wanted):
+            break
+    raise UserError(
+        "the tokenizer's chat template gives no way to find the texts of a conversation in what it renders: expected "
+        f"the text of every {' and '.join(sorted(roles))} message once, in order, as it is or trimmed; this template "
+        f"leaves out, repeats or rewrites one. Rendered: {real[:500]!r}"
+    )
+
+
+def _marked(text: str, name: str, values: dict[str, str], thinking: bool) -> str:
+    """The sentinel for `text`; with `thinking`, one in a thinking block and one after it, where `text` has both."""
+    parts = _THINK.match(text) if thinking else None
+    values[f"{name}bz"] = text if parts is None else parts.group(2)
+    if parts is None:
+        return f"{name}bz"
+    values[f"{name}az"] = parts.group(1)
+    return f"<think>\n{name}az\n</think>\n\n{name}bz"
+
+
+def _align(
+    real: str, pieces: list[str], values: dict[str, str], messages: list[Message], stem_length: int
+) -> list[Span] | None:
+    """The spans of the values in `real`, where it is `pieces` (fixed, sentinel, fixed, ...) with the values put in."""
+    if not real.startswith(pieces[0]):
+        return None
+    position, spans, thought = len(pieces[0]), [], -1
+    for i in range(1, len(pieces), 2):
+        mark, following = pieces[i], pieces[i + 1]
+        value = values[mark]
+        last = i + 2 == len(pieces)
+        for trim in _TRIMS:
+            text = trim(value)
+            end = position + len(text)
+            if real.startswith(text + following, position) and (not last or end + len(following) == len(real)):
+                break
+        else:
+            return None
+        if mark.endswith("az"):  # a thinking block, which belongs to the answer from its tag on
+            tag = pieces[i - 1].rfind("<think>")
+            if tag < 0:
+                return None
+            thought = position - len(pieces[i - 1]) + tag
+        else:
+            message = int(mark[stem_length:-2])
+            whole = messages[message]["content"]
+            offset = len(whole) - len(value) + (value.find(text) if text else 0)
+            spans.append(Span(message, thought if thought >= 0 else position, end, position, offset))
+            thought = -1
+        position = end + len(following)
+    return spans

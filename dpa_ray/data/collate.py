@@ -1,0 +1,68 @@
+"""How do encoded samples become one micro-batch?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dpa_ray.batch import IGNORE_INDEX, NO_TURN, Batch, Encoded
+
+
+def collate(
+    encoded: Sequence[Encoded],
+    pixels: Sequence[np.ndarray],
+    *,
+    pad_token_id: int,
+    image_token_id: int,
+    rows: Sequence[tuple[str, int]],
+    ids: Sequence[str | None],
+    num_filler: int = 0,
+    image_shape: tuple[int, int, int] = (3, 0, 0),
+) -> Batch:
+    """Right-padded tensors of `encoded`; the last `num_filler` of them are filler: no targets, in no count.
+
+    `pixels`: one (C, H, W) float32 array for each image span, in the order of the spans, fillers' included; where
+    there is none, `pixel_values` has the shape (0, *image_shape). `rows` and `ids` are those of the real samples.
+    Raises: ValueError where counts disagree.
+    """
+    num_real = len(encoded) - num_filler
+    if num_real < 0 or not encoded or len(rows) != num_real or len(ids) != num_real:
+        raise ValueError(
+            f"expected rows and ids of the {num_real} real samples among {len(encoded)}, found {len(rows)} rows and "
+            f"{len(ids)} ids"
+        )
+    num_images = sum(e.num_images for e in encoded)
+    if num_images != len(pixels):
+        raise ValueError(f"expected pixels of {num_images} images, as many as spans, found {len(pixels)}")
+    size, length = len(encoded), max(len(e.input_ids) for e in encoded)
+    input_ids = np.full((size, length), pad_token_id, np.int64)
+    attention_mask = np.zeros((size, length), np.int64)
+    target = np.zeros((size, length), bool)
+    turn = np.full((size, length), NO_TURN, np.int32)
+    grounded = np.zeros((size, length), bool)
+    for b, sample in enumerate(encoded):
+        end = len(sample.input_ids)
+        input_ids[b, :end] = sample.input_ids
+        attention_mask[b, :end] = 1
+        if b < num_real:
+            target[b, :end] = sample.target
+            turn[b, :end] = sample.turn
+            grounded[b, :end] = sample.grounded
+    images = np.stack(pixels).astype(np.float32, copy=False) if pixels else np.zeros((0, *image_shape), np.float32)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        labels=torch.from_numpy(np.where(target, input_ids, IGNORE_INDEX)),
+        turn=torch.from_numpy(turn),
+        grounded=torch.from_numpy(grounded),
+        # the padding may be the image token's own id in no tokenizer we make, but a mask that asks both cannot be wrong
+        image_mask=torch.from_numpy((input_ids == image_token_id) & (attention_mask == 1)),
+        pixel_values=torch.from_numpy(images),
+        num_samples=num_real,
+        num_tokens=int(attention_mask[:num_real].sum()),
+        num_targets=int(target.sum()),
+        rows=list(rows),
+        ids=list(ids),
+    )

@@ -1,0 +1,142 @@
+"""Which samples does step s of epoch e take? A windowed shuffle, computed from the seed alone, at any place at once.
+
+The order of an epoch: permute the row groups; cut their sequence into windows of about `window` rows; permute the rows
+inside each window. A window is then all that a reader has to have at hand, and each row group is needed in one window
+(at most two, where it lies across a border). Nothing is replayed: step s is rows [s*G, (s+1)*G) of that order.
+
+Permutations sort by an integer hash, so that the order depends on no library's generator and no platform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_MASK = (1 << 64) - 1
+_GROUPS, _ROWS, _SUBSET_GROUPS, _SUBSET_ROWS = range(4)  # what a hash is for, so that no two uses share one
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The splitmix64 finalizer over uint64: a bijection, so that equal hashes mean equal input."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _key(*parts: int) -> np.uint64:
+    """One 64-bit key from whole numbers, each of which matters."""
+    key = np.zeros(1, np.uint64)
+    for part in parts:
+        key = _mix(key + np.uint64((part * 2 + 0x9E3779B97F4A7C15) & _MASK))
+    return key[0]
+
+
+def _permutation(num: int, *key: int) -> np.ndarray:
+    """(num,) int64: a permutation of 0..num-1 that belongs to the key."""
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    return np.argsort(_mix(np.arange(1, num + 1, dtype=np.uint64) * golden ^ _key(*key)), kind="stable")
+
+
+class Cursor:
+    """(seed, epoch, step, global batch) -> samples, whatever the number of workers.
+
+    `row_groups` holds the number of rows of each row group of the prepared shards, in order; rows are numbered through
+    all of them. `fraction` keeps round(fraction * rows) samples, at least one: a subset that the seed chooses, spread
+    evenly over the row groups, the same in every epoch. Memory is a few numbers per row group.
+    """
+
+    def __init__(
+        self, row_groups: Sequence[int], *, seed: int, global_batch_size: int, window: int, fraction: float = 1.0
+    ):
+        sizes = np.asarray(row_groups, dtype=np.int64)
+        num_rows = int(sizes.sum())
+        if num_rows <= 0 or (sizes <= 0).any():
+            raise ValueError(f"expected row groups of at least one row each, found {num_rows} rows in {len(sizes)}")
+        if global_batch_size < 1 or window < 1 or not 0 < fraction <= 1:
+            raise ValueError(
+                f"expected global_batch_size >= 1, window >= 1 and fraction in (0, 1], found {global_batch_size}, "
+                f"{window} and {fraction}"
+            )
+        self.seed, self.global_batch_size, self.window = seed, global_batch_size, window
+        self.num_samples = max(1, round(fraction * num_rows))
+        self.steps_per_epoch = -(-self.num_samples // global_batch_size)
+        self._sizes = sizes
+        self._starts = np.cumsum(sizes) - sizes
+        self._counts = self._spread(self.num_samples)
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None  # epoch, permuted groups, their ends in samples
+        self._windows: dict[tuple[int, int], np.ndarray] = {}
+
+    def _spread(self, num: int) -> np.ndarray:
+        """How many samples each row group gives, `num` in all, in proportion to its rows."""
+        total = int(self._sizes.sum())
+        if num == total:
+            return self._sizes
+        order = _permutation(len(self._sizes), self.seed, _SUBSET_GROUPS)
+        ends = np.cumsum(self._sizes[order])
+        upto = np.array([int(end) * num // total for end in ends.tolist()], np.int64)  # Python: no overflow
+        counts = np.empty_like(self._sizes)
+        counts[order] = np.diff(upto, prepend=0)
+        return counts
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The row groups in the order of `epoch`, and where each one's samples end in it."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            groups = _permutation(len(self._sizes), self.seed, _GROUPS, epoch)
+            self._epoch = (epoch, groups, np.cumsum(self._counts[groups]))
+        return self._epoch[1], self._epoch[2]
+
+    def _members(self, group: int) -> np.ndarray:
+        """The rows that `group` gives, by their global numbers."""
+        size, count = int(self._sizes[group]), int(self._counts[group])
+        if count == size:
+            return self._starts[group] + np.arange(size)
+        chosen = np.sort(_permutation(size, self.seed, _SUBSET_ROWS, group)[:count])
+        return self._starts[group] + chosen
+
+    def _window(self, epoch: int, index: int) -> np.ndarray:
+        """The rows of window `index` in the order in which `epoch` takes them."""
+        cached = self._windows.get((epoch, index))
+        if cached is not None:
+            return cached
+        groups, ends = self._order(epoch)
+        start = index * self.window
+        stop = min(start + self.window, self.num_samples)
+        first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+        rows = np.concatenate([self._members(int(g)) for g in groups[first : last + 1]])
+        before = int(ends[first] - self._counts[groups[first]])
+        rows = rows[start - before : stop - before]
+        rows = rows[_permutation(len(rows), self.seed, _ROWS, epoch, index)]
+        while len(self._windows) >= 2:  # a step may lie across two
+            del self._windows[next(iter(self._windows))]
+        self._windows[epoch, index] = rows
+        return rows
+
+    def rows(self, epoch: int, step: int) -> np.ndarray:
+        """(b,) int64: the rows of step `step` (0-based) of `epoch`; the last step of an epoch may be short."""
+        if epoch < 0 or not 0 <= step < self.steps_per_epoch:
+            raise IndexError(f"expected a step in 0..{self.steps_per_epoch - 1}, found step {step} of epoch {epoch}")
+        start = step * self.global_batch_size
+        stop = min(start + self.global_batch_size, self.num_samples)
+        parts = []
+        while start < stop:
+            index, offset = divmod(start, self.window)
+            part = self._window(epoch, index)[offset : offset + stop - start]
+            parts.append(part)
+            start += len(part)
+        return np.concatenate(parts)
+
+
+def shares(rows: np.ndarray, world_size: int, micro_batch_size: int) -> list[list[np.ndarray]]:
+    """One step's rows laid out over the ranks: [rank][pass] -> rows, the same number of passes (>= 1) on every rank.
+
+    Ranks' totals differ by at most one; an empty array stands for a pass of filler.
+    """
+    if world_size < 1 or micro_batch_size < 1:
+        raise ValueError(f"expected world_size and micro_batch_size >= 1, found {world_size} and {micro_batch_size}")
+    num_passes = max(1, -(-len(rows) // (world_size * micro_batch_size)))
+    layout = []
+    for rank in range(world_size):
+        own = rows[rank::world_size]
+        layout.append([own[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(num_passes)])
+    return layout

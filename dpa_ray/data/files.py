@@ -1,0 +1,195 @@
+"""How are a source's files reached? One file by its URI, and a folder of images by names; local or S3."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import posixpath
+import re
+import stat
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from pyarrow import fs
+
+from dpa_ray.errors import UserError
+
+MISSING = -1
+"""Size of a file that is not there."""
+
+_CHUNK_BYTES = 4 * 2**20
+_LIST_FROM = 64  # names in one S3 folder from which listing it takes fewer calls than asking for each
+_ABSENT = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+
+
+def open_uri(uri: str) -> tuple[Any, str]:
+    """(pyarrow file system, path in it) of a local path, file:// or s3:// URI. Raises: UserError for other schemes."""
+    if uri.startswith("s3://"):
+        path = uri.removeprefix("s3://").strip("/")
+        if not path:
+            raise UserError(f"expected s3://BUCKET/PATH, found {uri!r}")
+        return _s3(path.split("/")[0], os.getpid(), *(os.environ.get(n) for n in _S3_NAMES)), path
+    if uri.startswith("file://"):
+        uri = unquote(uri.removeprefix("file://"))
+    if "://" in uri:
+        raise UserError(f"expected a local path, file:// or s3:// URI, found {uri!r}")
+    return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+
+
+def absolute(uri: str) -> str:
+    """`uri`, a local path made absolute, so that it means the same in any process; without a slash at its end."""
+    uri = uri if "://" in uri else str(Path(uri).expanduser().absolute())
+    return uri.rstrip("/") or "/"
+
+
+_S3_NAMES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_CA_BUNDLE")
+
+
+@functools.lru_cache(maxsize=8)
+def _s3(bucket: str, _pid: int, s3_url: str | None, url: str | None, *rest: str | None) -> Any:
+    """One client for a process and environment (it does not survive a fork)."""
+    region, ca_file = rest[0] or rest[1], rest[2]
+    endpoint = s3_url or url
+    options: dict[str, Any] = {}
+    if endpoint:
+        for name in ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"):
+            os.environ.setdefault(name, "when_required")  # Ceph and rclone answer 411 to what the default sends
+        scheme, _, host = endpoint.partition("://")
+        if scheme not in ("http", "https") or not host.strip("/"):
+            raise UserError(f"AWS_ENDPOINT_URL: expected http://HOST[:PORT] or https://HOST[:PORT], found {endpoint!r}")
+        options = {"scheme": scheme, "endpoint_override": host.rstrip("/")}
+    elif not region:
+        try:
+            region = fs.resolve_s3_region(bucket)
+        except OSError as err:
+            raise UserError(f"s3://{bucket}: expected a bucket that can be reached, found none: {err}") from None
+    retries = fs.AwsStandardS3RetryStrategy(max_attempts=8)
+    return fs.S3FileSystem(
+        region=region or "us-east-1",
+        retry_strategy=retries,
+        connect_timeout=5,
+        request_timeout=30,
+        tls_ca_file_path=ca_file,
+        **options,
+    )
+
+
+def chunks(uri: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+    """The bytes [start, stop) of a file, a few MiB at a time. Raises: UserError where there is no such file."""
+    system, path = open_uri(uri)
+    try:
+        info = system.get_file_info(path)
+        if info.type != fs.FileType.File:
+            found = "a folder" if info.type == fs.FileType.Directory else "nothing"
+            raise UserError(f"expected a file at {uri}, found {found}")
+        stop = info.size if stop is None else stop
+        with system.open_input_file(path) as file:
+            file.seek(start)
+            while start < stop:
+                data = file.read(min(_CHUNK_BYTES, stop - start))
+                if not data:
+                    raise UserError(f"{uri}: expected {stop} bytes, found {start}: it changed while it was read")
+                start += len(data)
+                yield data
+    except OSError as err:
+        raise UserError(f"{uri} cannot be read: {first_line(err)}") from None
+
+
+def first_line(err: BaseException) -> str:
+    """An error's message without what follows its first line."""
+    return f"{err}".strip().split("\n")[0] or type(err).__name__
+
+
+def unsafe_name(name: str) -> str | None:
+    """Why `name` may not name an image of a folder, or None where it may."""
+    if name.startswith("/") or re.match(r"[A-Za-z]:[\\/]|[A-Za-z][A-Za-z0-9+.-]*://|\\", name):
+        return "expected a path relative to the image folder, found an absolute one"
+    if ".." in re.split(r"[\\/]", name):
+        return "expected a path inside the image folder, found '..'"
+    if "\0" in name:
+        return "expected a file name, found a NUL character"
+    return None
+
+
+class Folder:
+    """Images by their names relative to `uri`. Picklable: clients are made where they are needed."""
+
+    def __init__(self, uri: str):
+        self.uri = uri
+
+    def check(self) -> None:
+        """Raises: UserError where there is no such folder."""
+        system, root = open_uri(self.uri)
+        try:
+            info = system.get_file_info(root)
+        except OSError as err:
+            raise UserError(f"{self.uri} cannot be read: {first_line(err)}") from None
+        if info.type != fs.FileType.Directory:
+            found = "a file" if info.type == fs.FileType.File else "nothing"
+            raise UserError(f"expected a folder of images at {self.uri}, found {found}")
+
+    def read(self, name: str) -> bytes:
+        """The bytes of image `name`. Raises: FileNotFoundError; UserError where the folder cannot be read at all."""
+        system, root = open_uri(self.uri)
+        path = f"{root}/{posixpath.normpath(name)}"
+        try:
+            if isinstance(system, fs.LocalFileSystem):
+                return _read_local(path)
+            with system.open_input_stream(path) as file:
+                data: bytes = file.read()
+                return data
+        except OSError as err:
+            if isinstance(err, FileNotFoundError) or err.errno in _ABSENT:
+                raise FileNotFoundError(first_line(err)) from None
+            raise UserError(f"{self.uri}/{name} cannot be read: {first_line(err)}") from None
+
+    def sizes(self, names: Iterable[str]) -> dict[str, int]:
+        """Bytes of each of `names`, MISSING where there is no such file; in few calls.
+
+        Raises: UserError where the folder cannot be read.
+        """
+        system, root = open_uri(self.uri)
+        try:
+            if isinstance(system, fs.LocalFileSystem):
+                return {name: _local_size(f"{root}/{name}") for name in names}
+            return _s3_sizes(system, root, names)
+        except OSError as err:
+            raise UserError(f"{self.uri} cannot be listed: {first_line(err)}") from None
+
+
+def _read_local(path: str) -> bytes:
+    with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:  # no waiting for a pipe
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise FileNotFoundError(errno.ENOENT, "not a file", path)
+        return file.read()
+
+
+def _local_size(path: str) -> int:
+    try:
+        info = os.stat(path)
+    except OSError as err:
+        if err.errno in _ABSENT:
+            return MISSING
+        raise
+    return info.st_size if stat.S_ISREG(info.st_mode) else MISSING
+
+
+def _s3_sizes(system: Any, root: str, names: Iterable[str]) -> dict[str, int]:
+    by_folder: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        by_folder[posixpath.dirname(posixpath.normpath(name))].append(name)
+    sizes: dict[str, int] = {}
+    for folder, members in by_folder.items():
+        where = f"{root}/{folder}".rstrip("/")
+        if len(members) < _LIST_FROM:
+            infos = system.get_file_info([f"{root}/{posixpath.normpath(name)}" for name in members])
+        else:
+            infos = system.get_file_info(fs.FileSelector(where, allow_not_found=True))
+        found = {info.path: info.size for info in infos if info.type == fs.FileType.File}
+        for name in members:
+            sizes[name] = found.get(f"{root}/{posixpath.normpath(name)}", MISSING)
+    return sizes

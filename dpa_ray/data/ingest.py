@@ -1,0 +1,247 @@
+"""How do prepared shards become a stream of batches? Ray Data tasks read, decode and encode; batches come in order.
+
+`Loader.load` is the whole of it without Ray: any micro-batch, by the numbers of its rows, on its own. `stream` runs it
+ahead of its consumer. Nothing is replayed and nothing has a position: resuming is asking for a shorter list.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpa_ray.batch import Batch, Encoded
+from dpa_ray.data import wire
+from dpa_ray.data.collate import collate
+from dpa_ray.data.encode import Encoder
+from dpa_ray.data.images import ImageError, decode, pixel_shape, pixels
+from dpa_ray.data.prepare import Prepared, StoreLike, quiet_ray_data
+from dpa_ray.data.sample import Sample
+from dpa_ray.data.shards import from_row
+from dpa_ray.errors import UserError
+
+CACHE_BYTES = 128 * 2**20
+"""Row groups that a process keeps, because the rows of a shuffle window lie in the same ones."""
+
+TASK_CPUS = 0.25
+"""What a decode task books: little, so that tasks fit beside training workers that book nearly all CPUs there are."""
+
+SEGMENT = 1024
+"""Micro-batches of one Ray Data execution: each costs its driver about a millisecond when it starts."""
+
+_OPEN_SHARDS = 16
+_BYTES_PER_TOKEN = 30  # of a Batch's tensors
+
+
+@dataclass
+class Loader:
+    """Micro-batches of one prepared source. Picklable; what it has read stays in its process.
+
+    `image_processor` is a transformers image processor, None where `encoder` leaves images out (template "text").
+    Row numbers are those of the cursor: 0 to prepared.num_rows - 1.
+    """
+
+    store: StoreLike
+    prepared: Prepared
+    encoder: Encoder
+    image_processor: Any
+    pad_token_id: int
+    cache_bytes: int = CACHE_BYTES
+    _reader: _Reader | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_reader": None}
+
+    def check(self) -> None:
+        """Raises: UserError where the tokenizer's template cannot take data like this."""
+        self.encoder.check(system=self.prepared.num_with_system > 0)
+
+    def samples(self, rows: Sequence[int] | np.ndarray) -> list[Sample]:
+        """The samples of `rows`. Raises: UserError, naming shard and row, where one cannot be read."""
+        if self._reader is None:
+            self._reader = _Reader(self.store, self.prepared, self.cache_bytes)
+        return [self._reader.sample(int(row)) for row in rows]
+
+    def load(self, rows: np.ndarray, filler_row: int) -> Batch:
+        """The micro-batch of `rows`; of none, a filler: `filler_row` without targets, counted nowhere."""
+        is_filler = len(rows) == 0
+        samples = self.samples([filler_row] if is_filler else rows)
+        encoded = [self.encoder(sample) for sample in samples]
+        images = [array for s, e in zip(samples, encoded, strict=True) for array in self._pixels(s, e)]
+        return collate(
+            encoded,
+            images,
+            pad_token_id=self.pad_token_id,
+            image_token_id=self.encoder.image_token_id,
+            rows=[] if is_filler else [(self.prepared.digest, int(row)) for row in rows],
+            ids=[] if is_filler else [sample.id for sample in samples],
+            num_filler=1 if is_filler else 0,
+            image_shape=pixel_shape(self.image_processor),
+        )
+
+    def _pixels(self, sample: Sample, encoded: Encoded) -> list[np.ndarray]:
+        if encoded.num_images and self.image_processor is None:
+            raise ValueError(f"{sample.place}: expected an image processor for {encoded.num_images} images, found none")
+        try:
+            images = [decode(image.data) for image in sample.images[: encoded.num_images]]
+        except ImageError as err:
+            raise UserError(f"{sample.place}: an image that was prepared does not decode: {err}") from None
+        return [pixels(image, self.image_processor) for image in images]
+
+    def batch_bytes(self, num_rows: int) -> int:
+        """About what a batch of `num_rows` samples with one image each takes."""
+        image = int(np.prod(pixel_shape(self.image_processor))) * 4
+        return num_rows * (image + self.encoder.max_length * _BYTES_PER_TOKEN)
+
+
+class _Reader:
+    """Rows of a prepared source, by row groups, of which it keeps the latest."""
+
+    def __init__(self, store: StoreLike, prepared: Prepared, cache_bytes: int):
+        self._store, self._prepared, self._cache_bytes = store, prepared, cache_bytes
+        self._ends = np.cumsum(prepared.row_groups)
+        self._places = [(s, g) for s, (_, groups) in enumerate(prepared.shards) for g in range(len(groups))]
+        self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._groups: OrderedDict[int, pa.Table] = OrderedDict()
+        self._size = 0
+
+    def sample(self, row: int) -> Sample:
+        if not 0 <= row < self._prepared.num_rows:
+            raise IndexError(f"expected a row in 0..{self._prepared.num_rows - 1}, found {row}")
+        group = int(np.searchsorted(self._ends, row, side="right"))
+        table = self._group(group)
+        offset = row - int(self._ends[group] - table.num_rows)
+        return from_row(table.slice(offset, 1).to_pylist()[0], self._prepared.source_name)
+
+    def _group(self, group: int) -> pa.Table:
+        table = self._groups.get(group)
+        if table is not None:
+            self._groups.move_to_end(group)
+            return table
+        shard, index = self._places[group]
+        name, rows = self._prepared.shards[shard]
+        try:
+            table = self._file(shard).read_row_group(index, use_threads=False)
+        except (OSError, pa.ArrowException) as err:
+            raise self._broken(shard, f"row group {index} cannot be read: {err}") from None
+        if table.num_rows != rows[index]:
+            raise self._broken(shard, f"expected {rows[index]} rows in row group {index}, found {table.num_rows}")
+        self._groups[group] = table
+        self._size += table.nbytes
+        while self._size > self._cache_bytes and len(self._groups) > 1:
+            self._size -= self._groups.popitem(last=False)[1].nbytes
+        return table
+
+    def _file(self, shard: int) -> pq.ParquetFile:
+        file = self._files.get(shard)
+        if file is None:
+            system, root = self._store.arrow()
+            path = f"{root}/{self._prepared.path}/{self._prepared.shards[shard][0]}"
+            found, expected = system.get_file_info(path).size, self._prepared.sizes_bytes[shard]
+            if found != expected:
+                raise self._broken(shard, f"expected {expected} bytes, found {'no file' if found is None else found}")
+            file = pq.ParquetFile(system.open_input_file(path), pre_buffer=True)
+            self._files[shard] = file
+            while len(self._files) > _OPEN_SHARDS:
+                self._files.popitem(last=False)[1].close(force=True)
+        self._files.move_to_end(shard)
+        return file
+
+    def _broken(self, shard: int, problem: str) -> UserError:
+        folder = self._prepared.path
+        url = self._store.url(f"{folder}/{self._prepared.shards[shard][0]}")
+        return UserError(f"{url}: {problem}; delete {self._store.url(folder)} to have the data prepared again")
+
+
+def stream(
+    loader: Loader, micro_batches: Sequence[tuple[np.ndarray, int]], *, prefetch: int, workers: int
+) -> Iterator[Batch]:
+    """The batches of `micro_batches` ((rows, filler row) each), in order, made by Ray Data tasks ahead of the caller.
+
+    At most `workers` tasks run at once, and about prefetch + workers batches are made and not taken. Ray must be
+    running; called in a Ray Train worker, the tasks may run on any node. Raises: UserError with a task's own message.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        raise RuntimeError("expected Ray to be initialised before stream()")
+    reference = ray.put(loader)
+    ahead_bytes = loader.batch_bytes(max((len(rows) for rows, _ in micro_batches), default=1) or 1)
+    ahead_bytes *= prefetch + workers
+    segments = [micro_batches[i : i + SEGMENT] for i in range(0, len(micro_batches), SEGMENT)]
+
+    def start(segment: Sequence[tuple[np.ndarray, int]]) -> tuple[Iterator[pa.Table], pa.Table]:
+        tables = _tables(reference, segment, prefetch, workers, ahead_bytes)
+        return tables, next(tables)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="next-segment") as pool:
+        following: Future[tuple[Iterator[pa.Table], pa.Table]] | None = None
+        for number, segment in enumerate(segments):
+            tables, first = start(segment) if following is None else following.result()
+            following = None
+            yield _batch(first)
+            for done, table in enumerate(tables, 2):
+                if following is None and number + 1 < len(segments) and done >= len(segment) - prefetch - workers:
+                    following = pool.submit(start, segments[number + 1])
+                yield _batch(table)
+
+
+def _tables(
+    reference: Any, segment: Sequence[tuple[np.ndarray, int]], prefetch: int, workers: int, ahead_bytes: int
+) -> Iterator[pa.Table]:
+    """One Ray Data execution: a block for each micro-batch, a task for each block."""
+    import ray
+    from ray.data import TaskPoolStrategy
+
+    blocks = [pa.table({"rows": [rows.tolist()], "filler": [filler]}, _REQUEST) for rows, filler in segment]
+    data = ray.data.from_blocks(blocks)
+    context = data.context
+    quiet_ray_data(context)
+    context.memory_usage_poll_interval_s = None
+    context.scheduling_strategy_large_args = context.scheduling_strategy  # never in the training workers' own bundles
+    options = context.execution_options
+    options.preserve_order = True
+    options.resource_limits = options.resource_limits.copy(object_store_memory=ahead_bytes)
+    made = data.map_batches(
+        partial(_load, reference),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=TASK_CPUS,
+        compute=TaskPoolStrategy(size=workers),
+    )
+    yield from made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch)
+
+
+_REQUEST = pa.schema([("rows", pa.list_(pa.int64())), ("filler", pa.int64())])
+_LOADERS: dict[str, Loader] = {}
+
+
+def _load(reference: Any, request: pa.Table) -> pa.Table:
+    """One micro-batch, in a worker process; the loader is fetched once per process."""
+    import ray
+
+    key = reference.hex()
+    if key not in _LOADERS:
+        _LOADERS.clear()  # of an earlier stage
+        _LOADERS[key] = ray.get(reference)
+    row = request.to_pylist()[0]
+    tensors, rest, error = b"", "", ""
+    try:
+        tensors, rest = wire.dumps(_LOADERS[key].load(np.asarray(row["rows"], np.int64), row["filler"]))
+    except UserError as err:  # as a value: an exception would come back as a traceback
+        error = str(err)
+    return pa.table({"tensors": pa.array([tensors], pa.large_binary()), "rest": [rest], "error": [error]})
+
+
+def _batch(table: pa.Table) -> Batch:
+    row = table.to_pylist()[0]
+    if row["error"]:
+        raise UserError(row["error"])
+    return wire.loads(row["tensors"], row["rest"])

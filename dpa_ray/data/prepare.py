@@ -1,0 +1,302 @@
+"""How does a source become shards? Part by part, each the same whoever makes it; the manifest is written last.
+
+data/<digest>/part-00000.parquet ...   one shard a part (none where all of its rows are in quarantine)
+data/<digest>/parts/00000.json ...     what is done, until the manifest is there: a killed attempt goes on from it
+data/<digest>/quarantine.jsonl         {id, place, reason, detail} of the rows that cannot be used
+data/<digest>/manifest.json            no manifest, no data
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from dpa_ray.data.sample import Sample
+from dpa_ray.data.shards import write_shard
+from dpa_ray.data.sources import Part, Rejected, Scan, Source, open_source, source_digest
+from dpa_ray.errors import UserError
+from dpa_ray.recipe import SourceSection
+
+__all__ = ["Prepared", "find_prepared", "prepare", "source_digest"]
+
+SCHEMA_VERSION = 1
+IN_PROCESS_ROWS = 5_000
+"""Up to so many rows are prepared in the calling process, without Ray."""
+
+_PROGRESS_S = 5.0
+
+
+class StoreLike(Protocol):
+    """What is needed of dpa_ray.store.fs.Store; paths are relative to it."""
+
+    def url(self, path: str) -> str: ...
+    def exists(self, path: str) -> bool: ...
+    def read_json(self, path: str) -> Any: ...
+    def write_bytes(self, path: str, data: bytes) -> None: ...
+    def write_json(self, path: str, value: Any) -> None: ...
+    def list(self, path: str, *, recursive: bool = True) -> list[str]: ...
+    def delete(self, path: str) -> None: ...
+    def upload(self, folder: Path, path: str, names: Sequence[str] | None = None) -> None: ...
+    def arrow(self) -> tuple[Any, str]: ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared source. Rows are numbered through all shards, in order, without the quarantined ones."""
+
+    digest: str
+    num_rows: int
+    shards: tuple[tuple[str, tuple[int, ...]], ...]  # (file name, rows of each row group)
+    num_quarantined: int
+    sizes_bytes: tuple[int, ...] = ()  # of each shard
+    source_name: str = ""  # comes before the place of a sample
+    num_with_system: int = 0  # samples that have a system turn
+
+    @property
+    def path(self) -> str:
+        """The folder in the store."""
+        return f"data/{self.digest}"
+
+    @property
+    def row_groups(self) -> list[int]:
+        """Rows of each row group of all shards, in order: what the cursor needs."""
+        return [rows for _, groups in self.shards for rows in groups]
+
+
+def find_prepared(store: StoreLike, digest: str) -> Prepared | None:
+    """The data under `digest`, or None where it is not prepared.
+
+    Raises: UserError where its manifest is not one that this version reads.
+    """
+    path = f"data/{digest}/manifest.json"
+    if not store.exists(path):
+        return None
+    manifest = store.read_json(path)
+    try:
+        if manifest["schema"] != SCHEMA_VERSION or manifest["digest"] != digest:
+            raise ValueError(f"schema {manifest['schema']}, digest {manifest['digest']}")
+        return Prepared(
+            digest=digest,
+            num_rows=manifest["num_rows"],
+            shards=tuple((shard["name"], tuple(shard["rows"])) for shard in manifest["shards"]),
+            num_quarantined=manifest["num_quarantined"],
+            sizes_bytes=tuple(shard["size_bytes"] for shard in manifest["shards"]),
+            source_name=manifest["source_name"],
+            num_with_system=manifest["num_with_system"],
+        )
+    except (KeyError, TypeError, ValueError) as err:
+        folder = store.url(f"data/{digest}")
+        raise UserError(
+            f"{store.url(path)}: expected a manifest of schema {SCHEMA_VERSION} for {digest}, found another ({err}); "
+            f"delete the folder {folder} to have the data prepared again"
+        ) from None
+
+
+def prepare(
+    store: StoreLike,
+    section: SourceSection,
+    *,
+    max_quarantined_fraction: float,
+    report: Callable[[str], None] = lambda message: None,
+    ray_is_ready: Callable[[], bool] | None = None,
+) -> Prepared:
+    """Prepare `section`'s data in `store`, unless it is there already.
+
+    More than IN_PROCESS_ROWS rows go to Ray Data tasks, one a part, if Ray is running (else they are prepared here, the
+    same way); `ray_is_ready`, asked at that point only, may start it. `report` is given a line now and then. Raises: UserError where the source cannot be read, or more
+    than `max_quarantined_fraction` of it cannot be used (what is done is kept, the manifest is not written).
+    """
+    source = open_source(section)
+    scan = source.scan()
+    folder = f"data/{scan.digest}"
+    found = find_prepared(store, scan.digest)
+    if found is not None:
+        manifest = store.read_json(f"{folder}/manifest.json")
+        _check_quarantine(store, folder, Counter(manifest["quarantined"]), scan.num_rows, max_quarantined_fraction)
+        report(f"data {scan.digest}: {found.num_rows:,} samples, prepared before")
+        return found
+    report(f"data {scan.digest}: preparing {scan.num_rows:,} samples of {section.source}")
+    started, results = time.monotonic(), []
+    for result in _results(store, source, scan, report, ray_is_ready or _ray_is_running):
+        results.append(result)
+        done = sum(r["num_source_rows"] for r in results)
+        rate = done / max(1e-3, time.monotonic() - started)
+        if len(scan.parts) > 1:
+            report(f"data {scan.digest}: {done:,} of {scan.num_rows:,} samples, {rate:,.0f}/s")
+    results.sort(key=lambda result: result["index"])
+    rejected = [line for result in results for line in result["quarantine"]]
+    reasons = Counter(line["reason"] for line in rejected)
+    lines = "".join(json.dumps(line) + "\n" for line in rejected)
+    store.write_bytes(f"{folder}/quarantine.jsonl", lines.encode())
+    _check_quarantine(store, folder, reasons, scan.num_rows, max_quarantined_fraction)
+    shards = [result["shard"] for result in results if result["shard"] is not None]
+    for name in store.list(folder):  # of an attempt that was killed
+        if name not in {shard["name"] for shard in shards} | {"quarantine.jsonl"} and not name.startswith("parts/"):
+            store.delete(f"{folder}/{name}")
+    manifest = {
+        "schema": SCHEMA_VERSION,
+        "digest": scan.digest,
+        "source": section.model_dump(mode="json", include={"source", "images", "format", "options"}),
+        "source_name": source.name,
+        "num_source_rows": scan.num_rows,
+        "num_rows": sum(sum(shard["rows"]) for shard in shards),
+        "num_with_system": sum(result["num_with_system"] for result in results),
+        "num_quarantined": len(rejected),
+        "quarantined": dict(sorted(reasons.items())),
+        "shards": shards,
+    }
+    store.write_json(f"{folder}/manifest.json", manifest)
+    store.delete(f"{folder}/parts")
+    prepared = find_prepared(store, scan.digest)
+    assert prepared is not None
+    seconds = time.monotonic() - started
+    report(
+        f"data {scan.digest}: {prepared.num_rows:,} samples in {len(shards)} shards, {len(rejected):,} in quarantine, "
+        f"{scan.num_rows / max(1e-3, seconds):,.0f}/s"
+    )
+    return prepared
+
+
+def _check_quarantine(
+    store: StoreLike, folder: str, reasons: Counter[str], num_rows: int, max_quarantined_fraction: float
+) -> None:
+    """Raises: UserError where more of the source is in quarantine than allowed, or all of it."""
+    num = sum(reasons.values())
+    if num <= max_quarantined_fraction * num_rows and num < num_rows:
+        return
+    counts = "\n".join(f"  {reason}: {count:,}" for reason, count in reasons.most_common())
+    raise UserError(
+        f"{num:,} of {num_rows:,} samples cannot be used; expected at most {max_quarantined_fraction:.2%} "
+        f"(data.max_quarantined_fraction){' and one that can be' if num == num_rows else ''}:\n{counts}\n"
+        f"each with its place and reason: {store.url(folder)}/quarantine.jsonl"
+    )
+
+
+def _results(
+    store: StoreLike, source: Source, scan: Scan, report: Callable[[str], None], ray_is_ready: Callable[[], bool]
+) -> Iterator[dict[str, Any]]:
+    """The result of each part, in any order; parts done before are not done again, unless they put rows in quarantine
+    (somebody may have mended an image since)."""
+    folder = f"data/{scan.digest}"
+    done = set(store.list(f"{folder}/parts"))
+    todo = []
+    for part in scan.parts:
+        before = store.read_json(f"{folder}/parts/{part.index:05}.json") if f"{part.index:05}.json" in done else None
+        if before is not None and not before["quarantine"]:
+            yield before
+        else:
+            todo.append(part)
+    if scan.num_rows > IN_PROCESS_ROWS and len(todo) > 1 and ray_is_ready():
+        yield from _with_ray(store, source, folder, todo)
+        return
+    for part in todo:
+        yield prepare_part(store, source, folder, part, report)
+
+
+def prepare_part(
+    store: StoreLike, source: Source, folder: str, part: Part, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """Make the shard of `part`, put it into the store, and its result beside it, last; returns the result.
+
+    Memory holds a row group, the images under way and the part's records without images.
+    """
+    name = f"part-{part.index:05}.parquet"
+    rejected: list[Rejected] = []
+    counts: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory(prefix="dpa_ray-") as temporary:
+        path = Path(temporary) / name
+        rows = _timed(source.read(part), part, source.name, report)
+        groups = write_shard(path, _usable(rows, rejected, counts))
+        shard = None
+        if groups:
+            store.upload(Path(temporary), folder, [name])
+            shard = {"name": name, "rows": groups, "size_bytes": path.stat().st_size, "sha256": _sha256(path)}
+    result = {
+        "index": part.index,
+        "num_source_rows": part.num_rows,
+        "num_with_system": counts["system"],
+        "shard": shard,
+        "quarantine": [
+            {"id": r.id, "place": source.name + r.place, "reason": r.reason, "detail": r.detail} for r in rejected
+        ],
+    }
+    store.write_json(f"{folder}/parts/{part.index:05}.json", result)
+    return result
+
+
+def _usable(
+    rows: Iterable[tuple[int, Sample | Rejected]], rejected: list[Rejected], counts: Counter[str]
+) -> Iterator[tuple[int, Sample]]:
+    for row, sample in rows:
+        if isinstance(sample, Rejected):
+            rejected.append(sample)
+            continue
+        counts["system"] += any(turn.role == "system" for turn in sample.turns)
+        yield row, sample
+
+
+def _timed(
+    rows: Iterator[tuple[int, Sample | Rejected]], part: Part, name: str, report: Callable[[str], None]
+) -> Iterator[tuple[int, Sample | Rejected]]:
+    """`rows`, with a line every few seconds."""
+    started = last = time.monotonic()
+    for done, item in enumerate(rows, 1):
+        yield item
+        now = time.monotonic()
+        if now - last >= _PROGRESS_S:
+            last = now
+            where = f"rows {part.first_row:,} to {part.first_row + part.num_rows:,}"
+            report(
+                f"{name or 'builtin'}: {done:,} of {part.num_rows:,} samples ({where}), {done / (now - started):,.0f}/s"
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- Ray
+
+
+def _ray_is_running() -> bool:
+    import ray
+
+    return bool(ray.is_initialized())
+
+
+def quiet_ray_data(context: Any) -> None:
+    """Ray Data without progress bars and logs of its own, and never giving up because its consumer takes long."""
+    import logging
+
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.enable_auto_log_stats = False
+    context.execution_no_progress_timeout_s = -1
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _with_ray(store: StoreLike, source: Source, folder: str, parts: list[Part]) -> Iterator[dict[str, Any]]:
+    """Each part in a Ray Data task of one CPU, as many at once as the cluster has; only results come back."""
+    import ray
+
+    def run(row: dict[str, Any]) -> dict[str, str]:
+        try:
+            result = prepare_part(store, source, folder, parts[int(row["id"])], lambda message: None)
+        except UserError as err:  # as a value: an exception would come back as a traceback
+            return {"result": "", "error": str(err)}
+        return {"result": json.dumps(result), "error": ""}
+
+    data = ray.data.range(len(parts), override_num_blocks=len(parts))
+    quiet_ray_data(data.context)
+    for row in data.map(run, num_cpus=1).iter_rows():
+        if row["error"]:
+            raise UserError(row["error"])
+        yield json.loads(row["result"])

@@ -1,0 +1,1 @@
+"""How a stage is run: engines, the training loop, and its launch on Ray Train."""

@@ -1,0 +1,203 @@
+"""The main job as a driver runs it: recipe -> plan -> pipeline on Ray -> what a person sees."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+
+from dpa_ray.data.prepare import find_prepared
+from dpa_ray.engine.evaluate import RESULT
+from dpa_ray.recipe import Recipe
+from dpa_ray.report import console, trackers
+from dpa_ray.report.metrics import FILE as METRICS
+from dpa_ray.stages.pipeline import HELD_OUT, Pipeline, Plan, make_plan, num_steps
+from dpa_ray.stages.preflight import trainables
+from dpa_ray.stages.runs import RUN_FILE, Run
+from dpa_ray.stages.spec import Task
+from dpa_ray.store.fs import Store
+
+TRACKERS_FOLDER = "tensorboard"
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Run `recipe` to its end, or from where an earlier attempt left it; returns what run.json says.
+
+    Raises: RecipeError where the run's name is taken; UserError for whatever the user can mend. Finished stages are
+        kept in every case.
+    """
+    store = Store(recipe.store)
+    store.check()
+    run_record = Run(store, recipe)
+    run_record.check_name()
+    trackers.check(recipe.trackers)
+    device = "GPU" if recipe.cluster.gpus_per_worker else "CPU"
+    console.header(recipe, device=device, workers=recipe.cluster.workers, store=store.uri)
+    with console.Progress() as progress:
+        plan = make_plan(recipe, store, make=True, report=progress.note)
+        pipeline = Pipeline(plan, store, run_record, progress.note)
+        view = View(progress, recipe, store, run_record.path)
+        try:
+            pipeline.carry_out(
+                lambda tasks: _launch(tasks, store, recipe, view), start=lambda: _connect(recipe, progress.note)
+            )
+        except BaseException as err:
+            run_record.write("failed", error=str(err) or type(err).__name__)
+            raise
+        finally:
+            view.close()
+    result = _closing(plan, pipeline, store, run_record)
+    return result
+
+
+def _connect(recipe: Recipe, report: Callable[[str], None]) -> None:
+    from dpa_ray.engine import launch  # Ray takes seconds to import, and a run that reuses everything needs none
+
+    start = time.perf_counter()
+    where = launch.connect(recipe.cluster)
+    report(f"{where}, up in {time.perf_counter() - start:.0f} s")
+    launch.wait_for_resources(recipe.cluster)
+
+
+def _launch(tasks: Sequence[Task], store: Store, recipe: Recipe, view: View) -> None:
+    from dpa_ray.engine import launch
+
+    launch.launch(tasks, store, recipe.cluster, recipe.name, view.handle)
+
+
+class View:
+    """The workers' events: to the screen and the trackers."""
+
+    def __init__(self, progress: console.Progress, recipe: Recipe, store: Store, run_path: str):
+        self.progress = progress
+        self.recipe = recipe
+        self.store = store
+        self.run_path = run_path
+        self.folder = Path(tempfile.mkdtemp(prefix="dpa_ray-"))
+        self.trackers: trackers.Trackers | None = None
+
+    def handle(self, kind: str, values: dict[str, Any]) -> None:
+        """One event of rank 0."""
+        if kind == "stage_started":
+            names = values.pop("names")
+            self.progress.stage_started(values["stage"], values["num_steps"], values["trainable"])
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            self.progress.note(
+                f"{values['stage']} trains {values['trainable']}: {values['num_parameters']:,} parameters in "
+                f"{len(names)} tensors ({shown})"
+            )
+        elif kind == "step":
+            self.progress.step(values)
+            if self.trackers is None:
+                self.trackers = trackers.Trackers(
+                    self.recipe.trackers, self.folder, self.recipe.name, self.recipe.to_dict()
+                )
+            self.trackers.log(values["stage"], values["step"], values)
+        elif kind == "stage_finished":
+            self.progress.stage_finished()
+        elif kind == "task_started":
+            texts = {"proxy_merged": "merging the proxy's LoRA", "eval": "answering held-out questions"}
+            self.progress.note(texts.get(values["stage"], values["stage"]))
+
+    def close(self) -> None:
+        """TensorBoard's files into the store."""
+        if self.trackers is not None:
+            self.trackers.close()
+        if any(self.folder.rglob("*")):
+            self.store.upload(self.folder, f"{self.run_path}/{TRACKERS_FOLDER}")
+
+
+def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run) -> dict[str, Any]:
+    """The tables at the end, and the finished run.json."""
+    rows, stages = [], {}
+    for stage in plan.stages:
+        artifact = plan.found.get(stage)
+        if artifact is None:  # not needed: a later stage's artifact is there
+            continue
+        meta, reused = artifact.manifest["meta"], stage in pipeline.reused
+        rows.append(
+            console.StageRow(
+                stage, meta.get("trainable", "imported"), meta.get("num_steps", 0), meta.get("loss_first"),
+                meta.get("loss_last"), meta.get("wall_time_s", 0.0), reused, store.url(artifact.path),
+            )  # fmt: skip
+        )
+        stages[stage] = {
+            "reused": reused, "num_steps": meta.get("num_steps", 0), "wall_time_s": meta.get("wall_time_s", 0.0),
+            "loss_first": meta.get("loss_first"), "loss_last": meta.get("loss_last"),
+        }  # fmt: skip
+    scores = {}
+    if "eval" in plan.found:
+        scores = json.loads(store.read_bytes(f"{plan.refs['eval'].path}/{RESULT}"))
+    made = sum(s["wall_time_s"] for s in stages.values() if not s["reused"])
+    run_record.write("done", timings=stages, eval=scores, totals={"stages_wall_time_s": made})
+    path = run_record.path
+    places = {"model": f"{path}/model", "metrics": f"{path}/{METRICS}", "run": f"{path}/{RUN_FILE}"}
+    console.closing_table(rows, paths={name: store.url(where) for name, where in places.items()})
+    if scores:
+        order = sorted(scores, key=lambda name: name != HELD_OUT)
+        console.accuracy_table(
+            [
+                console.AccuracyRow(
+                    name, scores[name]["num_questions"], scores[name]["accuracy"], scores[name]["majority"],
+                    scores[name]["shuffled"],
+                )  # fmt: skip
+                for name in order
+            ]
+        )
+    return run_record.values
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Print the resolved recipe and the plan; start and write nothing."""
+    store = Store(recipe.store)
+    store.check(write=False)
+    Run(store, recipe).check_name()
+    plan = make_plan(recipe, store, make=False, report=lambda text: None)
+    counts: dict[str, dict[str, int]] = {}
+    builtin_missing = [w.name for w in (plan.llm, plan.tower) if w.artifact is not None and not _is_there(w, store)]
+    if not builtin_missing:
+        sets = trainables(recipe, plan.llm.located(store), plan.tower.located(store), plan.stages)
+        counts = {stage: {s.description: s.num_parameters} for stage, s in sets.items()}
+    rows, notes = [], []
+    for stage in plan.stages:
+        source, digest = plan.data["instruct" if stage == "instruct" else "pretrain"]
+        prepared = find_prepared(store, digest)
+        steps = num_steps(recipe, stage, prepared) if prepared is not None else None
+        if steps is None:
+            steps = getattr(recipe.stages, stage).max_steps or 0
+            notes.append(f"{stage}: data {source.source} is not prepared yet; the steps shown are max_steps (0: none set)")
+        rows.append(console.PlanRow(stage, plan.refs[stage].key, stage in plan.found, steps, counts.get(stage, {})))
+    console.plan(rows, recipe=recipe, ignored=ignored_sections(recipe))
+    for name in builtin_missing:
+        notes.append(f"{name} is made by the first run: trainable parameters are shown once it is there")
+    for note in notes:
+        print(note)
+
+
+def _is_there(weights: Any, store: Store) -> bool:
+    from dpa_ray.store.artifacts import find
+
+    return find(store, weights.artifact.stage, weights.artifact.key) is not None
+
+
+def ignored_sections(recipe: Recipe) -> list[str]:
+    """Sections that this recipe's method does not use, and those that nothing reads yet."""
+    ignored = []
+    if recipe.method not in ("dpa", "pmo"):
+        ignored.append("stages.proxy_llm")
+    if all(recipe.weights(stage) == "uniform" for stage in ("proxy_mllm", "instruct")):
+        ignored.append("cmo")
+    if recipe.stages.instruct.llm != "lora":
+        ignored.append("stages.instruct.lora")
+    if recipe.engine != "deepspeed":
+        ignored.append("deepspeed")
+    ignored.append("checkpoint (a stage that is interrupted starts again; finished stages are reused)")
+    return ignored
+
+
+

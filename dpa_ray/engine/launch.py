@@ -1,0 +1,186 @@
+"""How tasks get to workers: Ray, and one TorchTrainer for all tasks that are still to do."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from dpa_ray.engine.worker import Orders, run_worker
+from dpa_ray.errors import UserError
+from dpa_ray.recipe import ClusterSection
+from dpa_ray.stages.spec import Task
+from dpa_ray.store.fs import Store
+
+Event = tuple[str, dict[str, Any]]
+
+WORKER_ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else workers' prints appear twice
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+DRIVER_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # a fit of a tiny model takes 15 s instead of 35
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+CHECKSUM_VARIABLES = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
+"""What the store set for S3 servers other than AWS's; Ray Train's own S3 clients in the workers need it too."""
+
+POLL_S = 0.2
+
+
+def connect(cluster: ClusterSection) -> str:
+    """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start Ray on this machine.
+
+    Returns: what was joined, for people. Raises: UserError where the named cluster does not answer.
+    """
+    for name, value in DRIVER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    checksums = {name: value for name, value in os.environ.items() if name in CHECKSUM_VARIABLES}
+    accelerator = "cuda" if cluster.gpus_per_worker else "cpu"  # else DeepSpeed guesses, and says so at every import
+    environment = {"env_vars": {**WORKER_ENVIRONMENT, **checksums, "DS_ACCELERATOR": accelerator}}
+    address = os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = dict(log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
+    if ray.is_initialized():
+        return "the Ray already there"
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as err:
+            raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there: {_first_line(err)}") from None
+        return f"cluster at {address}"
+    num_cpus = os.cpu_count() or 1
+    # Logical CPUs only say what may run at once: training workers wait for data tasks, and must leave room for one.
+    wanted = cluster.workers * cluster.cpus_per_worker + 1
+    ray.init(address="local", num_cpus=max(num_cpus, int(-(-wanted // 1))), include_dashboard=False, **quiet)
+    return "local Ray"
+
+
+@ray.remote(num_cpus=0, max_concurrency=2)
+class Board:
+    """Where workers put events and the driver takes them; lives with the driver."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def put(self, kind: str, values: dict[str, Any]) -> None:
+        self.events.append((kind, values))
+
+    def take(self) -> list[Event]:
+        events, self.events = self.events, []
+        return events
+
+
+def launch(
+    tasks: Sequence[Task], store: Store, cluster: ClusterSection, name: str, handle: Callable[[str, dict[str, Any]], None]
+) -> None:
+    """Run `tasks` on the workers of one TorchTrainer; their events go to `handle`, in order, from one thread.
+
+    One worker group does all tasks: starting one costs more than a short stage, and GPUs stay warm in between.
+    Raises: UserError with what a worker said.
+    """
+    board = Board.options(scheduling_strategy=_here()).remote()  # type: ignore[attr-defined]
+    done = threading.Event()
+
+    def poll() -> None:
+        while True:
+            finished = done.is_set()
+            for kind, values in ray.get(board.take.remote()):
+                handle(kind, values)
+            if finished:
+                return
+            time.sleep(POLL_S)
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    storage = f"runs/{name}/.train"
+    store.delete(storage)  # state of an earlier attempt: what is finished is known from the artifacts alone
+    trainer = TorchTrainer(
+        run_worker,
+        train_loop_config=Orders(store.uri, tuple(tasks), board),  # type: ignore[arg-type]
+        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=_resources(cluster)
+        ),
+        run_config=RunConfig(name="fit", storage_path=store.url(storage), failure_config=FailureConfig(max_failures=0)),
+    )
+    try:
+        trainer.fit()
+    except Exception as err:
+        raise _for_user(err) from err
+    finally:
+        done.set()
+        thread.join(timeout=30)
+        ray.kill(board)
+        store.delete(storage)
+
+
+def wait_for_resources(cluster: ClusterSection, poll_s: float = 1.0) -> None:
+    """Wait until the cluster has what all workers together need; an autoscaler may bring it.
+
+    Raises: UserError after `cluster.start_timeout_s` with what was asked for and what there is. (Ray itself would wait
+        for ever, without a word.)
+    """
+    needed = {k: v * cluster.workers for k, v in _resources(cluster).items()}
+    deadline = time.monotonic() + cluster.start_timeout_s
+    local = os.environ.get("RAY_ADDRESS") is None
+    while True:
+        there = ray.cluster_resources()
+        missing = {k: v for k, v in needed.items() if there.get(k, 0.0) + 1e-9 < v}
+        if not missing:
+            return
+        if local or time.monotonic() > deadline:
+            asked = ", ".join(f"{v:g} {k}" for k, v in needed.items())
+            found = ", ".join(f"{there.get(k, 0.0):g} {k}" for k in needed)
+            raise UserError(
+                f"the cluster cannot place {cluster.workers} workers: expected {asked}, found {found}. Add nodes, or set "
+                "cluster.workers, cluster.gpus_per_worker (0 trains on CPUs) or cluster.cpus_per_worker to fit"
+            )
+        time.sleep(poll_s)
+
+
+def _resources(cluster: ClusterSection) -> dict[str, float]:
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    return resources
+
+
+def _here() -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+
+
+def _for_user(err: Exception) -> Exception:
+    """What a worker said to the user, out of Ray's wrapping; else the error with its first cause in one line."""
+    causes: list[BaseException] = []
+    failures = getattr(err, "worker_failures", None) or {}
+    pending: list[BaseException] = [*failures.values(), err]
+    while pending:
+        cause = pending.pop(0)
+        if cause in causes:
+            continue
+        causes.append(cause)
+        inner = [getattr(cause, "cause", None), getattr(cause, "_base_exc", None), cause.__cause__]
+        pending += [c for c in inner if isinstance(c, BaseException)]
+    told = next((c for c in causes if isinstance(c, UserError)), None)
+    if told is not None:
+        return UserError(str(told))
+    ranks = ", ".join(str(r) for r in failures)
+    where = f"worker {ranks}: " if ranks else ""
+    return RuntimeError(f"{where}{causes[0]}")
+
+
+def _first_line(err: BaseException) -> str:
+    return (str(err).strip().splitlines() or [type(err).__name__])[0]

@@ -1,0 +1,144 @@
+"""The one training loop: every stage, every method, any engine. Knows neither Ray nor DeepSpeed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpa_ray.batch import Batch
+from dpa_ray.data.cursor import Cursor, shares
+from dpa_ray.engine.protocol import Engine, all_sum
+from dpa_ray.errors import UserError
+from dpa_ray.model.step import StepSums
+from dpa_ray.stages.spec import learning_rate
+
+Pass = tuple[np.ndarray, int]
+"""One micro-batch of one rank: the rows of its samples (none: filler), and a row to make filler of."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a stage is and which learning rate each of its steps has."""
+
+    num_steps: int
+    peak_lr: float
+    warmup_fraction: float
+
+    def lr(self, step: int) -> float:
+        """Of `step`, counted from 1."""
+        return learning_rate(step - 1, self.num_steps, self.peak_lr, self.warmup_fraction)
+
+
+def steps_of(cursor: Cursor, num_steps: int) -> Iterator[tuple[int, int, int]]:
+    """(step from 1, epoch from 0, step within the epoch from 0) of each optimizer step."""
+    for step in range(num_steps):
+        epoch, inside = divmod(step, cursor.steps_per_epoch)
+        yield step + 1, epoch, inside
+
+
+def passes_of(cursor: Cursor, num_steps: int, *, rank: int, world_size: int, micro_batch_size: int) -> list[list[Pass]]:
+    """For each step, what this rank passes through the model; equally many passes on every rank."""
+    plan = []
+    for _, epoch, inside in steps_of(cursor, num_steps):
+        rows = cursor.rows(epoch, inside)
+        plan.append([(share, int(rows[0])) for share in shares(rows, world_size, micro_batch_size)[rank]])
+    return plan
+
+
+def train(
+    engine: Engine,
+    batches: Iterator[Batch],
+    plan: list[list[Pass]],
+    cursor: Cursor,
+    schedule: Schedule,
+    *,
+    stage: str,
+    device: torch.device,
+    record: Callable[[dict[str, Any], list[Batch]], None],
+) -> None:
+    """Run all steps of a stage.
+
+    The loss of a step is sum(w * nll) / sum(w) over all its micro-batches on all ranks. As the weights are known only
+    after each forward, gradients are those of the sums, and are divided by sum(w) at the update.
+
+    Args:
+        batches: this rank's micro-batches, in the order of `plan`.
+        record: called on every rank with the step's metrics and this rank's batches.
+    Raises: UserError where a loss or gradient is not finite; nothing was updated in that step.
+    """
+    engine.module.train()
+    for step, epoch, _ in steps_of(cursor, schedule.num_steps):
+        start = time.perf_counter()
+        mine = [next(batches) for _ in plan[step - 1]]
+        waited = time.perf_counter() - start
+        counts = all_sum(torch.tensor(_counts(mine), dtype=torch.float64, device=device))
+        num_samples, num_tokens, num_targets = (int(x) for x in counts)
+
+        total = torch.zeros(len(StepSums.names()), dtype=torch.float64, device=device)
+        weight_sum = math.nan
+        for index, batch in enumerate(mine):
+            sums = engine.forward(batch)
+            total += sums.detached()
+            last = index == len(mine) - 1
+            if last:
+                total = all_sum(total)
+                weight_sum = float(total[StepSums.names().index("weight")])
+            # Divided by the targets, a number known beforehand, so that no sum grows with the batch; a step without
+            # weight must change nothing, and an update with gradients that are not finite does not.
+            loss = sums.loss / max(1, num_targets)
+            engine.backward(loss * math.nan if last and weight_sum == 0 else loss, last=last)
+        sums_by_name = dict(zip(StepSums.names(), total.tolist(), strict=True))
+        if not all(map(math.isfinite, sums_by_name.values())):
+            raise UserError(_not_finite(stage, step, "loss", mine))
+        lr = schedule.lr(step)
+        norm = engine.update(weight_sum / max(1, num_targets) if weight_sum else 1.0, lr)
+        if weight_sum and not math.isfinite(norm):
+            raise UserError(_not_finite(stage, step, "gradient", mine))
+        seconds = time.perf_counter() - start
+        record(
+            {
+                "stage": stage, "step": step, "epoch": epoch, "num_samples": num_samples, "num_tokens": num_tokens,
+                "num_targets": num_targets, **ratios(sums_by_name, num_targets), "lr": lr,
+                "grad_norm": norm if weight_sum else 0.0, "updated": bool(weight_sum), "step_time_s": seconds,
+                "data_wait_s": waited, "tokens_per_s": num_tokens / seconds,
+            },
+            mine,
+        )  # fmt: skip
+
+
+def ratios(sums: dict[str, float], num_targets: int) -> dict[str, float]:
+    """The step's means from its sums; 0 where there is nothing to take a mean of."""
+    weight, count = sums["weight"], max(1, num_targets)
+    means = {
+        "loss": sums["loss"] / weight if weight else 0.0,
+        "nll_mean": sums["nll"] / count,
+        "weight_mean": weight / count,
+        "weight_at_lower_fraction": sums["at_lower"] / count,
+        "weight_at_upper_fraction": sums["at_upper"] / count,
+    }
+    grounded, others = sums["num_grounded"], num_targets - sums["num_grounded"]
+    if grounded:  # known on builtin:shapes only
+        means["nll_mean_visual"] = sums["grounded_nll"] / grounded
+        means["weight_mean_visual"] = sums["grounded_weight"] / grounded
+        if others > 0:
+            means["nll_mean_style"] = (sums["nll"] - sums["grounded_nll"]) / others
+            means["weight_mean_style"] = (weight - sums["grounded_weight"]) / others
+    return means
+
+
+def _counts(batches: list[Batch]) -> list[int]:
+    return [sum(getattr(b, name) for b in batches) for name in ("num_samples", "num_tokens", "num_targets")]
+
+
+def _not_finite(stage: str, step: int, what: str, batches: list[Batch]) -> str:
+    ids = [f"{i} (row {row[1]})" for b in batches for i, row in zip(b.ids, b.rows, strict=True)]
+    return (
+        f"stage {stage}, step {step}: the {what} is not finite; this step changed nothing. Its samples on the worker that "
+        f"says so: {', '.join(ids[:20])}. Lower the learning rate, or look at these samples."
+    )

@@ -1,0 +1,289 @@
+"""What a Ray Train worker does: the tasks of a run, one after the other, each ending in a committed artifact."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpa_ray.batch import Batch
+from dpa_ray.data.cursor import Cursor
+from dpa_ray.data.ingest import Loader, stream
+from dpa_ray.engine.evaluate import evaluate
+from dpa_ray.engine.loop import Schedule, passes_of, train
+from dpa_ray.engine.protocol import Engine, OptimizerSettings, rank, world_size
+from dpa_ray.report.metrics import MetricsLog
+from dpa_ray.stages import instruct, proxy_llm, proxy_mllm
+from dpa_ray.stages.build import Built
+from dpa_ray.stages.spec import EvalTask, MergeTask, Task, TrainTask
+from dpa_ray.stages.trainable import TrainableSet, check_trainable, select_trainable
+from dpa_ray.store.artifacts import commit, find
+from dpa_ray.store.fs import Store
+
+STAGE_METRICS = "metrics.jsonl"
+"""In an artifact: the metrics of the stage that made it, for runs that reuse it."""
+
+
+@dataclass(frozen=True)
+class Orders:
+    """Everything that the workers of one run are told."""
+
+    store_uri: str
+    tasks: tuple[Task, ...]
+    board: Any  # actor handle that takes (kind, dict) events, or None
+
+
+def run_worker(orders: Orders) -> None:
+    """Entry point on every worker: do each task that nobody has done yet."""
+    device = _device()
+    worker = Worker(Store(orders.store_uri), device, orders.board)
+    for task in orders.tasks:
+        if find(worker.store, task.result.stage, task.result.key) is None:
+            worker.run(task)
+        worker.barrier()
+
+
+def _device() -> torch.device:
+    import ray.train.torch
+
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        # Ray gives a worker one thread per CPU it asked for; what it asked for is a share, not a limit.
+        threads = max(1, (os.cpu_count() or 1) // max(1, ray.train.get_context().get_local_world_size()))
+        torch.set_num_threads(threads)
+    return device
+
+
+class Worker:
+    """One process of the worker group."""
+
+    def __init__(self, store: Store, device: torch.device, board: Any):
+        self.store = store
+        self.device = device
+        self.board = board
+
+    def run(self, task: Task) -> None:
+        if isinstance(task, MergeTask):
+            self._merge(task)
+        elif isinstance(task, EvalTask):
+            self._evaluate(task)
+        else:
+            self._train(task)  # type: ignore[arg-type]
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def tell(self, kind: str, **values: Any) -> None:
+        """An event to the driver; from rank 0 only, never waited for."""
+        if self.board is not None and rank() == 0:
+            self.board.put.remote(kind, values)
+
+    def barrier(self) -> None:
+        if world_size() > 1:
+            torch.distributed.barrier()
+
+    def _merge(self, task: MergeTask) -> None:
+        self.tell("task_started", stage=task.stage)
+        if rank() == 0:
+            start = time.perf_counter()
+            with tempfile.TemporaryDirectory() as tmp:
+                proxy_llm.merge(task, self.store, Path(tmp))
+                self._commit(task, Path(tmp), {"wall_time_s": time.perf_counter() - start})
+
+    def _evaluate(self, task: EvalTask) -> None:
+        self.tell("task_started", stage=task.stage)
+        start = time.perf_counter()
+        result = evaluate(task, self.store, self.device)
+        if rank() == 0:
+            assert result is not None
+            with tempfile.TemporaryDirectory() as tmp:
+                result.write(Path(tmp))
+                self._commit(task, Path(tmp), {"wall_time_s": time.perf_counter() - start})
+
+    def _commit(self, task: Task, folder: Path, meta: dict[str, Any]) -> None:
+        commit(self.store, task.result.stage, task.result.key, folder, inputs=task.inputs, meta=meta)
+
+    def _train(self, task: TrainTask) -> None:
+        start = time.perf_counter()
+        recipe, stage = task.recipe, task.stage
+        section = getattr(recipe.stages, stage)
+        built = _build(task, self.store)
+        trained = select_trainable(built.module.model, stage, built.llm_mode)
+        cursor = cursor_of(task)
+        plan = passes_of(
+            cursor, task.num_steps, rank=rank(), world_size=world_size(), micro_batch_size=section.micro_batch_size
+        )
+        self.tell(
+            "stage_started", stage=stage, num_steps=task.num_steps, trainable=trained.description,
+            num_parameters=trained.num_parameters, names=list(trained.names),
+        )  # fmt: skip
+        engine = make_engine(built, task, self.device, accumulation_steps=max(len(passes) for passes in plan))
+        check_trainable(built.module.model, {id(p) for p in engine.parameters}, trained, stage, built.llm_mode)
+        loader = Loader(
+            store=self.store, prepared=task.data, encoder=built.encoder, image_processor=built.image_processor,
+            pad_token_id=_pad_token(built.encoder.tokenizer),
+        )  # fmt: skip
+        batches = stream(
+            loader, list(chain.from_iterable(plan)), prefetch=recipe.data.prefetch_batches, workers=recipe.data.workers
+        )
+        recorder = Recorder(self, task)
+        train(
+            engine, batches, plan, cursor, Schedule(task.num_steps, section.lr, section.warmup_fraction),
+            stage=stage, device=self.device, record=recorder.record,
+        )  # fmt: skip
+        recorder.close()
+        self._finish(task, built, engine, trained, recorder, start)
+
+    def _finish(
+        self, task: TrainTask, built: Built, engine: Engine, trained: TrainableSet, recorder: Recorder, start: float
+    ) -> None:
+        """Gather what was trained, save it, check it, commit it."""
+        tensors = engine.gather(list(trained.names))
+        expected = None
+        if built.finish is not None:
+            expected = instruct.probe_logits(built.module.model, *_probe_arguments(built, self.device))
+        if rank() == 0:
+            with tempfile.TemporaryDirectory() as tmp:
+                folder = Path(tmp)
+                built.save(tensors, folder)
+                if built.finish is not None:
+                    assert expected is not None
+                    built.finish(folder, expected, self.device)
+                (folder / STAGE_METRICS).write_text("".join(recorder.lines))
+                meta = {
+                    "stage": task.stage, "run": task.run_path, "num_steps": task.num_steps, "world_size": world_size(),
+                    "wall_time_s": time.perf_counter() - start, "trainable": trained.description,
+                    "num_trainable": trained.num_parameters, "loss_first": recorder.first, "loss_last": recorder.last,
+                }  # fmt: skip
+                self._commit(task, folder, meta)
+        self.tell("stage_finished", stage=task.stage)
+
+
+class Recorder:
+    """Each step's metrics to the run's metrics.jsonl, the driver, and the artifact; sample identities on demand."""
+
+    def __init__(self, worker: Worker, task: TrainTask):
+        self.worker = worker
+        self.task = task
+        self.lines: list[str] = []
+        self.first: float | None = None
+        self.last: float | None = None
+        self.log = MetricsLog(worker.store, task.run_path)
+        self.samples = SampleLog(worker.store, task) if task.recipe.debug.record_samples else None
+        if rank() == 0:
+            self.log.start(task.stage)
+
+    def record(self, metrics: dict[str, Any], batches: list[Batch]) -> None:
+        if self.samples is not None:
+            self.samples.add(metrics["step"], batches)
+        if rank() != 0:
+            return
+        self.log.append(metrics)
+        self.lines.append(json.dumps(metrics) + "\n")
+        self.first = metrics["loss"] if self.first is None else self.first
+        self.last = metrics["loss"]
+        self.worker.tell("step", **metrics)
+
+    def close(self) -> None:
+        if rank() == 0:
+            self.log.flush()
+            if self.samples is not None:
+                self.samples.flush()
+
+
+class SampleLog:
+    """runs/<name>/samples.jsonl: which samples each (stage, step) took, over all ranks."""
+
+    def __init__(self, store: Store, task: TrainTask):
+        self.store = store
+        self.stage = task.stage
+        self.path = f"{task.run_path}/samples.jsonl"
+        self.lines: list[str] = []
+
+    def add(self, step: int, batches: list[Batch]) -> None:
+        rows = [row for b in batches for row in b.rows]
+        ids = [i for b in batches for i in b.ids]
+        mine = (rows, ids)
+        every: list[Any] = [mine]
+        if world_size() > 1:
+            every = [None] * world_size()
+            torch.distributed.all_gather_object(every, mine)
+        entry = {
+            "stage": self.stage, "step": step,
+            "rows": [list(row) for part in every for row in part[0]], "ids": [i for part in every for i in part[1]],
+        }  # fmt: skip
+        self.lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def flush(self) -> None:
+        """Write this stage's lines behind those of the other stages."""
+        old = self.store.read_bytes(self.path).decode().splitlines(keepends=True) if self.store.exists(self.path) else []
+        kept = [line for line in old if json.loads(line)["stage"] != self.stage]
+        self.store.write_bytes(self.path, "".join([*kept, *self.lines]).encode())
+
+
+def _build(task: TrainTask, store: Store) -> Built:
+    builders = {"proxy_llm": proxy_llm, "proxy_mllm": proxy_mllm, "instruct": instruct}
+    with one_node_at_a_time():
+        built: Built = builders[task.stage].build_stage(task, store)  # type: ignore[attr-defined]
+    return built
+
+
+@contextmanager
+def one_node_at_a_time() -> Iterator[None]:
+    """Rank 0 first, then the others: the first fills caches (hub, downloaded artifacts) that the others find."""
+    if world_size() > 1 and rank() != 0:
+        torch.distributed.barrier()
+    try:
+        yield
+    finally:
+        if world_size() > 1 and rank() == 0:
+            torch.distributed.barrier()
+
+
+def cursor_of(task: TrainTask) -> Cursor:
+    """The stage's order of samples."""
+    recipe = task.recipe
+    source = recipe.data.instruct if task.stage == "instruct" else recipe.data.pretrain
+    return Cursor(
+        [n for _, groups in task.data.shards for n in groups], seed=recipe.seed,
+        global_batch_size=getattr(recipe.stages, task.stage).global_batch_size, window=recipe.data.shuffle_window,
+        fraction=source.fraction,
+    )  # fmt: skip
+
+
+def make_engine(built: Built, task: TrainTask, device: torch.device, *, accumulation_steps: int) -> Engine:
+    """DeepSpeed or plain torch, as the recipe says."""
+    recipe = task.recipe
+    section = getattr(recipe.stages, task.stage)
+    settings = OptimizerSettings(tuple(section.betas), section.weight_decay, section.grad_clip)  # type: ignore[arg-type]
+    if recipe.engine == "torch":
+        from dpa_ray.engine.plain import PlainEngine
+
+        return PlainEngine(built.module, settings, device)
+    from dpa_ray.engine.zero import ZeroEngine
+
+    return ZeroEngine(
+        built.module, settings, device, zero_stage=recipe.deepspeed.zero_stage, bf16=recipe.precision == "bf16",
+        micro_batch_size=section.micro_batch_size, accumulation_steps=accumulation_steps,
+    )  # fmt: skip
+
+
+def _pad_token(tokenizer: Any) -> int:
+    return int(tokenizer.pad_token_id or 0)
+
+
+def _probe_arguments(built: Built, device: torch.device) -> tuple[Any, torch.device, int]:
+    encoder = built.encoder
+    size = built.image_processor.crop_size["height"]
+    vocab_rows = built.module.num_softmax_rows or built.module.model.get_output_embeddings().out_features
+    return instruct.probe_sample(encoder.num_image_tokens, encoder.image_token_id, size), device, vocab_rows

@@ -1,0 +1,130 @@
+"""DeepSpeed behind the Engine protocol: ZeRO 0 to 3, bf16 or fp32, every default that matters stated."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpa_ray.batch import Batch
+from dpa_ray.engine.protocol import OptimizerSettings, Unsharded, make_optimizer, rank, world_size
+from dpa_ray.model.step import StepModule, StepSums
+
+
+def deepspeed_config(
+    *, zero_stage: int, bf16: bool, micro_batch_size: int, accumulation_steps: int, grad_clip: float
+) -> dict[str, Any]:
+    """DeepSpeed's JSON config. What is stated though it may be the default has moved between releases."""
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        # At stage 0 DeepSpeed has no fp32 master weights and reports no norm: ZeroEngine has its own there.
+        "gradient_clipping": grad_clip if zero_stage > 0 else 0.0,
+        "bf16": {"enabled": bf16 and zero_stage > 0, "check_grad_overflow": True},
+        "fp16": {"enabled": False},
+        "zero_allow_untested_optimizer": True,  # torch's own AdamW, which needs no build
+        "zero_optimization": {
+            "stage": zero_stage,
+            "overlap_comm": torch.cuda.is_available(),
+            "contiguous_gradients": True,
+            "reduce_bucket_size": 50_000_000,
+            "allgather_bucket_size": 50_000_000,
+            "stage3_prefetch_bucket_size": 50_000_000,
+            "stage3_param_persistence_threshold": 100_000,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        },
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+class ZeroEngine:
+    """Engine (see protocol.py) on DeepSpeed.
+
+    The weight sum of a step is known only at its end: it divides the gradients in place of a loss scale.
+    """
+
+    def __init__(
+        self,
+        module: StepModule,
+        settings: OptimizerSettings,
+        device: torch.device,
+        *,
+        zero_stage: int,
+        bf16: bool,
+        micro_batch_size: int,
+        accumulation_steps: int,
+    ):
+        deepspeed = _import_deepspeed(device)
+        self.module = module
+        self.device = device
+        self.zero_stage = zero_stage
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.unsharded = Unsharded(self.parameters, settings) if zero_stage == 0 else None
+        optimizer = self.unsharded.optimizer if self.unsharded else make_optimizer(list(self.parameters), settings)
+        config = deepspeed_config(
+            zero_stage=zero_stage, bf16=bf16, micro_batch_size=micro_batch_size,
+            accumulation_steps=accumulation_steps, grad_clip=settings.grad_clip,
+        )  # fmt: skip
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        self.deepspeed = deepspeed
+        self._set_scale(1.0)
+
+    def forward(self, batch: Batch) -> StepSums:
+        sums: StepSums = self.engine(batch.to(self.device))
+        return sums
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def update(self, divisor: float, lr: float) -> float:
+        # DeepSpeed has averaged the gradients over ranks; they are to be summed, then divided.
+        scale = divisor / world_size()
+        if self.unsharded is not None:
+            masters = self.unsharded.masters
+            found = [p.grad for p in self.parameters]
+            grads = [torch.zeros_like(m) if g is None else g.float() for g, m in zip(found, masters, strict=True)]
+            return self.unsharded.update(grads, scale, lr, self.engine.step)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._set_scale(scale)
+        self.engine.step()
+        self._set_scale(1.0)
+        norm = float(self.engine.get_global_grad_norm())
+        return norm if math.isfinite(norm) else math.inf
+
+    def _set_scale(self, scale: float) -> None:
+        if self.zero_stage > 0:
+            self.engine.optimizer.override_loss_scale(scale)
+
+    def gather(self, names: Sequence[str]) -> dict[str, Tensor]:
+        own = dict(self.module.model.named_parameters(remove_duplicate=False))
+        full: dict[str, Tensor] = {}
+        for name in names:  # one at a time: a whole large model would not fit on one GPU
+            with self.deepspeed.zero.GatheredParameters([own[name]], enabled=self.zero_stage == 3):
+                if rank() == 0:
+                    full[name] = own[name].detach().cpu().clone()
+        return full
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, told what it would otherwise guess, build or print."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    import deepspeed.ops as ops
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # The shared-memory collectives are compiled at first use (48 s, needs g++); gloo serves.
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

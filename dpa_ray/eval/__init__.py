@@ -1,0 +1,1 @@
+"""Held-out evaluation: exact match beside baselines that see nothing."""

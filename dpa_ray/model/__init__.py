@@ -1,0 +1,1 @@
+"""The models and their mathematics: pure torch, transformers and peft; no Ray, no DeepSpeed."""

@@ -1,0 +1,162 @@
+"""One micro-batch through the model: sums and statistics of the weighted loss, for every stage and method.
+
+Shape letters: B samples, T positions, S text positions, D width, V vocabulary, N targets, I images, P patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+from dpa_ray.batch import IGNORE_INDEX, Batch
+from dpa_ray.model.blind import attention_argument, drop_images
+from dpa_ray.model.cmo import TargetScores, Weighting, raw_weights, score_targets, smooth_within_turn
+
+
+@dataclass
+class StepSums:
+    """Sums over the targets of one micro-batch. Only `loss` carries a gradient."""
+
+    loss: Tensor  # () float32: sum of w * nll
+    weight: Tensor  # () float64: sum of w
+    nll: Tensor  # () float64: sum of nll
+    at_lower: Tensor  # () float64: targets whose weight, before smoothing, is at the lower bound
+    at_upper: Tensor  # () float64
+    grounded_weight: Tensor  # () float64: sum of w over targets known to be visually grounded
+    grounded_nll: Tensor  # () float64
+    num_grounded: Tensor  # () float64
+
+    def detached(self) -> Tensor:
+        """(8,) float64, in the order of the fields; addable over micro-batches and ranks."""
+        return torch.stack([value.detach().double() for value in vars(self).values()])
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        return tuple(cls.__dataclass_fields__)
+
+
+def vision_features(model: Any, pixel_values: Tensor) -> Tensor:
+    """(I, P, width) hidden states of the frozen tower's layer that feeds the connector, without gradient."""
+    config = model.config
+    with torch.no_grad():
+        states = model.model.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+    selected = states[config.vision_feature_layer]
+    return selected[:, 1:] if config.vision_feature_select_strategy == "default" else selected
+
+
+class StepModule(nn.Module):
+    """A causal LLM or a LLaVA model together with the loss of its stage; what an engine wraps.
+
+    Forward flow: (1) embed the tokens; (2) put the connector's image features in the image positions; (3) the decoder;
+    (4) the head on target positions only; (5) q by the blind pass, where the weights need it; (6) the sums.
+    """
+
+    def __init__(self, model: Any, weighting: Weighting, *, softcap: float | None, num_softmax_rows: int | None):
+        """
+        Args:
+            model: LlavaForConditionalGeneration, or a causal LLM (text only).
+            softcap: the LLM's final logit soft-capping, or None.
+            num_softmax_rows: rows of the head that take part in the softmax, or None for all.
+        """
+        super().__init__()
+        self.model = model
+        self.weighting = weighting
+        self.softcap = softcap
+        self.num_softmax_rows = num_softmax_rows
+        self.is_vlm = isinstance(model, LlavaForConditionalGeneration)
+
+    @property
+    def decoder(self) -> Any:
+        return self.model.model.language_model if self.is_vlm else self.model.base_model
+
+    def forward(self, batch: Batch) -> StepSums:
+        sample, position = (batch.labels != IGNORE_INDEX).nonzero(as_tuple=True)  # (N,) each
+        target = batch.labels[sample, position]
+        embeds = self._embed(batch)
+        positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
+        hidden = self.decoder(
+            inputs_embeds=embeds, attention_mask=batch.attention_mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        seen = self._score(hidden, sample, position - 1, target)
+
+        if self.weighting.kind == "uniform":
+            raw = torch.ones_like(seen.log_prob)
+            weight = raw
+        else:
+            blind, has_blind = self._blind(batch, sample, position, target)
+            # Without an image p and q are the same number: the weight is the clamp of 0, not of rounding noise.
+            pictured = batch.image_mask.any(1)[sample]
+            blind.log_prob = torch.where(pictured, blind.log_prob, seen.log_prob.detach())
+            blind.logit = torch.where(pictured, blind.logit, seen.logit.detach())
+            raw = raw_weights(seen, blind, has_blind, self.weighting)
+            turn = sample * (int(batch.turn.max()) + 1) + batch.turn[sample, position]
+            weight = smooth_within_turn(raw, turn, self.weighting.window)
+
+        nll = -seen.log_prob
+        grounded = batch.grounded[sample, position]
+        # hidden's zero keeps the graph whole in a micro-batch without targets.
+        loss = (weight * nll).sum() + 0.0 * hidden[:, 0].float().sum()
+        with torch.no_grad():
+            return StepSums(
+                loss=loss,
+                weight=weight.double().sum(),
+                nll=nll.double().sum(),
+                at_lower=(raw <= self.weighting.lower).double().sum(),
+                at_upper=(raw >= self.weighting.upper).double().sum(),
+                grounded_weight=weight.double()[grounded].sum(),
+                grounded_nll=nll.double()[grounded].sum(),
+                num_grounded=grounded.double().sum(),
+            )
+
+    def _embed(self, batch: Batch) -> Tensor:
+        """(B, T, D) embeddings with the image features in place. Every rank runs tower and connector, image or not."""
+        embeds = self.model.get_input_embeddings()(batch.input_ids)
+        if not self.is_vlm:
+            return embeds
+        num_images = batch.pixel_values.shape[0]
+        weight = self.model.model.multi_modal_projector.linear_1.weight
+        pixels = batch.pixel_values.to(weight.dtype)
+        if num_images == 0:
+            pixels = pixels.new_zeros(1, *pixels.shape[1:])
+        features = self.model.model.multi_modal_projector(vision_features(self.model, pixels))
+        if num_images == 0:
+            return embeds + 0.0 * features.sum().to(embeds.dtype)
+        num_positions, num_features = int(batch.image_mask.sum()), features.shape[0] * features.shape[1]
+        if num_positions != num_features:
+            raise ValueError(
+                f"expected as many image positions as image features, found {num_positions} positions and "
+                f"{num_features} features ({features.shape[0]} images of {features.shape[1]})"
+            )
+        return embeds.masked_scatter(batch.image_mask.unsqueeze(-1), features.to(embeds.dtype))
+
+    def _score(self, hidden: Tensor, sample: Tensor, position: Tensor, target: Tensor) -> TargetScores:
+        """Scores of `target` (N,) from `hidden` (B, S, D) at (sample, position); the head never sees another row."""
+        if target.numel() == 0:  # the head is called all the same: under ZeRO-3 every rank must gather it
+            logits = self.model.get_output_embeddings()(hidden[:1, 0])[:0]
+        else:
+            logits = self.model.get_output_embeddings()(hidden[sample, position])
+        return score_targets(logits, target, softcap=self.softcap, num_rows=self.num_softmax_rows)
+
+    @torch.no_grad()
+    def _blind(self, batch: Batch, sample: Tensor, position: Tensor, target: Tensor) -> tuple[TargetScores, Tensor]:
+        """Scores without the image, from the last text token before each target, and whether there is one."""
+        training = self.training
+        self.eval()  # q is the model's answer, not one under dropout
+        try:
+            text = drop_images(batch.input_ids, batch.attention_mask, batch.image_mask)
+            embeds = self.model.get_input_embeddings()(text.input_ids)
+            hidden = self.decoder(
+                inputs_embeds=embeds,
+                attention_mask=attention_argument(text, self.decoder.config, embeds.dtype),
+                position_ids=text.position_ids,
+                use_cache=False,
+            ).last_hidden_state
+            before = text.index_BT[sample, position]  # text tokens before the target: the last one predicts it
+            scores = self._score(hidden, sample, (before - 1).clamp(min=0), target)
+        finally:
+            self.train(training)
+        return scores, before > 0

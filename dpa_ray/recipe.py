@@ -1,0 +1,359 @@
+"""What a run is: a strict, typed recipe, checked as a whole, with every error by key path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dpa_ray.recipe_errors import RecipeError, message, shown
+from dpa_ray.recipe_yaml import apply_override, read_yaml
+
+__all__ = ["Recipe", "RecipeError", "find_recipe", "json_schema", "load", "parse"]
+
+Method = Literal["vanilla", "pmo", "cmo", "cal", "dpa"]
+Weights = Literal["uniform", "prob", "logit"]
+
+PROXY_METHODS = ("pmo", "dpa")
+"""Methods whose stage 2 runs on the proxy LLM, and which therefore have a stage 1."""
+
+METHOD_WEIGHTS: dict[str, Weights] = {
+    "vanilla": "uniform", "pmo": "uniform", "cmo": "prob", "cal": "logit", "dpa": "prob",
+}  # fmt: skip
+"""Token weights of stages 2 and 3 by method (stage 1 is always uniform)."""
+
+WEIGHT_BOUNDS: dict[Weights, tuple[float, float]] = {"uniform": (1.0, 1.0), "prob": (0.05, 0.5), "logit": (1.0, 5.0)}
+"""Default clamp bounds: DPA's alpha and beta (arXiv 2509.14735), CAL's (arXiv 2405.17871)."""
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""Names become folders and object keys."""
+
+DEFAULT_STORE = "~/dpa_ray"
+RECIPES_DIR = Path(__file__).resolve().parent.parent / "jobs" / "recipes"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    llm: str = Field(min_length=1, description="decoder LLM: hub id, folder, s3:// folder, or builtin:tiny-llm")
+    vision: str = Field(
+        min_length=1, description="CLIP, SigLIP or DINOv2 tower: hub id, folder, s3:// folder, or builtin:tiny-vit"
+    )
+    vision_layer: int = Field(
+        -2, description="hidden state of the tower that feeds the connector; negative counts from the last"
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    image_size: int | None = Field(None, gt=0, description="pixels a side; default: the tower's image processor's")
+    template_date: str = Field("26 Jul 2024", description="what a chat template that reads the clock is told")
+
+
+class SourceOptions(Section):
+    """Options of `builtin:shapes`."""
+
+    style: Literal["terse", "ornate", "qa"] = "ornate"
+    split: Literal["train", "heldout", "heldout_pairs"] = "train"
+    size: int = Field(2000, gt=0, description="number of scenes (samples)")
+    seed: int = Field(0, ge=0)
+
+
+class SourceSection(Section):
+    source: str = Field(min_length=1, description="URI of the data, or builtin:shapes")
+    images: str | None = Field(None, description="folder that image names are relative to; default: the source's own")
+    format: Literal["llava", "webdataset", "parquet"] | None = None
+    fraction: float = Field(1.0, gt=0, le=1, description="share of the samples used, chosen by the seed")
+    image_aspect: Literal["crop", "pad", "stretch"] | None = Field(
+        None, description="how an image becomes square; default: crop in pretrain, pad in instruct and eval"
+    )
+    options: SourceOptions | None = None
+
+    @model_validator(mode="after")
+    def _builtin_or_uri(self) -> SourceSection:
+        if self.source.startswith("builtin:"):
+            if self.source != "builtin:shapes":
+                raise ValueError(f"expected builtin:shapes, found {self.source}")
+            if self.images is not None or self.format is not None:
+                raise ValueError("a builtin source takes options, not images or format")
+        elif self.options is not None:
+            raise ValueError("options belong to builtin sources only")
+        return self
+
+
+class DataSection(Section):
+    pretrain: SourceSection
+    instruct: SourceSection
+    eval: SourceSection | None = None
+    eval_extra: dict[str, SourceSection] = Field(default_factory=dict, description="further held-out sets, by name")
+    max_quarantined_fraction: float = Field(0.01, ge=0, le=1)
+    shuffle_window: int = Field(
+        65536, gt=0, description="samples that are shuffled together; shards are read about once"
+    )
+    prefetch_batches: int = Field(2, ge=1, le=8)
+    workers: int = Field(2, ge=1, description="decode tasks at once for each training worker")
+
+
+class CmoSection(Section):
+    lower: float | None = Field(None, ge=0)
+    upper: float | None = Field(None, gt=0)
+    window: int = Field(3, ge=1)
+    blind: Literal["auto", "live"] = "auto"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CmoSection:
+        if self.lower is not None and self.upper is not None and self.lower > self.upper:
+            raise ValueError(f"expected lower <= upper, found lower {self.lower} > upper {self.upper}")
+        if self.window % 2 == 0:
+            raise ValueError(f"expected an odd window (the token and as many on either side), found {self.window}")
+        return self
+
+
+class LoraSection(Section):
+    rank: int = Field(256, gt=0)
+    alpha: float = Field(512, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class StageSection(Section):
+    """What every stage has."""
+
+    lr: float = Field(ge=0)
+    epochs: int = Field(1, gt=0)
+    global_batch_size: int = Field(256, gt=0, description="samples per optimizer step over all workers")
+    micro_batch_size: int = Field(8, gt=0, description="samples per forward on one worker, at most")
+    max_length: int = Field(8192, gt=1, description="tokens per sample, image tokens counted")
+    max_steps: int | None = Field(None, gt=0, description="stop (and end the lr schedule) after so many steps")
+    grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_fraction: float = Field(0.03, ge=0, le=1)
+    gradient_checkpointing: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _betas_from_yaml(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("betas"), list):
+            values = {**values, "betas": tuple(values["betas"])}
+        return values
+
+    @model_validator(mode="after")
+    def _betas_in_range(self) -> StageSection:
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"expected both betas in [0, 1), found {list(self.betas)}")
+        return self
+
+
+class ProxyLlmSection(StageSection):
+    lr: float = Field(4.0e-5, ge=0)
+    llm: Literal["lora"] = "lora"
+    lora: LoraSection = Field(default_factory=LoraSection)
+    from_: str | None = Field(None, alias="from", description="PEFT adapter folder to take instead of training")
+
+
+class ProxyMllmSection(StageSection):
+    lr: float = Field(2.0e-3, ge=0)
+    weights: Weights | None = None
+    from_: str | None = Field(
+        None, alias="from", description="connector (safetensors folder or mm_projector.bin) to take"
+    )
+
+
+class InstructSection(StageSection):
+    lr: float = Field(4.0e-5, ge=0)
+    max_length: int = Field(2048, gt=1)
+    weights: Weights | None = None
+    llm: Literal["full", "lora", "frozen"] = "full"
+    lora: LoraSection = Field(default_factory=LoraSection)
+
+
+class StagesSection(Section):
+    proxy_llm: ProxyLlmSection = Field(default_factory=ProxyLlmSection)
+    proxy_mllm: ProxyMllmSection = Field(default_factory=ProxyMllmSection)
+    instruct: InstructSection = Field(default_factory=InstructSection)
+
+
+class DeepspeedSection(Section):
+    zero_stage: int = Field(2, ge=0, le=3)
+
+
+class ClusterSection(Section):
+    workers: int = Field(8, gt=0)
+    gpus_per_worker: float = Field(1, ge=0)
+    cpus_per_worker: float = Field(0.5, gt=0)
+    start_timeout_s: float = Field(600, gt=0, description="how long to wait for these resources before giving up")
+
+
+class CheckpointSection(Section):
+    every_s: float | None = Field(300, gt=0)
+    every_steps: int | None = Field(None, gt=0)
+    keep: int = Field(2, gt=0)
+
+
+class EvalSection(Section):
+    max_samples: int = Field(500, gt=0, description="held-out samples answered; the rest is left out")
+    batch_size: int = Field(50, gt=0)
+    max_new_tokens: int = Field(32, gt=0)
+
+
+class WandbSection(Section):
+    project: str
+    entity: str | None = None
+
+
+class MlflowSection(Section):
+    tracking_uri: str
+    experiment: str = "dpa_ray"
+
+
+class TrackersSection(Section):
+    tensorboard: bool = True
+    wandb: WandbSection | None = None
+    mlflow: MlflowSection | None = None
+
+
+class DebugSection(Section):
+    record_samples: bool = False
+
+
+class Recipe(Section):
+    """The whole of a run. `resolve` fills what depends on other keys; `digest` names the result."""
+
+    name: str = Field(pattern=NAME_PATTERN, max_length=120)
+    store: str = Field(DEFAULT_STORE, description="where data, artifacts and runs go: a folder or s3://bucket/prefix")
+    method: Method = "dpa"
+    model: ModelSection
+    data: DataSection
+    cmo: CmoSection = Field(default_factory=CmoSection)
+    stages: StagesSection = Field(default_factory=StagesSection)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    deepspeed: DeepspeedSection = Field(default_factory=DeepspeedSection)
+    cluster: ClusterSection = Field(default_factory=ClusterSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    eval: EvalSection = Field(default_factory=EvalSection)
+    trackers: TrackersSection = Field(default_factory=TrackersSection)
+    debug: DebugSection = Field(default_factory=DebugSection)
+    seed: int = Field(0, ge=0, lt=2**31)
+
+    @field_validator("store")
+    @classmethod
+    def _folder_or_s3(cls, store: str) -> str:
+        is_s3 = re.match(r"s3://[^/]", store)
+        other = store == "" or "\0" in store or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", store)
+        if other and not is_s3:
+            raise ValueError(f"expected a folder or s3://bucket/prefix, found {shown(store)}")
+        return store
+
+    def weights(self, stage: str) -> Weights:
+        """Token weights of `stage`: its own setting, else the method's; stage 1 is always uniform."""
+        if stage == "proxy_llm":
+            return "uniform"
+        own: Weights | None = getattr(self.stages, stage).weights
+        return own or METHOD_WEIGHTS[self.method]
+
+    def bounds(self, stage: str) -> tuple[float, float]:
+        """(lower, upper) of the clamp in `stage`: the recipe's, else the default of its weights; uniform has one."""
+        weights = self.weights(stage)
+        lower, upper = WEIGHT_BOUNDS[weights]
+        if weights == "uniform":
+            return (lower, upper)
+        return (
+            lower if self.cmo.lower is None else self.cmo.lower,
+            upper if self.cmo.upper is None else self.cmo.upper,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, aliases as users write them; `parse` gives the same recipe back."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def digest(self) -> str:
+        """12 hex digits over everything but `name` and `store`."""
+        content = {k: v for k, v in self.to_dict().items() if k not in ("name", "store")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """The YAML file of a recipe: a path, or the name of one in jobs/recipes.
+
+    Raises: RecipeError, naming the known recipes, where there is no such file.
+    """
+    own = RECIPES_DIR / f"{name_or_path}.yaml"
+    try:
+        path = Path(name_or_path).expanduser()
+        if path.is_file():
+            return path
+        if re.fullmatch(NAME_PATTERN, name_or_path) and own.is_file():
+            return own
+    except (OSError, ValueError, RuntimeError):  # a name too long, with a NUL, of a user that does not exist
+        pass
+    known = ", ".join(sorted(p.stem for p in RECIPES_DIR.glob("*.yaml"))) or "none"
+    raise RecipeError([("", f"expected a YAML file or one of: {known}; found {name_or_path!r}")], "recipe not found")
+
+
+def parse(values: dict[str, Any], where: str = "recipe", extra_errors: list[tuple[str, str]] | None = None) -> Recipe:
+    """A recipe from plain values.
+
+    Checks between keys run where the keys themselves are right.
+    Raises: RecipeError with every error found, each with its key path, what was expected and what was found.
+    """
+    errors = list(extra_errors or [])
+    recipe: Recipe | None = None
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as err:
+        for error in err.errors(include_url=False):
+            errors.append((".".join(str(part) for part in error["loc"]), message(error, Recipe)))
+    if recipe is not None:
+        for weights, stage in {recipe.weights(stage): stage for stage in ("proxy_mllm", "instruct")}.items():
+            lower, upper = recipe.bounds(stage)
+            if lower > upper:
+                defaults = "{} and {}".format(*WEIGHT_BOUNDS[weights])
+                found = f"expected lower <= upper, found lower {lower} > upper {upper}"
+                errors.append(("cmo", f"{found} (the defaults of {weights} weights are {defaults})"))
+    if errors or recipe is None:
+        raise RecipeError(errors, where)
+    return recipe
+
+
+def load(
+    name_or_path: str, overrides: Sequence[str] = (), *, name: str | None = None, store: str | None = None
+) -> Recipe:
+    """The recipe of a YAML file (or of one of jobs/recipes) with `key.path=value` overrides on top.
+
+    Without `name`, a run with overrides is called `RECIPE-<digest>`, so that two trials never share a name.
+    A local store is made absolute. Raises: RecipeError with every error.
+    """
+    path = find_recipe(name_or_path)
+    values = read_yaml(path)
+    errors = [e for e in (apply_override(values, o) for o in overrides) if e]
+    values.setdefault("name", path.stem)
+    if name is not None:
+        values["name"] = name
+    if store is not None:
+        values["store"] = store
+    recipe = parse(values, str(path), errors)
+    update: dict[str, Any] = {}
+    named = name is not None or any(o.startswith("name=") for o in overrides)
+    content = [o for o in overrides if not o.startswith(("name=", "store="))]
+    if content and not named:
+        update["name"] = f"{recipe.name}-{recipe.digest()[:8]}"
+    if not recipe.store.startswith("s3://"):
+        try:
+            update["store"] = str(Path(recipe.store).expanduser().absolute())
+        except RuntimeError as err:  # ~ of a user that is not known
+            raise RecipeError(
+                [("store", f"expected a folder, found {shown(recipe.store)}: {err}")], str(path)
+            ) from None
+    return recipe.model_copy(update=update)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe file, for editors (`# yaml-language-server: $schema=...`)."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    schema["required"].remove("name")  # a file without one is called after itself
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,0 +1,100 @@
+"""How a wrong recipe is told: every error with its key path, what was expected and what was found."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+
+
+class RecipeError(Exception):
+    """The recipe or an override is wrong; `errors` holds (key path, message) pairs, all of them."""
+
+    def __init__(self, errors: list[tuple[str, str]], where: str = "recipe"):
+        self.errors = errors
+        lines = "\n".join(f"  {path}: {message}" if path else f"  {message}" for path, message in errors)
+        super().__init__(f"{where}: {len(errors)} error{'s' if len(errors) != 1 else ''}\n{lines}")
+
+
+KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (type(None), "null"),
+    (bool, "boolean"),
+    (int, "integer"),
+    (float, "number"),
+    (str, "string"),
+    (dict, "section"),
+    ((list, tuple), "list"),
+)
+"""What a user calls a value's type; the first that fits."""
+
+
+def shown(value: Any) -> str:
+    """A value for a message: its type and, cut to a line, the value."""
+    kind = next((name for types, name in KINDS if isinstance(value, types)), type(value).__name__)
+    if value is None:
+        return kind
+    try:
+        text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    except (ValueError, TypeError, RecursionError):  # a section that contains itself, an integer too long to print
+        return kind
+    return f"{kind} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+EXPECTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "model_type": "a section",
+    "model_attributes_type": "a section",
+    "dict_type": "a section",
+    "tuple_type": "a list",
+    "literal_error": "{expected}",
+    "greater_than": "a number > {gt}",
+    "greater_than_equal": "a number >= {ge}",
+    "less_than": "a number < {lt}",
+    "less_than_equal": "a number <= {le}",
+    "string_too_short": "a text that is not empty",
+    "string_too_long": "at most {max_length} characters",
+    "string_pattern_mismatch": "letters, digits, '.', '_' and '-', a letter or digit first",
+    "too_long": "{max_length} values",
+}
+"""What was expected, by pydantic's error type, with its context filled in."""
+
+
+def message(error: Any, recipe: type[BaseModel]) -> str:
+    """One error of pydantic's in validating a `recipe` as `expected ..., found ...`."""
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _known_keys(error["loc"], recipe)
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        return f"unknown key{hint}; expected one of {', '.join(known)}, found {shown(value)}"
+    if kind == "missing":
+        return "expected a value, found none"
+    if kind == "value_error":
+        return str(context["error"])
+    expected = EXPECTED[kind].format(**context) if kind in EXPECTED else error["msg"].removeprefix("Input should be ")
+    hint = " (put it in quotes)" if kind == "string_type" and isinstance(value, (bool, int, float)) else ""
+    return f"expected {expected}, found {shown(value)}{hint}"
+
+
+def _known_keys(loc: tuple[Any, ...], recipe: type[BaseModel]) -> list[str]:
+    """The keys of the section that the last key of `loc` (a pydantic error's) was looked for in."""
+    here: Any = recipe
+    for key in loc[:-1]:
+        if get_origin(here) is dict:
+            here = get_args(here)[1]
+            continue
+        annotation = {f.alias or n: f.annotation for n, f in here.model_fields.items()}[key]
+        here = next((a for a in get_args(annotation) if _is_section(a)), annotation)  # X out of X | None
+        here = annotation if get_origin(annotation) is dict else here
+    return [f.alias or n for n, f in here.model_fields.items()] if _is_section(here) else []
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

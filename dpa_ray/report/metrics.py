@@ -1,0 +1,133 @@
+"""What is in metrics.jsonl? Exactly one line per (stage, step), in stage order, whatever was killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from dpa_ray.errors import UserError
+
+FILE = "metrics.jsonl"
+
+Record = dict[str, Any]
+
+
+class Files(Protocol):
+    """What is asked of a store (`dpa_ray.store.fs.Store`)."""
+
+    @property
+    def is_local(self) -> bool: ...
+
+    def url(self, path: str) -> str: ...
+    def exists(self, path: str) -> bool: ...
+    def read_bytes(self, path: str) -> bytes: ...
+    def write_bytes(self, path: str, data: bytes) -> None: ...
+    def append_line(self, path: str, line: str) -> None: ...
+
+
+class MetricsLog:
+    """The metrics of a run under way; one process writes them.
+
+    A local store gets each line as it comes. S3 cannot append: there the whole is written at `flush`, which belongs
+    at every checkpoint, before it counts, and at a stage's end.
+
+    The stage under way is always last in the file. A run passes through all its stages in order, each by `start` or
+    by `copy_reused`, so that at its end the file is in stage order, whatever an earlier attempt had left.
+    """
+
+    def __init__(self, store: Files, run_path: str):
+        self.store = store
+        self.path = f"{run_path}/{FILE}"
+        self.run_path = run_path
+        self._lines: list[str] = []  # what the file will hold once written whole
+        self._stage: str | None = None
+        self._step = 0
+
+    def start(self, stage: str, last_step: int = 0) -> None:
+        """Begin or resume `stage` after `last_step`: its later lines are dropped, as is a line cut by a kill."""
+        kept = [r for r in read(self.store, self.run_path) if r["stage"] != stage or r["step"] <= last_step]
+        self._lines = [_line(r) for r in _with_last(kept, stage)]
+        self._stage, self._step = stage, last_step
+        self._write()
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one optimizer step of the stage under way; a number that is not finite is written as null."""
+        stage, step = record["stage"], record["step"]
+        assert (stage, step) == (self._stage, self._step + 1), f"{stage} {step} after {self._stage} {self._step}"
+        line = _line(record)
+        self._step = step
+        if self.store.is_local:
+            self.store.append_line(self.path, line)
+        else:
+            self._lines.append(line)
+
+    def flush(self) -> None:
+        """Make every line so far durable."""
+        if not self.store.is_local:
+            self._write()
+
+    @staticmethod
+    def copy_reused(store: Files, run_path: str, stage: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Put the lines of a stage that is reused, marked `"reused": true`, in place of what the file has of it."""
+        log = MetricsLog(store, run_path)
+        others = [r for r in read(store, run_path) if r["stage"] != stage]
+        log._lines = [_line(r) for r in [*others, *({**r, "stage": stage, "reused": True} for r in lines)]]
+        log._write()
+
+    def _write(self) -> None:
+        self.store.write_bytes(self.path, "".join(line + "\n" for line in self._lines).encode())
+
+
+def read(store: Files, run_path: str) -> list[Record]:
+    """The records of a run, in the file's order; [] where there are none yet. NaN and infinities come back as None.
+
+    A last line that was cut (its process was killed) is left out.
+    Raises: UserError where another line is not a record.
+    """
+    path = f"{run_path}/{FILE}"
+    if not store.exists(path):
+        return []
+    records: list[Record] = []
+    lines = store.read_bytes(path).split(b"\n")
+    last = len(lines) - 1 if lines[-1] else len(lines) - 2
+    for i, line in enumerate(lines[: last + 1]):
+        try:
+            record = json.loads(line)
+            valid = isinstance(record, dict) and isinstance(record["stage"], str) and isinstance(record["step"], int)
+        except (ValueError, KeyError):
+            valid = False
+        if valid:
+            records.append(record)
+        elif i < last:
+            where = f"{store.url(path)}, line {i + 1}"
+            raise UserError(
+                f"{where}: expected a JSON object with stage and step, found {_shown(line)}; mend or delete it"
+            )
+    return records
+
+
+def _with_last(records: list[Record], stage: str) -> list[Record]:
+    """The same records, those of `stage` last."""
+    return sorted(records, key=lambda record: record["stage"] == stage)
+
+
+def _shown(line: bytes) -> str:
+    text = repr(line.decode(errors="replace"))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(record), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's types; scalars of numpy and torch as numbers, NaN and infinities (JSON has none) as null."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""What each stage takes, trains and gives; and the order of them."""

@@ -1,0 +1,108 @@
+"""From a task to something that trains: the model with its loss, the encoder, the image processor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpa_ray.data.chat import pin_template
+from dpa_ray.data.encode import Encoder
+from dpa_ray.data.sample import Sample, Turn
+from dpa_ray.model import vlm
+from dpa_ray.model.cmo import Weighting
+from dpa_ray.model.image_row import ImageRow, add_image_token, load_tokenizer
+from dpa_ray.model.step import StepModule
+from dpa_ray.model.tower import TowerSpec, image_processor, tower_spec
+from dpa_ray.recipe import Recipe
+from dpa_ray.store.fs import Store
+
+Save = Callable[[dict[str, Tensor], Path], None]
+"""Writes a stage's artifact from its trained tensors (full, by parameter name) into a folder."""
+
+
+@dataclass
+class Built:
+    """A stage ready to train on one worker."""
+
+    module: StepModule
+    llm_mode: str  # full | lora | frozen, for what is trained
+    encoder: Encoder
+    image_processor: Any  # transformers image processor, or None in the text-only stage
+    save: Save
+    finish: Callable[[Path, Tensor, torch.device], None] | None = None  # checks of the saved folder, on rank 0
+
+
+@dataclass
+class Vocabulary:
+    """Tokenizer with `<image>`, its row, and the template pinned to the recipe's date."""
+
+    tokenizer: Any
+    row: ImageRow
+
+
+def vocabulary(ref: vlm.ModelRef, recipe: Recipe) -> Vocabulary:
+    """The base LLM's tokenizer, as every stage uses it and the result is exported with."""
+    config = vlm.load_llm_config(ref)
+    tokenizer, row = add_image_token(load_tokenizer(ref), config.vocab_size)
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = pin_template(tokenizer.chat_template, recipe.model.template_date)
+    return Vocabulary(tokenizer, row)
+
+
+def weighting(recipe: Recipe, stage: str) -> Weighting:
+    lower, upper = recipe.bounds(stage)
+    return Weighting(recipe.weights(stage), lower, upper, recipe.cmo.window)
+
+
+def encoder(recipe: Recipe, stage: str, vocab: Vocabulary, num_image_tokens: int) -> Encoder:
+    """The stage's own: text, plain or chat template."""
+    template = {"proxy_llm": "text", "proxy_mllm": "plain", "instruct": "chat"}[stage]
+    return Encoder(
+        tokenizer=vocab.tokenizer, template=template, max_length=getattr(recipe.stages, stage).max_length,  # type: ignore[arg-type]
+        num_image_tokens=num_image_tokens, image_token_id=vocab.row.token_id, template_date=recipe.model.template_date,
+    )  # fmt: skip
+
+
+def end_of_turn_id(chat: Encoder) -> int:
+    """The token that ends an assistant's turn in the chat template: what generation stops at."""
+    trial = chat(Sample(None, "a trial conversation", [Turn("human", "Is it red?"), Turn("gpt", "Yes.")]))
+    return int(trial.input_ids[trial.target][-1])
+
+
+def checkpointing(model: Any, on: bool) -> None:
+    """Gradient checkpointing of the decoder (the tower keeps no graph)."""
+    if on:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def vision_language_model(
+    llm: Any, store: Store, recipe: Recipe, tower_ref: vlm.ModelRef, row: ImageRow
+) -> tuple[Any, TowerSpec]:
+    """LLaVA around `llm`, its connector from the recipe's seed."""
+    dtype = llm.dtype
+    spec = tower_spec(tower_ref, recipe.model.vision_layer, recipe.model.image_size)
+    tower = vlm.load_tower(tower_ref, dtype)
+    vlm.disable_dropout(tower)
+    vlm.append_image_row(llm, row)
+    return vlm.assemble(llm, tower, spec, row, dtype=dtype, seed=recipe.seed), spec
+
+
+def aspect(recipe: Recipe, stage: str) -> str:
+    """How images become square in `stage`: the recipe's word, else crop for captions and pad for conversations."""
+    own = recipe.data.pretrain.image_aspect if stage == "proxy_mllm" else recipe.data.instruct.image_aspect
+    return own or ("crop" if stage == "proxy_mllm" else "pad")
+
+
+def stage_image_processor(recipe: Recipe, stage: str, ref: vlm.ModelRef, spec: TowerSpec) -> Any:
+    return image_processor(ref, spec, aspect(recipe, stage))
+
+
+def step_module(model: Any, recipe: Recipe, stage: str, row: ImageRow, llm_config: Any) -> StepModule:
+    return StepModule(
+        model, weighting(recipe, stage), softcap=vlm.softcap_of(llm_config), num_softmax_rows=row.num_softmax_rows
+    )

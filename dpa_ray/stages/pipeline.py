@@ -1,0 +1,234 @@
+"""The order of the stages: what a recipe needs, what of it is there already, and what becomes of the rest.
+
+Knows neither Ray nor how a task is run: it is given `launch`, and can be tested with another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpa_ray.data.cursor import Cursor
+from dpa_ray.data.prepare import Prepared, find_prepared, prepare, source_digest
+from dpa_ray.recipe import PROXY_METHODS, Recipe, SourceSection
+from dpa_ray.report.metrics import MetricsLog
+from dpa_ray.stages import imports, keys, weights
+from dpa_ray.stages.preflight import preflight
+from dpa_ray.stages.runs import Run
+from dpa_ray.stages.spec import (
+    ArtifactRef, BaseLlm, Connector, EvalTask, InstructTask, MergedProxy, MergeTask, ProxyAdapter, ProxyLlmTask,
+    ProxyMllmTask, Task, Weights,
+)  # fmt: skip
+from dpa_ray.store.artifacts import Artifact, content_key, find
+from dpa_ray.store.fs import Store
+
+Report = Callable[[str], None]
+Launch = Callable[[Sequence[Task]], None]
+
+HELD_OUT = "heldout"
+"""Name of `data.eval` among the held-out sets; the others have their names in the recipe."""
+
+STAGE_ARTIFACTS = {"proxy_llm": "proxy-llm", "proxy_mllm": "proxy-mllm", "instruct": "instruct"}
+
+
+@dataclass
+class Plan:
+    """What a recipe needs. A stage is by name in the recipe; `refs` also has proxy_merged and eval."""
+
+    recipe: Recipe
+    llm: Weights
+    tower: Weights
+    data: dict[str, tuple[SourceSection, str]]  # pretrain, instruct and held-out sets: (source, digest)
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    refs: dict[str, ArtifactRef] = field(default_factory=dict)
+    found: dict[str, Artifact] = field(default_factory=dict)
+
+    @property
+    def has_proxy(self) -> bool:
+        return self.recipe.method in PROXY_METHODS
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The training stages of this method, in order."""
+        return ("proxy_llm", "proxy_mllm", "instruct") if self.has_proxy else ("proxy_mllm", "instruct")
+
+    @property
+    def held_out(self) -> dict[str, tuple[SourceSection, str]]:
+        return {name: value for name, value in self.data.items() if name not in ("pretrain", "instruct")}
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """What has to be made, in order: of what is absent, only what something absent needs."""
+        wanted = {"instruct", *(["eval"] if "eval" in self.refs else [])}
+        if "instruct" not in self.found:
+            wanted.add("proxy_mllm")
+        if "proxy_mllm" in wanted and "proxy_mllm" not in self.found and self.has_proxy:
+            wanted.add("proxy_merged")
+            if "proxy_merged" not in self.found:
+                wanted.add("proxy_llm")
+        order = ("proxy_llm", "proxy_merged", "proxy_mllm", "instruct", "eval")
+        return tuple(name for name in order if name in wanted and name not in self.found)
+
+    def add(self, name: str, stage: str, inputs: dict[str, Any], store: Store) -> ArtifactRef:
+        ref = ArtifactRef(stage, content_key(inputs))
+        return self.put(name, ref, inputs, store)
+
+    def put(self, name: str, ref: ArtifactRef, inputs: dict[str, Any], store: Store) -> ArtifactRef:
+        self.refs[name], self.inputs[name] = ref, inputs
+        artifact = find(store, ref.stage, ref.key)
+        if artifact is not None:
+            self.found[name] = artifact
+        return ref
+
+
+def make_plan(recipe: Recipe, store: Store, *, make: bool, report: Report) -> Plan:
+    """All keys of a recipe, and what of it is in the store.
+
+    Args:
+        make: also make built-in models and import `stages.X.from`; without it nothing is written (a dry run).
+    Raises: UserError where a model or a source of data is not there.
+    """
+    llm = weights.resolve(recipe.model.llm, "llm", store, make=make, report=report)
+    tower = weights.resolve(recipe.model.vision, "vision", store, make=make, report=report)
+    sections = {"pretrain": recipe.data.pretrain, "instruct": recipe.data.instruct, **recipe.data.eval_extra}
+    if recipe.data.eval is not None:
+        sections[HELD_OUT] = recipe.data.eval
+    plan = Plan(recipe, llm, tower, {name: (section, source_digest(section)) for name, section in sections.items()})
+    _add_stages(plan, store, make=make)
+    if plan.held_out:
+        order = sorted(plan.held_out, key=lambda name: name != HELD_OUT)
+        digests = {name: plan.data[name][1] for name in order}
+        inputs = keys.eval_inputs(recipe, plan.refs["instruct"].key, digests)
+        plan.add("eval", "eval", inputs, store)
+    return plan
+
+
+def _add_stages(plan: Plan, store: Store, *, make: bool) -> None:
+    recipe, captions = plan.recipe, plan.data["pretrain"][1]
+    llm_key = plan.llm.digest
+    if plan.has_proxy:
+        source = recipe.stages.proxy_llm.from_
+        if source is not None and make:
+            plan.put("proxy_llm", imports.import_adapter(source, store), {}, store)
+        elif source is not None:
+            plan.add("proxy_llm", "proxy-llm", {"imported": source}, store)
+        else:
+            plan.add("proxy_llm", "proxy-llm", keys.proxy_llm_inputs(recipe, plan.llm, captions), store)
+        inputs = keys.merged_inputs(recipe, plan.llm, plan.refs["proxy_llm"].key)
+        llm_key = plan.add("proxy_merged", "proxy-merged", inputs, store).key
+    source = recipe.stages.proxy_mllm.from_
+    if source is not None and make:
+        plan.put("proxy_mllm", imports.import_connector(source, store), {}, store)
+    elif source is not None:
+        plan.add("proxy_mllm", "proxy-mllm", {"imported": source}, store)
+    else:
+        plan.add("proxy_mllm", "proxy-mllm", keys.proxy_mllm_inputs(recipe, llm_key, plan.tower, captions), store)
+    connector, digest = plan.refs["proxy_mllm"].key, plan.data["instruct"][1]
+    plan.add("instruct", "instruct", keys.instruct_inputs(recipe, plan.llm, plan.tower, connector, digest), store)
+
+
+def num_steps(recipe: Recipe, stage: str, prepared: Prepared) -> int:
+    """Optimizer steps of a stage: whole epochs, or `max_steps` if that is less."""
+    section = getattr(recipe.stages, stage)
+    source = recipe.data.instruct if stage == "instruct" else recipe.data.pretrain
+    groups = [n for _, group in prepared.shards for n in group]
+    cursor = Cursor(
+        groups, seed=recipe.seed, global_batch_size=section.global_batch_size, window=recipe.data.shuffle_window,
+        fraction=source.fraction,
+    )  # fmt: skip
+    whole: int = section.epochs * cursor.steps_per_epoch
+    return min(whole, section.max_steps or whole)
+
+
+class Pipeline:
+    """Carries out a plan."""
+
+    def __init__(self, plan: Plan, store: Store, run: Run, report: Report):
+        self.plan = plan
+        self.store = store
+        self.run = run
+        self.report = report
+        self.reused = tuple(name for name in plan.refs if name in plan.found)
+
+    def carry_out(self, launch: Launch, start: Callable[[], None] = lambda: None) -> None:
+        """Prepare data, launch what is needed, put the result in its place.
+
+        `start` is called once before anything that may want workers (large sources are prepared on them), and not at
+        all where everything is there already.
+        """
+        self.run.write("running", artifacts=self._artifacts())
+        for stage in self.plan.stages:
+            if stage in self.plan.found:
+                self._copy_metrics(stage)
+        needed = self.plan.needed
+        if needed:
+            preflight(self.plan.recipe, self.plan.llm.located(self.store), self.plan.tower.located(self.store))
+            start()
+            launch([self._task(name) for name in needed])
+        for name in needed:
+            self.plan.found[name] = self.plan.refs[name].found(self.store)
+        self._place_model()
+
+    def _task(self, name: str) -> Task:
+        plan, recipe = self.plan, self.plan.recipe
+        common: dict[str, Any] = dict(
+            result=plan.refs[name], inputs=plan.inputs[name], recipe=recipe, run_path=self.run.path
+        )
+        base = BaseLlm(plan.llm)
+        if name == "proxy_llm":
+            data = self._prepared("pretrain")
+            return ProxyLlmTask(**common, base=base, data=data, num_steps=num_steps(recipe, name, data))
+        if name == "proxy_merged":
+            return MergeTask(**common, base=base, adapter=ProxyAdapter(plan.refs["proxy_llm"]))
+        if name == "proxy_mllm":
+            data = self._prepared("pretrain")
+            llm = MergedProxy(plan.refs["proxy_merged"]) if plan.has_proxy else base
+            return ProxyMllmTask(
+                **common, llm=llm, tokenizer=base, tower=plan.tower, data=data, num_steps=num_steps(recipe, name, data)
+            )
+        if name == "instruct":
+            data, connector = self._prepared("instruct"), Connector(plan.refs["proxy_mllm"])
+            return InstructTask(
+                **common, base=base, connector=connector, tower=plan.tower, data=data,
+                num_steps=num_steps(recipe, name, data),
+            )  # fmt: skip
+        sets = {held_out: self._prepared(held_out) for held_out in plan.inputs["eval"]["sets"]}
+        return EvalTask(**common, model=plan.refs["instruct"], sets=sets)
+
+    def _prepared(self, name: str) -> Prepared:
+        section, digest = self.plan.data[name]
+        found = find_prepared(self.store, digest)
+        if found is not None:
+            return found
+        self.report(f"preparing data.{name}: {section.source}")
+        return prepare(
+            self.store, section, max_quarantined_fraction=self.plan.recipe.data.max_quarantined_fraction,
+            report=self.report,
+        )  # fmt: skip
+
+    def _copy_metrics(self, stage: str) -> None:
+        """A reused stage's lines, from its artifact (an imported one has none)."""
+        path = f"{self.plan.refs[stage].path}/metrics.jsonl"
+        lines = self.store.read_bytes(path).decode().splitlines() if self.store.exists(path) else []
+        MetricsLog.copy_reused(self.store, self.run.path, stage, [json.loads(line) for line in lines])
+
+    def _place_model(self) -> None:
+        """runs/<name>/model: the instruct artifact's model files."""
+        target = f"{self.run.path}/model"
+        artifact = self.plan.found["instruct"]
+        self.store.delete(target)
+        for name in artifact.files:
+            if name != "metrics.jsonl":
+                self.store.copy(f"{artifact.path}/{name}", f"{target}/{name}")
+
+    def _artifacts(self) -> dict[str, Any]:
+        return {
+            ref.stage: {"key": ref.key, "path": ref.path, "reused": name in self.reused}
+            for name, ref in self.plan.refs.items()
+            if name != "eval"
+        } | {
+            weights.ARTIFACT["llm"]: {"name": self.plan.llm.name, "digest": self.plan.llm.digest},
+            weights.ARTIFACT["vision"]: {"name": self.plan.tower.name, "digest": self.plan.tower.digest},
+        }

@@ -1,0 +1,60 @@
+"""What can be known to be wrong before anything is started: models, tokenizer, template, image size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dpa_ray.model import lora, vlm
+from dpa_ray.model.export import processor_for
+from dpa_ray.model.tower import TowerSpec, tower_spec
+from dpa_ray.model.vlm import ModelRef
+from dpa_ray.recipe import Recipe
+from dpa_ray.stages import build
+from dpa_ray.stages.trainable import TrainableSet, select_trainable
+
+
+@dataclass(frozen=True)
+class Checked:
+    vocabulary: build.Vocabulary
+    tower: TowerSpec
+
+
+def preflight(recipe: Recipe, llm: ModelRef, tower: ModelRef) -> Checked:
+    """Raises: UserError where the models, the tokenizer or its template cannot serve this recipe."""
+    vocabulary = build.vocabulary(llm, recipe)
+    spec = tower_spec(tower, recipe.model.vision_layer, recipe.model.image_size)
+    for stage in ("proxy_mllm", "instruct"):
+        build.encoder(recipe, stage, vocabulary, spec.num_image_tokens).check()
+    processor_for(vocabulary.tokenizer, build.stage_image_processor(recipe, "instruct", tower, spec), spec)
+    return Checked(vocabulary, spec)
+
+
+def trainables(recipe: Recipe, llm: ModelRef, tower: ModelRef, stages: tuple[str, ...]) -> dict[str, TrainableSet]:
+    """What each stage would train, from the configs alone (no weights are read)."""
+    checked = preflight(recipe, llm, tower)
+    result = {}
+    for stage in stages:
+        with torch.device("meta"):
+            model = _config_only(llm)
+        mode = {"proxy_llm": "lora", "proxy_mllm": "frozen"}.get(stage) or recipe.stages.instruct.llm
+        if mode == "lora":
+            section = getattr(recipe.stages, stage).lora
+            with torch.device("meta"):
+                lora.attach(model, rank=section.rank, alpha=section.alpha, dropout=section.dropout, seed=recipe.seed)
+        if stage != "proxy_llm":
+            with torch.device("meta"):
+                vlm.append_image_row(model, checked.vocabulary.row)
+                config = vlm.llava_config(model.config, checked.tower, checked.vocabulary.row)
+                whole = vlm.LlavaForConditionalGeneration(config)
+            whole.model.language_model, whole.lm_head = model.base_model, model.get_output_embeddings()
+            model = whole
+        result[stage] = select_trainable(model, stage, mode)
+    return result
+
+
+def _config_only(ref: ModelRef) -> torch.nn.Module:
+    config = vlm.load_llm_config(ref)
+    model: torch.nn.Module = vlm.AutoModelForCausalLM.from_config(config)
+    return model

@@ -1,0 +1,169 @@
+"""The vocabulary of the stages: what they hand to each other, by type, and what a worker is told to do.
+
+A stage takes artifacts by type: stage 3's `InstructTask` has a field for the base LLM and one for a connector, and none
+that a proxy fits in (the classic error of the method is to start stage 3 from the merged proxy).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpa_ray.data.prepare import Prepared
+from dpa_ray.errors import UserError
+from dpa_ray.model.vlm import ModelRef
+from dpa_ray.recipe import Recipe
+from dpa_ray.store.artifacts import Artifact, fetch, find
+from dpa_ray.store.fs import Store
+
+TRAINING_STAGES = ("proxy_llm", "proxy_mllm", "instruct")
+"""The stages in their order, by their names in a recipe and in metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class ArtifactRef:
+    """An artifact by what it is: stage and content key."""
+
+    stage: str
+    key: str
+
+    @property
+    def path(self) -> str:
+        return f"artifacts/{self.stage}-{self.key}"
+
+    def fetched(self, store: Store, names: list[str] | None = None) -> Path:
+        """A local folder with its files, verified. Raises: UserError where it is absent or damaged."""
+        return fetch(store, self.found(store), names=names)
+
+    def found(self, store: Store) -> Artifact:
+        artifact = find(store, self.stage, self.key)
+        if artifact is None:
+            raise UserError(f"{store.url(self.path)}: expected a finished artifact, found no manifest.json")
+        return artifact
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Source weights: a folder or hub id, or (for a built-in model) an artifact that holds them."""
+
+    name: str  # as the recipe says it
+    digest: str  # of the weights, tokenizer and configs
+    ref: ModelRef | None = None
+    artifact: ArtifactRef | None = None
+
+    def located(self, store: Store) -> ModelRef:
+        """Where transformers loads it from, on this node."""
+        if self.artifact is not None:
+            return ModelRef(str(self.artifact.fetched(store)))
+        assert self.ref is not None
+        if self.ref.revision is None and not Path(self.ref.location).is_dir():
+            raise UserError(f"{self.ref.location}: expected this model folder on every node of the cluster, found none here")
+        return self.ref
+
+
+@dataclass(frozen=True)
+class BaseLlm:
+    """The LLM as the user gave it. Stages 1 and 3 start from it."""
+
+    weights: Weights
+
+
+@dataclass(frozen=True)
+class ProxyAdapter:
+    """Stage 1's result: a PEFT adapter."""
+
+    artifact: ArtifactRef
+
+
+@dataclass(frozen=True)
+class MergedProxy:
+    """The base LLM with stage 1's adapter merged; stage 2's LLM in the methods that have a proxy."""
+
+    artifact: ArtifactRef
+
+
+@dataclass(frozen=True)
+class Connector:
+    """Stage 2's result."""
+
+    artifact: ArtifactRef
+
+
+@dataclass(frozen=True)
+class Task:
+    """One unit of work for the workers, whose result is one artifact."""
+
+    result: ArtifactRef
+    inputs: dict[str, Any]  # what the result's key was made of
+    recipe: Recipe
+    run_path: str  # runs/<name>
+
+
+@dataclass(frozen=True)
+class ProxyLlmTask(Task):
+    base: BaseLlm
+    data: Prepared
+    num_steps: int
+    stage: str = "proxy_llm"
+
+
+@dataclass(frozen=True)
+class MergeTask(Task):
+    base: BaseLlm
+    adapter: ProxyAdapter
+    stage: str = "proxy_merged"
+
+
+@dataclass(frozen=True)
+class ProxyMllmTask(Task):
+    llm: BaseLlm | MergedProxy
+    tokenizer: BaseLlm  # whose tokenizer it is, also where the LLM is the merged proxy
+    tower: Weights
+    data: Prepared
+    num_steps: int
+    stage: str = "proxy_mllm"
+
+
+@dataclass(frozen=True)
+class InstructTask(Task):
+    base: BaseLlm
+    connector: Connector
+    tower: Weights
+    data: Prepared
+    num_steps: int
+    stage: str = "instruct"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, BaseLlm) or not isinstance(self.connector, Connector):
+            raise TypeError("stage 3 takes the base LLM and a connector, never a proxy")
+
+
+@dataclass(frozen=True)
+class EvalTask(Task):
+    model: ArtifactRef  # an instruct artifact
+    sets: dict[str, Prepared]  # held-out sets by name
+    stage: str = "eval"
+
+
+TrainTask = ProxyLlmTask | ProxyMllmTask | InstructTask
+
+
+def precision_dtype(recipe: Recipe) -> torch.dtype:
+    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+
+
+def learning_rate(step: int, num_steps: int, peak: float, warmup_fraction: float) -> float:
+    """Learning rate of `step` (0-based): linear warm-up, then half a cosine down to 0 (Loshchilov & Hutter 2017).
+
+    Warm-up lasts ceil(warmup_fraction * num_steps) steps and, unlike transformers' schedule, its first step already
+    moves: at step s it is peak * (s + 1) / warm-up steps.
+    """
+    warmup = math.ceil(warmup_fraction * num_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,0 +1,136 @@
+"""What a failed read or write means to the user: client exceptions turned into one clear message."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dpa_ray.errors import UserError
+from dpa_ray.store.s3_client import endpoint_name
+
+NOT_FOUND = ("404", "NoSuchKey", "NotFound")
+DENIED = ("401", "403", "AccessDenied", "Forbidden", "AllAccessDisabled")
+BAD_KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired")
+
+
+@contextmanager
+def told(where: str) -> Iterator[None]:
+    """Turn what the S3 clients and the operating system raise into errors that name `where` (a URI or local path).
+
+    Raises: FileNotFoundError where the file is absent; UserError for everything else that is not our own bug.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as err:
+        if err.filename is not None or not where.startswith("s3://"):
+            raise
+        raise FileNotFoundError(errno.ENOENT, "no such file", where) from err  # Arrow's own names no URI
+    except Exception as err:
+        meant = _meaning(where, err)
+        if meant is None:
+            raise
+        raise meant from err
+
+
+def _meaning(where: str, err: Exception) -> Exception | None:
+    """The error to raise for `err`; None for what is our own bug."""
+    on_s3 = where.startswith("s3://")
+    if on_s3 and (meant := _boto(where, err)) is not None:  # first: some of boto3's are OSErrors too
+        return meant
+    if isinstance(err, OSError):
+        # Arrow's carry no errno; one that has it is about the local file at the other end
+        return UserError(_arrow(where, str(err)) if on_s3 and err.errno is None else _local(where, err))
+    return None
+
+
+def _bucket(where: str) -> str:
+    return where.removeprefix("s3://").partition("/")[0]
+
+
+def no_bucket(where: str) -> UserError:
+    return UserError(
+        f"{where}: there is no bucket {_bucket(where)!r} at {endpoint_name()}; create it, or name one that exists"
+    )
+
+
+def _unreachable(where: str, reason: str) -> str:
+    return (
+        f"{where}: no answer from {endpoint_name()} for bucket {_bucket(where)!r} ({reason}); "
+        "check that the server runs and can be reached from this machine"
+    )
+
+
+def _no_keys(where: str) -> str:
+    return (
+        f"{where}: no usable credentials for {endpoint_name()}, bucket {_bucket(where)!r}; set AWS_ACCESS_KEY_ID and "
+        "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give this machine a role"
+    )
+
+
+def _denied(where: str, reason: str) -> str:
+    return (
+        f"{where}: {endpoint_name()} refused access to bucket {_bucket(where)!r} ({reason}); "
+        "check the credentials, and that they may list, read, write and delete under this address"
+    )
+
+
+def _local(where: str, err: OSError) -> str:
+    hint = {
+        errno.ENOSPC: "; free some space, or name another store",
+        errno.EDQUOT: "; free some space, or name another store",
+        errno.EACCES: "; check who may read and write there",
+        errno.EROFS: "; name a store that can be written to",
+    }.get(err.errno or 0, "")
+    place = str(err.filename) if err.filename is not None and str(err.filename) != where else ""
+    return f"{where}: {err.strerror or err}{f' ({place})' if place else ''}{hint}"
+
+
+def _arrow(where: str, text: str) -> str:
+    """The message for Arrow's OSError, which carries its kind in its text only."""
+    if "NO_SUCH_BUCKET" in text or "NoSuchBucket" in text:
+        return str(no_bucket(where))
+    if "NETWORK_CONNECTION" in text or "REQUEST_TIMEOUT" in text:
+        return _unreachable(where, text.rpartition("Details: ")[2])
+    if "ACCESS_DENIED" in text or "INVALID_ACCESS_KEY_ID" in text or "SIGNATURE_DOES_NOT_MATCH" in text:
+        return _denied(where, text)
+    return f"{where}: {text} (server: {endpoint_name()}, bucket {_bucket(where)!r})"
+
+
+def _boto(where: str, err: BaseException) -> Exception | None:
+    """The error for what boto3 raised; None for what is not boto3's."""
+    from boto3.exceptions import Boto3Error
+    from botocore import exceptions as botocore
+
+    if isinstance(err, Boto3Error):  # a failed transfer hides its cause
+        inner = err.__cause__ or err.__context__
+        return (_boto(where, inner) if inner is not None else None) or UserError(f"{where}: {err}")
+    if isinstance(err, botocore.ClientError):
+        code, status = client_error(err)
+        if code == "NoSuchBucket":
+            return no_bucket(where)
+        if code in NOT_FOUND or status == 404:
+            return FileNotFoundError(errno.ENOENT, "no such file", where)
+        if code in BAD_KEYS or code in DENIED or status in (401, 403):
+            return UserError(_denied(where, code))
+        return UserError(f"{where}: {err} (server: {endpoint_name()}, bucket {_bucket(where)!r})")
+    if isinstance(
+        err, botocore.NoCredentialsError | botocore.PartialCredentialsError | botocore.CredentialRetrievalError
+    ):
+        return UserError(_no_keys(where))
+    if isinstance(err, botocore.ConnectionError | botocore.HTTPClientError):
+        trust = ": AWS_CA_BUNDLE names the authorities to trust" if isinstance(err, botocore.SSLError) else ""
+        return UserError(_unreachable(where, type(err).__name__ + trust))
+    if isinstance(err, botocore.BotoCoreError):
+        return UserError(f"{where}: {err} (server: {endpoint_name()}, bucket {_bucket(where)!r})")
+    return None
+
+
+def client_error(err: BaseException) -> tuple[str, int]:
+    """(error code, HTTP status) of a boto3 ClientError."""
+    response = getattr(err, "response", {})
+    return str(response.get("Error", {}).get("Code", "")), int(
+        response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    )

@@ -1,0 +1,105 @@
+"""Prepare a source: check every sample, and write what can be used as shards into the store.
+
+    python jobs/prepare_data.py SOURCE --store URI [--format llava] [--images URI]
+    python jobs/prepare_data.py builtin:shapes --store URI [--option style=qa --option size=8000 --option seed=1]
+
+A run does the same on first use, and then finds the data prepared. Exit 0 done, 1 failed, 2 wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # a working directory that `ray job submit` brought is not installed
+    sys.path.insert(0, str(ROOT))
+
+from dpa_ray.data.prepare import prepare  # noqa: E402: after sys.path
+from dpa_ray.errors import UserError  # noqa: E402
+from dpa_ray.recipe import DEFAULT_STORE, SourceSection  # noqa: E402
+from dpa_ray.store.fs import Store  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Check a source and write it as shards into the store.",
+        epilog="Exit 0 done, 1 failed, 2 wrong arguments.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="local path or s3:// URI of the data, or builtin:shapes")
+    parser.add_argument("--store", metavar="URI", default=DEFAULT_STORE, help="local folder or s3://bucket/prefix")
+    parser.add_argument("--format", choices=["llava", "webdataset", "parquet"], help="default: by the file's name")
+    parser.add_argument("--images", metavar="URI", help="folder of the images; default: the source's own")
+    parser.add_argument("--option", metavar="KEY=VALUE", action="append", default=[], help="of builtin:shapes")
+    parser.add_argument("--max-quarantined-fraction", metavar="F", type=float, default=0.01, help="default: 0.01")
+    arguments = parser.parse_args(argv)
+    try:
+        section = _section(arguments)
+    except ValidationError as err:
+        for error in err.errors(include_url=False):
+            place = ".".join(str(part) for part in error["loc"]) or "SOURCE"
+            print(f"{place}: {error['msg']}, found {error['input']!r}", file=sys.stderr)
+        return 2
+    if not 0 <= arguments.max_quarantined_fraction <= 1:
+        found = arguments.max_quarantined_fraction
+        print(f"--max-quarantined-fraction: expected 0 to 1, found {found}", file=sys.stderr)
+        return 2
+    try:
+        _prepare(arguments, section)
+    except UserError as err:
+        print(err, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _section(arguments: argparse.Namespace) -> SourceSection:
+    """Raises: ValidationError."""
+    options: dict[str, Any] | None = None
+    if arguments.option:
+        pairs = (option.partition("=") for option in arguments.option)
+        options = {key: yaml.safe_load(value) for key, _, value in pairs}
+    return SourceSection.model_validate(
+        {"source": arguments.source, "images": arguments.images, "format": arguments.format, "options": options}
+    )
+
+
+def _prepare(arguments: argparse.Namespace, section: SourceSection) -> None:
+    uri = arguments.store
+    store = Store(uri if "://" in uri else str(Path(uri).expanduser().absolute()))
+    store.check()
+    prepared = prepare(
+        store,
+        section,
+        max_quarantined_fraction=arguments.max_quarantined_fraction,
+        report=lambda message: print(message, file=sys.stderr, flush=True),
+        ray_is_ready=_start_ray,
+    )
+    print(store.url(prepared.path))
+
+
+def _start_ray() -> bool:
+    """The cluster that RAY_ADDRESS names (`ray job submit` sets it), else Ray on this machine; for large sources."""
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody else is to reach it
+    quiet = {"log_to_driver": False, "configure_logging": False}
+    if address:
+        ray.init(address=address, **quiet)
+    else:
+        ray.init(address="local", include_dashboard=False, **quiet)
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""How the tests run the product: recipes as YAML files, `python jobs/run_dpa.py` as a subprocess, results as files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.tiny_models import LlavaData
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("proxy_llm", "proxy_mllm", "instruct")
+
+# One thread each, nothing from a hub, and never into a Ray cluster or a cache that happens to be there.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONPATH": str(ROOT),
+}
+UNSET = ("RAY_ADDRESS", "AWS_ENDPOINT_URL", "AWS_PROFILE", "WORLD_SIZE", "RANK", "LOCAL_RANK", "PYTEST_CURRENT_TEST")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished command: its exit code, what it printed, and where its files are (local stores)."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    store: Path
+    name: str
+    recipe: dict[str, Any]
+
+    @property
+    def output(self) -> str:
+        """Both streams, for assertions' messages."""
+        return f"exit {self.returncode}\n--- stdout\n{self.stdout[-6000:]}\n--- stderr\n{self.stderr[-6000:]}"
+
+    @property
+    def folder(self) -> Path:
+        return self.store / "runs" / self.name
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    def info(self) -> dict[str, Any]:
+        """run.json."""
+        return json.loads((self.folder / "run.json").read_text())
+
+    def metrics(self, stage: str) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl of one stage, in order."""
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in lines if line["stage"] == stage]
+
+    def samples(self, stage: str) -> dict[int, list[str]]:
+        """The ids of the samples that each step of a stage took (needs debug.record_samples)."""
+        lines = [json.loads(line) for line in (self.folder / "samples.jsonl").read_text().splitlines()]
+        return {line["step"]: line["ids"] for line in lines if line["stage"] == stage}
+
+    def artifact(self, stage: str) -> Path:
+        """The folder of a stage's artifact (a stage as recipes write it: proxy_llm)."""
+        return artifact(self.store, stage)
+
+
+def artifact(store: Path, stage: str) -> Path:
+    """The only committed artifact of a stage in a store."""
+    (manifest,) = (store / "artifacts").glob(f"{stage.replace('_', '-')}-*/manifest.json")
+    return manifest.parent
+
+
+def make_recipe(
+    llm: Path | str,
+    vision: Path | str,
+    pretrain: LlavaData,
+    instruct: LlavaData,
+    *,
+    method: str = "dpa",
+    **changes: Any,
+) -> dict[str, Any]:
+    """A fast fp32 recipe on one CPU worker: stage 1 trains, stages 2 and 3 measure (lr 0).
+
+    `changes` are overrides by path with "__" for ".": `stages__instruct__lr=1e-3`.
+    """
+    stage = {"global_batch_size": 4, "micro_batch_size": 2, "max_length": 150, "gradient_checkpointing": False}
+    recipe: dict[str, Any] = {
+        "method": method,
+        "model": {"llm": str(llm), "vision": str(vision), "vision_layer": -2},
+        "data": {
+            "pretrain": {"source": str(pretrain.file), "images": str(pretrain.images), "format": "llava"},
+            "instruct": {"source": str(instruct.file), "images": str(instruct.images), "format": "llava"},
+            "workers": 1,
+        },
+        "stages": {
+            "proxy_llm": {**stage, "lr": 2.0e-2, "lora": {"rank": 8, "alpha": 16}},
+            "proxy_mllm": {**stage, "lr": 0.0},
+            "instruct": {**stage, "lr": 0.0},
+        },
+        "precision": "fp32",
+        "cluster": {"workers": 1, "gpus_per_worker": 0},
+        "trackers": {"tensorboard": False},
+        "debug": {"record_samples": True},
+        "seed": 3,
+    }
+    return changed(recipe, **changes)
+
+
+def changed(recipe: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A copy of `recipe` with values replaced by path, "__" for "."."""
+    recipe = copy.deepcopy(recipe)
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        here = recipe
+        for key in parents:
+            here = here.setdefault(key, {})
+        here[last] = value
+    return recipe
+
+
+def run_dpa(
+    recipe: dict[str, Any] | Path,
+    store: Path | str,
+    name: str,
+    *arguments: str,
+    env: dict[str, str] | None = None,
+    timeout_s: float = 400,
+    folder: Path | None = None,
+) -> Run:
+    """Run `python jobs/run_dpa.py RECIPE ... --store STORE --name NAME` and wait for it.
+
+    The recipe's YAML goes to `folder` (beside a local store by default). A command that exceeds `timeout_s` is ended
+    with all that it started, and fails the test with what it had printed.
+    """
+    local = Path(store) if "://" not in str(store) else None
+    folder = folder or (local.parent if local else Path(ROOT))
+    file = recipe if isinstance(recipe, Path) else folder / f"{name}.yaml"
+    values = {} if isinstance(recipe, Path) else recipe
+    if not isinstance(recipe, Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "jobs/run_dpa.py", str(file), *arguments, "--store", str(store), "--name", name]
+    environment = {k: v for k, v in os.environ.items() if k not in UNSET}
+    environment |= {"DPA_RAY_CACHE": str(folder / "cache"), **ENVIRONMENT, **(env or {})}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        stdout, stderr = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        raise AssertionError(f"no end after {timeout_s} s: {command}\n{stdout[-6000:]}\n{stderr[-6000:]}") from None
+    return Run(process.returncode, stdout, stderr, local or Path(), name, values)
+
+
+def losses(run: Run, stage: str, key: str = "loss") -> list[float]:
+    """One metric of a stage, step by step."""
+    return [line[key] for line in run.metrics(stage)]
+
+
+def tree(folder: Path) -> Sequence[str]:
+    """Every file under `folder`, relative, with its size: what changed between two moments."""
+    return sorted(f"{p.relative_to(folder)} {p.stat().st_size}" for p in folder.rglob("*") if p.is_file())
