@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # a working directory that `ray job submit` brought is not installed
     sys.path.insert(0, str(ROOT))
 
-from dpa_ray.data.prepare import prepare  # noqa: E402: after sys.path
+from dpa_ray.data.prepare import prepare  # noqa: E402
 from dpa_ray.errors import UserError  # noqa: E402
 from dpa_ray.recipe import DEFAULT_STORE, SourceSection  # noqa: E402
 from dpa_ray.store.fs import Store  # noqa: E402

@@ -23,13 +23,13 @@ from transformers import (
 )
 
 from dpa_ray.batch import IGNORE_INDEX, NO_TURN, Batch
-from dpa_ray.model import vlm
+from dpa_ray.model import lora, vlm
 from dpa_ray.model.cmo import Weighting
 from dpa_ray.model.image_row import ImageRow
 from dpa_ray.model.step import StepModule
 from dpa_ray.model.tower import TowerSpec
 
-VOCABULARY = 61
+VOCABULARY = 13  # few, so that probabilities are neither 0 nor 1
 IMAGE_SIZE, PATCH_SIZE, NUM_IMAGE_TOKENS = 12, 6, 4
 WIDTH = 32
 
@@ -58,9 +58,18 @@ def make_llm(family: str, *, window: int = 16, attention: str | None = None, see
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
-def make_vlm(family: str = "llama", *, appended: bool = True, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+def make_vlm(
+    family: str = "llama",
+    *,
+    appended: bool = True,
+    dtype: torch.dtype = torch.float32,
+    lora_rank: int | None = None,
+    **changes: Any,
+) -> Any:
     """LLaVA of a random decoder and a random CLIP tower; `<image>` is a row of its own or the vocabulary's last."""
     llm = make_llm(family, **changes)
+    if lora_rank is not None:
+        lora.attach(llm, rank=lora_rank, alpha=2 * lora_rank, dropout=0.0, seed=3)
     config = CLIPVisionConfig(
         hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE, initializer_range=0.2,
@@ -72,8 +81,8 @@ def make_vlm(family: str = "llama", *, appended: bool = True, dtype: torch.dtype
     vlm.append_image_row(llm, row)
     spec = TowerSpec(config, -2, IMAGE_SIZE, NUM_IMAGE_TOKENS)
     model = vlm.assemble(llm.to(dtype), tower.to(dtype), spec, row, dtype=dtype, seed=2)
-    with torch.no_grad():  # as loud as the embeddings, so that the image is heard
-        model.model.multi_modal_projector.linear_2.weight.mul_(4)
+    with torch.no_grad():  # loud enough to be heard beside the embeddings, which Gemma-2 scales
+        model.model.multi_modal_projector.linear_2.weight.mul_(20 if family == "gemma2" else 4)
     return model.eval()
 
 

@@ -67,7 +67,7 @@ def _s3(bucket: str, _pid: int, s3_url: str | None, url: str | None, *rest: str 
             region = fs.resolve_s3_region(bucket)
         except OSError as err:
             raise UserError(f"s3://{bucket}: expected a bucket that can be reached, found none: {err}") from None
-    retries = fs.AwsStandardS3RetryStrategy(max_attempts=8)
+    retries = fs.AwsStandardS3RetryStrategy(max_attempts=5)
     return fs.S3FileSystem(
         region=region or "us-east-1",
         retry_strategy=retries,

@@ -8,12 +8,13 @@ everything is made RGB (as its image processors do with PIL images), then the gi
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485
 """Largest width times height: Pillow's own bound for a suspected decompression bomb (256 MiB as RGB)."""
@@ -48,10 +49,8 @@ def decode(data: bytes) -> Image.Image:
     """RGB image of encoded bytes, upright. Raises: ImageError with the reason where they cannot be used."""
     image = _load(data)
     form = image.format
-    try:
+    with contextlib.suppress(Exception):  # metadata is often broken, in as many ways; then it says no orientation
         image = ImageOps.exif_transpose(image)
-    except Exception:  # noqa: BLE001, S110: metadata is often broken, in ways as many; then it says no orientation
-        pass
     return _rgb(image, form)
 
 
@@ -98,7 +97,7 @@ def _load(data: bytes, *, small: bool = False) -> Image.Image:
             image.load()
     except Image.DecompressionBombError as err:
         raise ImageError("image_bomb", str(err)) from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         if data.startswith(_SIGNATURES):
             raise ImageError("image_truncated", f"an image's first bytes, but no header in all {len(data)}") from None
         raise ImageError("image_not_an_image", f"{len(data)} bytes that begin with {data[:16]!r}") from None

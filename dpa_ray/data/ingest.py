@@ -22,7 +22,8 @@ from dpa_ray.data import wire
 from dpa_ray.data.collate import collate
 from dpa_ray.data.encode import Encoder
 from dpa_ray.data.images import ImageError, decode, pixel_shape, pixels
-from dpa_ray.data.prepare import Prepared, StoreLike, quiet_ray_data
+from dpa_ray.data.prepare import quiet_ray_data
+from dpa_ray.data.prepared import Prepared, StoreLike
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.shards import from_row
 from dpa_ray.errors import UserError
@@ -33,11 +34,16 @@ CACHE_BYTES = 128 * 2**20
 TASK_CPUS = 0.25
 """What a decode task books: little, so that tasks fit beside training workers that book nearly all CPUs there are."""
 
-SEGMENT = 1024
-"""Micro-batches of one Ray Data execution: each costs its driver about a millisecond when it starts."""
+BLOCK_BYTES = 4 * 2**20
+MAX_BLOCK_BATCHES = 8
+"""Small micro-batches are made several to a task: Ray Data spends about 10 ms of the caller's CPU on each block."""
+
+SEGMENT = 512
+"""Blocks of one Ray Data execution: each costs about a millisecond when it starts, whenever its turn comes."""
 
 _OPEN_SHARDS = 16
 _BYTES_PER_TOKEN = 30  # of a Batch's tensors
+_USUAL_TOKENS = 1024
 
 
 @dataclass
@@ -96,9 +102,9 @@ class Loader:
         return [pixels(image, self.image_processor) for image in images]
 
     def batch_bytes(self, num_rows: int) -> int:
-        """About what a batch of `num_rows` samples with one image each takes."""
+        """About what a batch of `num_rows` samples of usual length with one image each takes."""
         image = int(np.prod(pixel_shape(self.image_processor))) * 4
-        return num_rows * (image + self.encoder.max_length * _BYTES_PER_TOKEN)
+        return num_rows * (image + min(self.encoder.max_length, _USUAL_TOKENS) * _BYTES_PER_TOKEN)
 
 
 class _Reader:
@@ -173,11 +179,13 @@ def stream(
     if not ray.is_initialized():
         raise RuntimeError("expected Ray to be initialised before stream()")
     reference = ray.put(loader)
-    ahead_bytes = loader.batch_bytes(max((len(rows) for rows, _ in micro_batches), default=1) or 1)
-    ahead_bytes *= prefetch + workers
-    segments = [micro_batches[i : i + SEGMENT] for i in range(0, len(micro_batches), SEGMENT)]
+    batch_bytes = loader.batch_bytes(max((len(rows) for rows, _ in micro_batches), default=1) or 1)
+    per_block = int(np.clip(BLOCK_BYTES // batch_bytes, 1, MAX_BLOCK_BATCHES))
+    ahead_bytes = (prefetch + workers) * per_block * batch_bytes
+    blocks = _blocks(micro_batches, per_block, workers)
+    segments = [blocks[i : i + SEGMENT] for i in range(0, len(blocks), SEGMENT)]
 
-    def start(segment: Sequence[tuple[np.ndarray, int]]) -> tuple[Iterator[pa.Table], pa.Table]:
+    def start(segment: list[pa.Table]) -> tuple[Iterator[pa.Table], pa.Table]:
         tables = _tables(reference, segment, prefetch, workers, ahead_bytes)
         return tables, next(tables)
 
@@ -186,26 +194,36 @@ def stream(
         for number, segment in enumerate(segments):
             tables, first = start(segment) if following is None else following.result()
             following = None
-            yield _batch(first)
+            yield from _batches(first)
             for done, table in enumerate(tables, 2):
                 if following is None and number + 1 < len(segments) and done >= len(segment) - prefetch - workers:
                     following = pool.submit(start, segments[number + 1])
-                yield _batch(table)
+                yield from _batches(table)
+
+
+def _blocks(micro_batches: Sequence[tuple[np.ndarray, int]], per_block: int, num_first: int) -> list[pa.Table]:
+    """The micro-batches as Ray Data's input, `per_block` in a block, but the first few alone, to begin soon."""
+    blocks: list[pa.Table] = []
+    start = 0
+    while start < len(micro_batches):
+        part = micro_batches[start : start + (1 if len(blocks) < num_first else per_block)]
+        start += len(part)
+        rows, filler = [rows.tolist() for rows, _ in part], [filler for _, filler in part]
+        blocks.append(pa.table({"rows": rows, "filler": filler}, _REQUEST))
+    return blocks
 
 
 def _tables(
-    reference: Any, segment: Sequence[tuple[np.ndarray, int]], prefetch: int, workers: int, ahead_bytes: int
+    reference: Any, blocks: list[pa.Table], prefetch: int, workers: int, ahead_bytes: int
 ) -> Iterator[pa.Table]:
-    """One Ray Data execution: a block for each micro-batch, a task for each block."""
+    """One Ray Data execution, a task for each block."""
     import ray
     from ray.data import TaskPoolStrategy
 
-    blocks = [pa.table({"rows": [rows.tolist()], "filler": [filler]}, _REQUEST) for rows, filler in segment]
     data = ray.data.from_blocks(blocks)
     context = data.context
     quiet_ray_data(context)
     context.memory_usage_poll_interval_s = None
-    context.scheduling_strategy_large_args = context.scheduling_strategy  # never in the training workers' own bundles
     options = context.execution_options
     options.preserve_order = True
     options.resource_limits = options.resource_limits.copy(object_store_memory=ahead_bytes)
@@ -214,7 +232,7 @@ def _tables(
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=TASK_CPUS,
-        compute=TaskPoolStrategy(size=workers),
+        compute=TaskPoolStrategy(size=min(workers, len(blocks))),
     )
     yield from made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch)
 
@@ -223,25 +241,29 @@ _REQUEST = pa.schema([("rows", pa.list_(pa.int64())), ("filler", pa.int64())])
 _LOADERS: dict[str, Loader] = {}
 
 
-def _load(reference: Any, request: pa.Table) -> pa.Table:
-    """One micro-batch, in a worker process; the loader is fetched once per process."""
+def _load(reference: Any, requests: pa.Table) -> pa.Table:
+    """Some micro-batches, in a worker process; the loader is fetched once per process."""
     import ray
 
     key = reference.hex()
     if key not in _LOADERS:
         _LOADERS.clear()  # of an earlier stage
         _LOADERS[key] = ray.get(reference)
-    row = request.to_pylist()[0]
-    tensors, rest, error = b"", "", ""
-    try:
-        tensors, rest = wire.dumps(_LOADERS[key].load(np.asarray(row["rows"], np.int64), row["filler"]))
-    except UserError as err:  # as a value: an exception would come back as a traceback
-        error = str(err)
-    return pa.table({"tensors": pa.array([tensors], pa.large_binary()), "rest": [rest], "error": [error]})
+    made: list[tuple[bytes, str, str]] = []
+    for request in requests.to_pylist():
+        try:
+            batch = _LOADERS[key].load(np.asarray(request["rows"], np.int64), request["filler"])
+            made.append((*wire.dumps(batch), ""))
+        except UserError as err:  # as a value: an exception would come back as a traceback
+            made.append((b"", "", str(err)))
+            break
+    tensors, rest, errors = zip(*made, strict=True)
+    return pa.table({"tensors": pa.array(tensors, pa.large_binary()), "rest": rest, "error": errors})
 
 
-def _batch(table: pa.Table) -> Batch:
-    row = table.to_pylist()[0]
-    if row["error"]:
-        raise UserError(row["error"])
-    return wire.loads(row["tensors"], row["rest"])
+def _batches(table: pa.Table) -> Iterator[Batch]:
+    for i in range(table.num_rows):
+        row = {name: table[name][i].as_py() for name in table.column_names}
+        if row["error"]:
+            raise UserError(row["error"])
+        yield wire.loads(row["tensors"], row["rest"])

@@ -13,11 +13,11 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from dpa_ray.data.prepared import SCHEMA_VERSION, Prepared, StoreLike, find_prepared
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.shards import write_shard
 from dpa_ray.data.sources import Part, Rejected, Scan, Source, open_source, source_digest
@@ -26,77 +26,10 @@ from dpa_ray.recipe import SourceSection
 
 __all__ = ["Prepared", "find_prepared", "prepare", "source_digest"]
 
-SCHEMA_VERSION = 1
 IN_PROCESS_ROWS = 5_000
 """Up to so many rows are prepared in the calling process, without Ray."""
 
 _PROGRESS_S = 5.0
-
-
-class StoreLike(Protocol):
-    """What is needed of dpa_ray.store.fs.Store; paths are relative to it."""
-
-    def url(self, path: str) -> str: ...
-    def exists(self, path: str) -> bool: ...
-    def read_json(self, path: str) -> Any: ...
-    def write_bytes(self, path: str, data: bytes) -> None: ...
-    def write_json(self, path: str, value: Any) -> None: ...
-    def list(self, path: str, *, recursive: bool = True) -> list[str]: ...
-    def delete(self, path: str) -> None: ...
-    def upload(self, folder: Path, path: str, names: Sequence[str] | None = None) -> None: ...
-    def arrow(self) -> tuple[Any, str]: ...
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A prepared source. Rows are numbered through all shards, in order, without the quarantined ones."""
-
-    digest: str
-    num_rows: int
-    shards: tuple[tuple[str, tuple[int, ...]], ...]  # (file name, rows of each row group)
-    num_quarantined: int
-    sizes_bytes: tuple[int, ...] = ()  # of each shard
-    source_name: str = ""  # comes before the place of a sample
-    num_with_system: int = 0  # samples that have a system turn
-
-    @property
-    def path(self) -> str:
-        """The folder in the store."""
-        return f"data/{self.digest}"
-
-    @property
-    def row_groups(self) -> list[int]:
-        """Rows of each row group of all shards, in order: what the cursor needs."""
-        return [rows for _, groups in self.shards for rows in groups]
-
-
-def find_prepared(store: StoreLike, digest: str) -> Prepared | None:
-    """The data under `digest`, or None where it is not prepared.
-
-    Raises: UserError where its manifest is not one that this version reads.
-    """
-    path = f"data/{digest}/manifest.json"
-    if not store.exists(path):
-        return None
-    manifest = store.read_json(path)
-    try:
-        if manifest["schema"] != SCHEMA_VERSION or manifest["digest"] != digest:
-            raise ValueError(f"schema {manifest['schema']}, digest {manifest['digest']}")
-        return Prepared(
-            digest=digest,
-            num_rows=manifest["num_rows"],
-            shards=tuple((shard["name"], tuple(shard["rows"])) for shard in manifest["shards"]),
-            num_quarantined=manifest["num_quarantined"],
-            sizes_bytes=tuple(shard["size_bytes"] for shard in manifest["shards"]),
-            source_name=manifest["source_name"],
-            num_with_system=manifest["num_with_system"],
-        )
-    except (KeyError, TypeError, ValueError) as err:
-        folder = store.url(f"data/{digest}")
-        raise UserError(
-            f"{store.url(path)}: expected a manifest of schema {SCHEMA_VERSION} for {digest}, found another ({err}); "
-            f"delete the folder {folder} to have the data prepared again"
-        ) from None
 
 
 def prepare(

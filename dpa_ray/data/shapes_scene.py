@@ -32,7 +32,8 @@ IMAGE_SIZE = 64  # pixels a side
 _RGB = {"red": (240, 70, 70), "green": (50, 220, 90), "blue": (70, 110, 250), "yellow": (220, 195, 20),
         "purple": (185, 70, 200), "cyan": (20, 200, 210)}  # fmt: skip
 GRID = 4
-RL, RS, PLAY = 0.45, 0.28, 0.7
+RADIUS = {"small": 0.28, "large": 0.45}
+PLAY = 0.7
 _SUPERSAMPLE = 4  # drawn so much larger and averaged down: smooth edges
 
 
@@ -58,9 +59,9 @@ def split_of(scene: Scene) -> Split:
     return "heldout" if int.from_bytes(digest[:4], "big") < HELDOUT_FRACTION * 2**32 else "train"
 
 
-def possible(known: dict[Attribute, str], split: Split) -> bool:
-    """Can an object with the attributes `known` stand in a scene of `split`?"""
-    return split == "heldout_pairs" or (known.get("shape"), known.get("colour")) not in RESERVED_PAIRS
+def possible(shape: str, colour: str, split: Split) -> bool:
+    """Can an object of this shape and colour stand in a scene of `split`?"""
+    return split == "heldout_pairs" or (shape, colour) not in RESERVED_PAIRS
 
 
 def draw_scene(
@@ -69,74 +70,79 @@ def draw_scene(
     *,
     num_things: int | None = None,
     known: dict[Attribute, str] | None = None,
-    absent: str | None = None,
+    absent_shape: str | None = None,
 ) -> Scene:
-    """A random scene of `split`, with one object that has the attributes `known` and none of shape `absent`.
+    """A random scene of `split` with one object that has the attributes `known`, and none of shape `absent_shape`.
 
-    Numbers of objects are equally likely, and so are all values of the attributes that the split and the arguments
-    leave free. `num_things` fixes the number. The arguments must leave a scene possible (see `possible`).
+    Whatever the split and the arguments leave free is drawn evenly: the number of objects, and every attribute. They
+    must leave a scene possible (see `possible`).
     """
     while True:
         num = int(rng.choice(COUNTS)) if num_things is None else num_things
-        # So many tries for one number of objects, and not one, keeps the numbers equally likely although scenes of
-        # more objects are refused more often; and not endlessly many, because of single objects few fit.
+        # Many tries for one number of objects: else those of which more scenes are refused would come less often. Not
+        # endlessly many: a split may have no single object with the attributes `known`.
         for _ in range(64):
-            scene = _draw(rng, num, known or {}, absent)
+            scene = _draw(rng, num, known or {}, absent_shape)
             if split_of(scene) == split:
                 return scene
 
 
-def _draw(rng: np.random.Generator, num: int, known: dict[Attribute, str], absent: str | None) -> Scene:
-    columns = {}
-    for name in ("shape", "colour", "place"):
-        first = [known[name]] if name in known else []  # type: ignore[index]
-        rest = [v for v in VALUES[name] if v not in first and v != absent]  # type: ignore[index]
-        columns[name] = [*first, *(rest[i] for i in rng.permutation(len(rest)))]
+def _draw(rng: np.random.Generator, num: int, known: dict[Attribute, str], absent_shape: str | None) -> Scene:
+    shapes = _column(rng, "shape", known, absent_shape)
+    colours, places = _column(rng, "colour", known), _column(rng, "place", known)
     sizes = [SIZES[i] for i in rng.integers(len(SIZES), size=num)]
-    if "size" in known:
-        sizes[0] = known["size"]
-    things = [Thing(columns["shape"][i], columns["colour"][i], sizes[i], columns["place"][i]) for i in range(num)]
+    sizes[0] = known.get("size", sizes[0])
+    things = [Thing(shapes[i], colours[i], sizes[i], places[i]) for i in range(num)]
     return tuple(sorted(things, key=lambda thing: PLACES.index(thing.place)))
 
 
+def _column(
+    rng: np.random.Generator, name: Attribute, known: dict[Attribute, str], absent: str | None = None
+) -> list[str]:
+    """All values of an attribute in random order, without `absent`; a known one first."""
+    values = VALUES[name]
+    drawn = [values[i] for i in rng.permutation(len(values)) if values[i] not in (known.get(name), absent)]
+    return [known[name], *drawn] if name in known else drawn
+
+
 def picture(rng: np.random.Generator, scene: Scene) -> bytes:
-    """PNG bytes of `scene`, IMAGE_SIZE pixels a side, with a little random play in background, colours and positions."""
-    scale, cell = _SUPERSAMPLE, IMAGE_SIZE / GRID
-    tint = rng.integers(20, 50) + rng.integers(-6, 7, size=3)
-    slope = rng.uniform(-8, 8, size=2)
-    axis = np.linspace(-1, 1, IMAGE_SIZE)
-    background = tint + (slope[0] * axis[:, None] + slope[1] * axis[None, :])[:, :, None]
-    image = Image.fromarray(background.clip(0, 255).astype(np.uint8)).resize(
-        (IMAGE_SIZE * scale,) * 2, Image.Resampling.NEAREST
-    )
-    canvas = ImageDraw.Draw(image)
+    """PNG bytes of `scene`, IMAGE_SIZE pixels a side, with a little play in background, colours, sizes and positions."""
+    tint = int(rng.integers(20, 50)) + rng.integers(-6, 7, size=3)
+    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), tuple(tint.tolist()))
+    cell = IMAGE_SIZE / GRID
     for thing in scene:
         row, column = divmod(PLACES.index(thing.place), 2)
-        radius = cell * (RL if thing.size == "large" else RS) * rng.uniform(0.95, 1.05)
+        radius = cell * RADIUS[thing.size] * rng.uniform(0.95, 1.05)
         corner = np.array([column, row]) * (GRID // 2) + rng.integers(GRID // 2, size=2)
         x, y = (corner + 0.5) * cell + rng.uniform(-PLAY, PLAY, size=2)
-        fill = tuple(int(c) for c in (np.array(_RGB[thing.colour]) + rng.integers(-12, 13, size=3)).clip(0, 255))
-        _draw_shape(canvas, thing.shape, x * scale, y * scale, radius * scale, fill)
+        fill = tuple((np.array(_RGB[thing.colour]) + rng.integers(-12, 13, size=3)).clip(0, 255).tolist())
+        _paint(image, thing.shape, float(x), float(y), float(radius), fill)
     out = io.BytesIO()
-    image.reduce(scale).save(out, format="PNG", compress_level=1)
+    image.save(out, format="PNG", compress_level=1)
     return out.getvalue()
 
 
-def _draw_shape(canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple[int, ...]) -> None:
-    """Draw `shape` around (x, y) in about the square of half-width `r`."""
+def _paint(image: Image.Image, shape: str, x: float, y: float, radius: float, fill: tuple[int, ...]) -> None:
+    """Paint `shape` on `image` around (x, y), filling about the square of half-width `radius`; in pixels."""
+    left, top, side = int(x - radius - 1), int(y - radius - 1), int(2 * radius + 4)
+    mask = Image.new("L", (side * _SUPERSAMPLE,) * 2)
+    _outline(ImageDraw.Draw(mask), shape, (x - left) * _SUPERSAMPLE, (y - top) * _SUPERSAMPLE, radius * _SUPERSAMPLE)
+    image.paste(fill, (left, top), mask.reduce(_SUPERSAMPLE))
+
+
+def _outline(canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float) -> None:
     if shape == "circle":
-        canvas.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+        canvas.ellipse((x - r, y - r, x + r, y + r), fill=255)
     elif shape == "ring":
-        canvas.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=max(1, round(r * 0.42)))
+        canvas.ellipse((x - r, y - r, x + r, y + r), outline=255, width=max(1, round(r * 0.42)))
     elif shape == "square":
-        canvas.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill=fill)
+        canvas.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill=255)
     elif shape == "triangle":
-        canvas.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], fill=fill)
+        canvas.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], fill=255)
     elif shape == "diamond":
-        canvas.polygon([(x, y - r), (x + r, y), (x, y + r), (x - r, y)], fill=fill)
-    elif shape == "cross":
-        arm = 0.33 * r
-        canvas.rectangle((x - r, y - arm, x + r, y + arm), fill=fill)
-        canvas.rectangle((x - arm, y - r, x + arm, y + r), fill=fill)
+        canvas.polygon([(x, y - r), (x + r, y), (x, y + r), (x - r, y)], fill=255)
     else:
-        raise ValueError(f"expected one of {', '.join(SHAPES)}, found {shape}")
+        assert shape == "cross", shape
+        arm = 0.33 * r
+        canvas.rectangle((x - r, y - arm, x + r, y + arm), fill=255)
+        canvas.rectangle((x - arm, y - r, x + arm, y + r), fill=255)

@@ -27,6 +27,6 @@ def dumps(batch: Batch) -> tuple[bytes, str]:
 
 def loads(tensors: bytes, rest: str) -> Batch:
     """The batch that `dumps` was given."""
-    values = json.loads(rest)
+    values: dict[str, Any] = {**load(tensors), **json.loads(rest)}
     values["rows"] = [(digest, row) for digest, row in values["rows"]]
-    return Batch(**load(tensors), **values)
+    return Batch(**values)

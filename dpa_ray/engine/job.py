@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-
 
 from dpa_ray.data.prepare import find_prepared
 from dpa_ray.engine.evaluate import RESULT
@@ -21,8 +20,6 @@ from dpa_ray.stages.preflight import trainables
 from dpa_ray.stages.runs import RUN_FILE, Run
 from dpa_ray.stages.spec import Task
 from dpa_ray.store.fs import Store
-
-TRACKERS_FOLDER = "tensorboard"
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -43,24 +40,23 @@ def run(recipe: Recipe) -> dict[str, Any]:
         pipeline = Pipeline(plan, store, run_record, progress.note)
         view = View(progress, recipe, store, run_record.path)
         try:
-            pipeline.carry_out(
-                lambda tasks: _launch(tasks, store, recipe, view), start=lambda: _connect(recipe, progress.note)
-            )
+            pipeline.carry_out(lambda tasks: _launch(tasks, store, recipe, view), start=lambda: _start(recipe, view))
         except BaseException as err:
-            run_record.write("failed", error=str(err) or type(err).__name__)
+            if run_record.values:  # else nothing was begun
+                run_record.write("failed", error=str(err) or type(err).__name__)
             raise
         finally:
             view.close()
-    result = _closing(plan, pipeline, store, run_record)
-    return result
+    return _closing(plan, pipeline, store, run_record)
 
 
-def _connect(recipe: Recipe, report: Callable[[str], None]) -> None:
+def _start(recipe: Recipe, view: View) -> None:
     from dpa_ray.engine import launch  # Ray takes seconds to import, and a run that reuses everything needs none
 
+    view.open_trackers()
     start = time.perf_counter()
     where = launch.connect(recipe.cluster)
-    report(f"{where}, up in {time.perf_counter() - start:.0f} s")
+    view.progress.note(f"{where}, up in {time.perf_counter() - start:.0f} s")
     launch.wait_for_resources(recipe.cluster)
 
 
@@ -81,6 +77,10 @@ class View:
         self.folder = Path(tempfile.mkdtemp(prefix="dpa_ray-"))
         self.trackers: trackers.Trackers | None = None
 
+    def open_trackers(self) -> None:
+        """Before anything starts: a tracking server that does not answer is told at once."""
+        self.trackers = trackers.Trackers(self.recipe.trackers, self.folder, self.recipe.name, self.recipe.to_dict())
+
     def handle(self, kind: str, values: dict[str, Any]) -> None:
         """One event of rank 0."""
         if kind == "stage_started":
@@ -93,11 +93,8 @@ class View:
             )
         elif kind == "step":
             self.progress.step(values)
-            if self.trackers is None:
-                self.trackers = trackers.Trackers(
-                    self.recipe.trackers, self.folder, self.recipe.name, self.recipe.to_dict()
-                )
-            self.trackers.log(values["stage"], values["step"], values)
+            if self.trackers is not None:
+                self.trackers.log(values["stage"], values["step"], values)
         elif kind == "stage_finished":
             self.progress.stage_finished()
         elif kind == "task_started":
@@ -105,11 +102,13 @@ class View:
             self.progress.note(texts.get(values["stage"], values["stage"]))
 
     def close(self) -> None:
-        """TensorBoard's files into the store."""
+        """TensorBoard's files into the store, runs/<name>/tensorboard."""
         if self.trackers is not None:
             self.trackers.close()
-        if any(self.folder.rglob("*")):
-            self.store.upload(self.folder, f"{self.run_path}/{TRACKERS_FOLDER}")
+        files = [p for p in self.folder.rglob("*") if p.is_file() and not p.is_symlink()]
+        if files:
+            self.store.upload(self.folder, self.run_path, [p.relative_to(self.folder).as_posix() for p in files])
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run) -> dict[str, Any]:
@@ -122,8 +121,14 @@ def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run) -> d
         meta, reused = artifact.manifest["meta"], stage in pipeline.reused
         rows.append(
             console.StageRow(
-                stage, meta.get("trainable", "imported"), meta.get("num_steps", 0), meta.get("loss_first"),
-                meta.get("loss_last"), meta.get("wall_time_s", 0.0), reused, store.url(artifact.path),
+                stage,
+                meta.get("trainable", "imported"),
+                meta.get("num_steps", 0),
+                meta.get("loss_first"),
+                meta.get("loss_last"),
+                meta.get("wall_time_s", 0.0),
+                reused,
+                store.url(artifact.path),
             )  # fmt: skip
         )
         stages[stage] = {
@@ -143,7 +148,10 @@ def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run) -> d
         console.accuracy_table(
             [
                 console.AccuracyRow(
-                    name, scores[name]["num_questions"], scores[name]["accuracy"], scores[name]["majority"],
+                    name,
+                    scores[name]["num_questions"],
+                    scores[name]["accuracy"],
+                    scores[name]["majority"],
                     scores[name]["shuffled"],
                 )  # fmt: skip
                 for name in order
@@ -169,8 +177,8 @@ def dry_run(recipe: Recipe) -> None:
         prepared = find_prepared(store, digest)
         steps = num_steps(recipe, stage, prepared) if prepared is not None else None
         if steps is None:
-            steps = getattr(recipe.stages, stage).max_steps or 0
-            notes.append(f"{stage}: data {source.source} is not prepared yet; the steps shown are max_steps (0: none set)")
+            steps = getattr(recipe.stages, stage).max_steps
+            notes.append(f"{stage}: {source.source} is not prepared yet; steps are shown as max_steps says, or as ?")
         rows.append(console.PlanRow(stage, plan.refs[stage].key, stage in plan.found, steps, counts.get(stage, {})))
     console.plan(rows, recipe=recipe, ignored=ignored_sections(recipe))
     for name in builtin_missing:
@@ -198,6 +206,3 @@ def ignored_sections(recipe: Recipe) -> list[str]:
         ignored.append("deepspeed")
     ignored.append("checkpoint (a stage that is interrupted starts again; finished stages are reused)")
     return ignored
-
-
-

@@ -66,7 +66,6 @@ def connect(cluster: ClusterSection) -> str:
     return "local Ray"
 
 
-@ray.remote(num_cpus=0, max_concurrency=2)
 class Board:
     """Where workers put events and the driver takes them; lives with the driver."""
 
@@ -82,14 +81,18 @@ class Board:
 
 
 def launch(
-    tasks: Sequence[Task], store: Store, cluster: ClusterSection, name: str, handle: Callable[[str, dict[str, Any]], None]
+    tasks: Sequence[Task],
+    store: Store,
+    cluster: ClusterSection,
+    name: str,
+    handle: Callable[[str, dict[str, Any]], None],
 ) -> None:
     """Run `tasks` on the workers of one TorchTrainer; their events go to `handle`, in order, from one thread.
 
     One worker group does all tasks: starting one costs more than a short stage, and GPUs stay warm in between.
     Raises: UserError with what a worker said.
     """
-    board = Board.options(scheduling_strategy=_here()).remote()  # type: ignore[attr-defined]
+    board: Any = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=_here()).remote()
     done = threading.Event()
 
     def poll() -> None:
@@ -107,7 +110,7 @@ def launch(
     store.delete(storage)  # state of an earlier attempt: what is finished is known from the artifacts alone
     trainer = TorchTrainer(
         run_worker,
-        train_loop_config=Orders(store.uri, tuple(tasks), board),  # type: ignore[arg-type]
+        train_loop_config=Orders(store.uri, tuple(tasks), board),
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=_resources(cluster)

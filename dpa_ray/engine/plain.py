@@ -28,7 +28,7 @@ class PlainEngine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         del last  # nothing is communicated before `update`
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for i, parameter in enumerate(self.parameters):
             if parameter.grad is not None:
                 grad, total = parameter.grad.float(), self.sums[i]

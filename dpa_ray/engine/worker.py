@@ -226,7 +226,9 @@ class SampleLog:
 
     def flush(self) -> None:
         """Write this stage's lines behind those of the other stages."""
-        old = self.store.read_bytes(self.path).decode().splitlines(keepends=True) if self.store.exists(self.path) else []
+        old = (
+            self.store.read_bytes(self.path).decode().splitlines(keepends=True) if self.store.exists(self.path) else []
+        )
         kept = [line for line in old if json.loads(line)["stage"] != self.stage]
         self.store.write_bytes(self.path, "".join([*kept, *self.lines]).encode())
 
@@ -234,7 +236,7 @@ class SampleLog:
 def _build(task: TrainTask, store: Store) -> Built:
     builders = {"proxy_llm": proxy_llm, "proxy_mllm": proxy_mllm, "instruct": instruct}
     with one_node_at_a_time():
-        built: Built = builders[task.stage].build_stage(task, store)  # type: ignore[attr-defined]
+        built: Built = builders[task.stage].build_stage(task, store)
     return built
 
 
@@ -265,7 +267,7 @@ def make_engine(built: Built, task: TrainTask, device: torch.device, *, accumula
     """DeepSpeed or plain torch, as the recipe says."""
     recipe = task.recipe
     section = getattr(recipe.stages, task.stage)
-    settings = OptimizerSettings(tuple(section.betas), section.weight_decay, section.grad_clip)  # type: ignore[arg-type]
+    settings = OptimizerSettings(tuple(section.betas), section.weight_decay, section.grad_clip)
     if recipe.engine == "torch":
         from dpa_ray.engine.plain import PlainEngine
 

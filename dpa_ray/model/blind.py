@@ -55,8 +55,8 @@ def attention_argument(text: TextOnly, config: Any, dtype: torch.dtype) -> Tenso
     """
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
-    slides = window is not None and (layer_types is None or "sliding_attention" in layer_types)
-    if not slides or int(text.position_ids.max()) < window:
+    slides = layer_types is None or "sliding_attention" in layer_types
+    if window is None or not slides or int(text.position_ids.max()) < window:
         return text.attention_mask
     distance = text.position_ids.unsqueeze(2) - text.position_ids.unsqueeze(1)  # (B, S, S): query minus key
     index = torch.arange(text.input_ids.shape[1], device=distance.device)

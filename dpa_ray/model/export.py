@@ -11,7 +11,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProces
 
 from dpa_ray.batch import IMAGE_TOKEN
 from dpa_ray.errors import UserError
-from dpa_ray.model.image_row import ImageRow
 from dpa_ray.model.tower import TowerSpec
 from dpa_ray.model.vlm import quiet_loading
 

@@ -17,7 +17,9 @@ from dpa_ray.errors import UserError
 if TYPE_CHECKING:
     from dpa_ray.model.vlm import ModelRef
 
-RESERVED = re.compile(r"<\|?(reserved_special_token_\d+|reserved_\d+|unused_?\d+|unused_token_\d+)\|?>|\[unused\d+\]|\[control_\d+\]")
+RESERVED = re.compile(
+    r"<\|?(reserved_special_token_\d+|reserved_\d+|unused_?\d+|unused_token_\d+)\|?>|\[unused\d+\]|\[control_\d+\]"
+)
 """Names that model families give to rows which no text uses (Llama-3, Gemma, Phi, BERT style, Mistral)."""
 
 
@@ -50,7 +52,9 @@ def load_tokenizer(ref: ModelRef) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(**ref.kwargs())
     except Exception as err:  # a missing file, a broken JSON or an unknown class each raise another type
         first = (str(err).strip().splitlines() or [type(err).__name__])[0]
-        raise UserError(f"model.llm {ref.location}: expected a tokenizer beside the weights, found none: {first}") from None
+        raise UserError(
+            f"model.llm {ref.location}: expected a tokenizer beside the weights, found none: {first}"
+        ) from None
     if not getattr(tokenizer, "is_fast", False) or len(tokenizer) == 0:
         raise UserError(f"model.llm {ref.location}: expected a fast tokenizer (tokenizer.json), found none")
     return tokenizer

@@ -20,7 +20,9 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 def linear_names(llm: Any) -> list[str]:
     """Leaf names of all linear layers of the decoder (the head is not in it), sorted."""
-    return sorted({n.rpartition(".")[2] for n, m in llm.base_model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
+    return sorted(
+        {n.rpartition(".")[2] for n, m in llm.base_model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    )
 
 
 def attach(llm: Any, *, rank: int, alpha: float, dropout: float, seed: int) -> Any:
@@ -57,7 +59,9 @@ def check_adapter(folder: Path) -> None:
     """Raises: UserError where `folder` is no LoRA adapter in safetensors, or holds NaN."""
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
-            raise UserError(f"{folder}: expected a PEFT adapter folder with {' and '.join(ADAPTER_FILES)}, found no {name}")
+            raise UserError(
+                f"{folder}: expected a PEFT adapter folder with {' and '.join(ADAPTER_FILES)}, found no {name}"
+            )
     try:
         kind = json.loads((folder / "adapter_config.json").read_text()).get("peft_type")
         tensors = load_file(folder / "adapter_model.safetensors")
@@ -77,5 +81,7 @@ def merge(llm: Any, adapter: Path) -> Any:
         merged = PeftModel.from_pretrained(llm, str(adapter), autocast_adapter_dtype=False)
     except (RuntimeError, ValueError) as err:
         first = str(err).strip().splitlines()
-        raise UserError(f"{adapter}: this adapter does not fit the LLM {llm.config._name_or_path}: {first[0]}") from None
+        raise UserError(
+            f"{adapter}: this adapter does not fit the LLM {llm.config._name_or_path}: {first[0]}"
+        ) from None
     return merged.merge_and_unload()

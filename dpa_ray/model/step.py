@@ -123,14 +123,14 @@ class StepModule(nn.Module):
         if num_images == 0:
             pixels = pixels.new_zeros(1, *pixels.shape[1:])
         features = self.model.model.multi_modal_projector(vision_features(self.model, pixels))
-        if num_images == 0:
-            return embeds + 0.0 * features.sum().to(embeds.dtype)
-        num_positions, num_features = int(batch.image_mask.sum()), features.shape[0] * features.shape[1]
+        num_positions, num_features = int(batch.image_mask.sum()), num_images * features.shape[1]
         if num_positions != num_features:
             raise ValueError(
                 f"expected as many image positions as image features, found {num_positions} positions and "
-                f"{num_features} features ({features.shape[0]} images of {features.shape[1]})"
+                f"{num_features} features ({num_images} images of {features.shape[1]})"
             )
+        if num_images == 0:
+            return embeds + 0.0 * features.sum().to(embeds.dtype)
         return embeds.masked_scatter(batch.image_mask.unsqueeze(-1), features.to(embeds.dtype))
 
     def _score(self, hidden: Tensor, sample: Tensor, position: Tensor, target: Tensor) -> TargetScores:

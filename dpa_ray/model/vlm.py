@@ -59,7 +59,9 @@ def load_llm(ref: ModelRef, dtype: torch.dtype | str, attention: str = "auto") -
         except (ImportError, ValueError) as err:
             if implementation is None:
                 raise
-            raise UserError(f"model.attention {attention} is not to be had for {ref.location}: {_first_line(err)}") from None
+            raise UserError(
+                f"model.attention {attention} is not to be had for {ref.location}: {_first_line(err)}"
+            ) from None
 
 
 def load_tower(ref: ModelRef, dtype: torch.dtype | str) -> Any:
@@ -91,7 +93,9 @@ def append_image_row(llm: Any, row: ImageRow) -> None:
 def _append_mean_rows(module: Any, num_new: int) -> None:
     weight = module.weight.data
     mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
-    module.weight = nn.Parameter(torch.cat([weight, mean.expand(num_new, -1)]), requires_grad=module.weight.requires_grad)
+    module.weight = nn.Parameter(
+        torch.cat([weight, mean.expand(num_new, -1)]), requires_grad=module.weight.requires_grad
+    )
 
 
 def check_head(llm: Any) -> None:
@@ -205,17 +209,28 @@ def import_connector(source: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise UserError(f"{file}: expected {CONNECTOR_FILE} or an mm_projector.bin, found no such file")
     try:
-        tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+        tensors = (
+            load_file(file)
+            if file.suffix == ".safetensors"
+            else torch.load(file, map_location="cpu", weights_only=True)
+        )
     except Exception as err:  # pickle, zip and safetensors errors have no common type
         raise UserError(f"{file}: not readable as a connector: {_first_line(err)}") from None
-    names = {"0.weight": "linear_1.weight", "0.bias": "linear_1.bias", "2.weight": "linear_2.weight", "2.bias": "linear_2.bias"}
+    names = {
+        "0.weight": "linear_1.weight",
+        "0.bias": "linear_1.bias",
+        "2.weight": "linear_2.weight",
+        "2.bias": "linear_2.bias",
+    }
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         short = ".".join(name.split(".")[-2:])
         found[names.get(short, short)] = tensor
     missing = [key for key in CONNECTOR_KEYS if key not in found]
     if missing:
-        raise UserError(f"{file}: expected the tensors {', '.join(CONNECTOR_KEYS)} (or LLaVA's), found {sorted(tensors)}")
+        raise UserError(
+            f"{file}: expected the tensors {', '.join(CONNECTOR_KEYS)} (or LLaVA's), found {sorted(tensors)}"
+        )
     return {key: found[key].float().contiguous() for key in CONNECTOR_KEYS}
 
 

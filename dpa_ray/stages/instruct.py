@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpa_ray.model import lora, vlm
 from dpa_ray.model.export import check_same_logits, export, load_exported, processor_for
+from dpa_ray.model.tower import tower_spec
 from dpa_ray.stages import build
 from dpa_ray.stages.spec import InstructTask, precision_dtype
 from dpa_ray.store.fs import Store
@@ -74,7 +75,7 @@ def _finished_model(task: InstructTask, store: Store, tensors: dict[str, Tensor]
                 own[name.replace("model.language_model", llm.base_model_prefix, 1)].data.copy_(tensor)
         llm = peft_model.merge_and_unload()
     vocab = build.vocabulary(base_ref, recipe)
-    spec = build.tower_spec(tower_ref, recipe.model.vision_layer, recipe.model.image_size)
+    spec = tower_spec(tower_ref, recipe.model.vision_layer, recipe.model.image_size)
     tower = vlm.load_tower(tower_ref, "auto")
     vlm.append_image_row(llm, vocab.row)
     model = vlm.assemble(llm, tower, spec, vocab.row, dtype=precision_dtype(recipe), seed=recipe.seed)

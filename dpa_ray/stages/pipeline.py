@@ -18,8 +18,18 @@ from dpa_ray.stages import imports, keys, weights
 from dpa_ray.stages.preflight import preflight
 from dpa_ray.stages.runs import Run
 from dpa_ray.stages.spec import (
-    ArtifactRef, BaseLlm, Connector, EvalTask, InstructTask, MergedProxy, MergeTask, ProxyAdapter, ProxyLlmTask,
-    ProxyMllmTask, Task, Weights,
+    ArtifactRef,
+    BaseLlm,
+    Connector,
+    EvalTask,
+    InstructTask,
+    MergedProxy,
+    MergeTask,
+    ProxyAdapter,
+    ProxyLlmTask,
+    ProxyMllmTask,
+    Task,
+    Weights,
 )  # fmt: skip
 from dpa_ray.store.artifacts import Artifact, content_key, find
 from dpa_ray.store.fs import Store
@@ -158,13 +168,14 @@ class Pipeline:
         `start` is called once before anything that may want workers (large sources are prepared on them), and not at
         all where everything is there already.
         """
+        needed = self.plan.needed
+        if needed:
+            preflight(self.plan.recipe, self.plan.llm.located(self.store), self.plan.tower.located(self.store))
         self.run.write("running", artifacts=self._artifacts())
         for stage in self.plan.stages:
             if stage in self.plan.found:
                 self._copy_metrics(stage)
-        needed = self.plan.needed
         if needed:
-            preflight(self.plan.recipe, self.plan.llm.located(self.store), self.plan.tower.located(self.store))
             start()
             launch([self._task(name) for name in needed])
         for name in needed:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from dpa_ray.model import lora, vlm
 from dpa_ray.model.export import processor_for
@@ -47,14 +49,12 @@ def trainables(recipe: Recipe, llm: ModelRef, tower: ModelRef, stages: tuple[str
             with torch.device("meta"):
                 vlm.append_image_row(model, checked.vocabulary.row)
                 config = vlm.llava_config(model.config, checked.tower, checked.vocabulary.row)
-                whole = vlm.LlavaForConditionalGeneration(config)
+                whole: Any = LlavaForConditionalGeneration(config)
             whole.model.language_model, whole.lm_head = model.base_model, model.get_output_embeddings()
             model = whole
         result[stage] = select_trainable(model, stage, mode)
     return result
 
 
-def _config_only(ref: ModelRef) -> torch.nn.Module:
-    config = vlm.load_llm_config(ref)
-    model: torch.nn.Module = vlm.AutoModelForCausalLM.from_config(config)
-    return model
+def _config_only(ref: ModelRef) -> Any:
+    return AutoModelForCausalLM.from_config(vlm.load_llm_config(ref))

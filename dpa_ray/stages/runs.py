@@ -47,10 +47,13 @@ class Run:
         if not self.store.exists(path):
             return
         try:
-            found = self.store.read_json(path)["recipe_digest"]
+            values = self.store.read_json(path)
+            found, status = values["recipe_digest"], values["status"]
         except (UserError, KeyError, TypeError):
             raise UserError(f"{self.store.url(path)}: expected a run.json of dpa_ray, found something else") from None
         expected = identity(self.recipe)
+        if status == "failed" and not self.store.exists(f"{self.path}/metrics.jsonl"):
+            return  # it never trained: a mended recipe may have its name
         if found != expected:
             raise RecipeError(
                 [("name", f"the run {self.recipe.name} exists in this store with another recipe: its digest is {found}, "

@@ -61,7 +61,9 @@ class Weights:
             return ModelRef(str(self.artifact.fetched(store)))
         assert self.ref is not None
         if self.ref.revision is None and not Path(self.ref.location).is_dir():
-            raise UserError(f"{self.ref.location}: expected this model folder on every node of the cluster, found none here")
+            raise UserError(
+                f"{self.ref.location}: expected this model folder on every node of the cluster, found none here"
+            )
         return self.ref
 
 

@@ -40,7 +40,9 @@ def resolve(name: str, kind: Kind, store: Store, *, make: bool, report: Callable
     if folder.is_dir():
         return _folder(name, folder.resolve(), kind, store, make=make, report=report)
     if name.startswith(("/", ".", "~")) or "://" in name or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"model.{kind}: expected a model folder, a hub id or builtin:tiny-*, found no such folder: {name}")
+        raise UserError(
+            f"model.{kind}: expected a model folder, a hub id or builtin:tiny-*, found no such folder: {name}"
+        )
     return _hub(name, kind, store, make=make)
 
 
@@ -65,9 +67,7 @@ def _builtin(name: str, kind: Kind, store: Store, *, make: bool, report: Callabl
     return Weights(name, artifact.key, artifact=artifact)
 
 
-def _folder(
-    name: str, folder: Path, kind: Kind, store: Store, *, make: bool, report: Callable[[str], None]
-) -> Weights:
+def _folder(name: str, folder: Path, kind: Kind, store: Store, *, make: bool, report: Callable[[str], None]) -> Weights:
     if not (folder / "config.json").is_file():
         raise UserError(f"model.{kind} {name}: expected a model folder with config.json, found none in it")
     weights = sorted({p.name for pattern in WEIGHT_FILES for p in folder.glob(pattern)})

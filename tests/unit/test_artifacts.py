@@ -137,11 +137,13 @@ def test_without_its_manifest_there_is_no_artifact(store: Store, tmp_path: Path)
 
 
 def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, order = Store(str(tmp_path / "store")), []
-    replace = os.replace
-    monkeypatch.setattr(
-        os, "replace", lambda source, target: (order.append(Path(target).name), replace(source, target))
-    )
+    store, order, replace = Store(str(tmp_path / "store")), [], os.replace
+
+    def noted(source: Path, target: Path) -> None:
+        order.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", noted)
     committed(store, tmp_path)
     assert order[-1] == "manifest.json"
     assert sorted(order[:-1]) == sorted(Path(name).name for name in FILES)

@@ -7,13 +7,14 @@ import re
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
 from dpa_ray.batch import NO_TURN, Encoded
 from dpa_ray.data.chat import pin_template
 from dpa_ray.data.encode import Encoder
 from dpa_ray.data.sample import ImageFile, Sample, Turn
 from dpa_ray.errors import UserError
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 NUM_IMAGE_TOKENS = 4
 
@@ -311,9 +312,9 @@ def test_prompt_is_what_stands_before_the_answer_in_training(name):
             assert prompt.tolist() == encoded.input_ids[:start].tolist()
 
 
-def test_prompt_equals_transformers_processor(tmp_path):
-    from transformers import LlavaImageProcessorPil, LlavaProcessor
+def test_prompt_equals_transformers_processor():
     from PIL import Image
+    from transformers import LlavaImageProcessorPil, LlavaProcessor
 
     tokenizer = style("llama-3.1")[0]
     processor = LlavaProcessor(
@@ -498,7 +499,6 @@ def test_a_template_that_rewrites_answers_is_refused_with_an_explanation():
             "{% for message in messages %}<|im_start|>{{ message.role }}: {{ " + rewrite + " }}<|im_end|>{% endfor %}"
         )
         with pytest.raises(UserError, match="no way to find the texts"):
-            encoder(tokenizer)(sample("What?", "A red square", "So?", "no no no"))
             encoder(tokenizer).check()
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 from dpa_ray.batch import IGNORE_INDEX, Batch
 from dpa_ray.model import vlm
 from dpa_ray.model.step import StepModule, StepSums, vision_features
+from dpa_ray.stages.build import checkpointing
 from tests.random_models import NUM_IMAGE_TOKENS, VOCABULARY, batch_of, make_llm, make_step, make_vlm, masked_hidden
 
 KINDS = ["uniform", "prob", "logit"]
@@ -127,8 +128,8 @@ def trainable(module: StepModule) -> StepModule:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sums_are_those_of_each_sample_alone(family: str, kind: str) -> None:
-    """Bounds so that targets lie below, between and above. All eight sums."""
-    bounds = {"uniform": None, "prob": (0.02, 0.2), "logit": (0.5, 2.0)}[kind]
+    """All eight sums."""
+    bounds = {"uniform": None, "prob": (0.03, 0.1), "logit": (0.2, 1.0)}[kind]
     module = make_step(make_vlm(family), kind, bounds=bounds)
     batch = batch_of(MIXED, extra_padding=2)
     expected = reference(module, batch)
@@ -136,7 +137,7 @@ def test_sums_are_those_of_each_sample_alone(family: str, kind: str) -> None:
     assert expected.num_grounded == 2
     if kind != "uniform":
         num_between = batch.num_targets - expected.at_lower - expected.at_upper
-        assert min(expected.at_lower, expected.at_upper, num_between) >= 2, "the comparison says something"
+        assert min(expected.at_lower, expected.at_upper, num_between) >= 2, "targets below, above and between the bounds"
 
 
 @pytest.mark.parametrize("window", [1, 5])
@@ -220,7 +221,7 @@ def test_gradient_checkpointing_changes_no_number() -> None:
     module = trainable(make_step(make_vlm(), "prob")).train()
     batch = batch_of(MIXED)
     before, expected = numbers(module(batch)), gradients(module, module(batch).loss)
-    module.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointing(module.model, True)
     assert numbers(module(batch)) == before
     for name, gradient in gradients(module, module(batch).loss).items():
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0)
@@ -365,7 +366,7 @@ def test_vision_features_are_the_layer_without_cls_and_without_gradient() -> Non
     assert vision_features(model, pixels).shape == (3, NUM_IMAGE_TOKENS + 1, 24)
 
 
-def test_the_loss_is_llavas_own(recwarn: pytest.WarningsRecorder) -> None:
+def test_the_loss_is_llavas_own() -> None:
     """Uniform weights: what LlavaForConditionalGeneration computes from the same tensors (a reserved row: over all)."""
     model = make_vlm(appended=False)
     batch = batch_of(["s1 I t6", "I t5", "s3 I s4 t3 s2 I u9"], image_token_id=VOCABULARY - 1)

@@ -1,0 +1,183 @@
+"""The engines' tests in processes of their own: every engine over the same few steps, in a world of one and one of two.
+
+    python -m tests.engine_worker FOLDER
+
+Writes FOLDER/<world size>-<rank>.pt, {case name: Outcome}, with torch.save. `test_engines.py` starts it and compares.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dpa_ray.batch import Batch
+from dpa_ray.engine.plain import PlainEngine
+from dpa_ray.engine.protocol import Engine, OptimizerSettings, all_sum
+from dpa_ray.engine.zero import ZeroEngine, _import_deepspeed
+from dpa_ray.model.step import StepModule, StepSums
+from dpa_ray.stages.trainable import select_trainable
+from tests.random_models import batch_of, make_step, make_vlm
+
+# What each step takes. Its samples go to the ranks in turn, and in parts to the accumulation passes. With two ranks the
+# second one sees text only in step 1, filler only in step 3, and less than the first in step 4.
+STEPS: tuple[tuple[str, ...], ...] = (
+    ("s1 I t6", "I t5", "s2 I s1 t4 s1 u3", "s1 I t2", "s3 t4"),
+    ("s1 I t3", "s4 t5", "I t6", "s2 t9"),
+    ("s1 I t9", "I t4", "s2 I t5", "s1 I t1"),
+    ("s2 I t8",),
+    ("s1 I t5", "s3 I t4", "I s1 t6", "s2 I s3", "s5 t6"),
+)
+LEARNING_RATES = (1e-3, 2e-3, 4e-4, 8e-4, 2e-4)
+BROKEN = 2
+"""The step that in some cases has gradients that are not finite."""
+
+# eps is large: with torch's 1e-8 AdamW would turn a gradient of rounding noise into a step of full size. The norm is
+# above the clip in some steps, below it in others.
+SETTINGS = OptimizerSettings((0.9, 0.95), 0.01, 4.0, eps=1e-4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of one engine; `zero_stage` None is the plain one."""
+
+    zero_stage: int | None
+    bf16: bool = False
+    passes: int = 1  # accumulation passes per step
+    broken: bool = False  # BROKEN's gradients are NaN
+    skipped: bool = False  # BROKEN never happens
+    trained: str = "full"  # or "connector", "lora"
+    tied: bool = False
+
+    @property
+    def name(self) -> str:
+        return repr(self)
+
+
+@dataclass
+class Outcome:
+    """What a rank saw. Everything in plain numbers and full tensors."""
+
+    losses: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    before_broken: dict[str, Tensor] = field(default_factory=dict)
+    after_broken: dict[str, Tensor] = field(default_factory=dict)
+    final: dict[str, Tensor] = field(default_factory=dict)
+    num_batches: int = 0
+
+
+def cases(world_size: int) -> list[Case]:
+    """All that differ in a way that could matter; ZeRO 1 and 2 share their code."""
+    if world_size == 1:
+        found = [Case(stage) for stage in (None, 0, 1, 2, 3)]
+        return found + [Case(2, bf16=True)] + [Case(stage, broken=True) for stage in (None, 0, 2, 3)]
+    some = (None, 0, 2, 3)
+    found = [Case(stage, bf16) for bf16 in (False, True) for stage in (None, 0, 1, 2, 3)]
+    found += [Case(stage, bf16=True, broken=True) for stage in some] + [Case(stage, bf16=True, skipped=True) for stage in some]
+    found += [Case(stage, passes=2) for stage in some]
+    return found + [Case(2, trained="connector"), Case(3, trained="lora"), Case(2, tied=True), Case(3, tied=True)]
+
+
+def make_module(case: Case) -> StepModule:
+    """Weights smaller than elsewhere: gradients that hang on the last bit of bf16 would say nothing of engines."""
+    dtype = torch.bfloat16 if case.bf16 else torch.float32
+    lora_rank = 4 if case.trained == "lora" else None
+    model = make_vlm(dtype=dtype, lora_rank=lora_rank, tie_word_embeddings=case.tied, initializer_range=0.15)
+    if case.trained == "connector":
+        select_trainable(model, "proxy_mllm", "frozen")
+    else:
+        select_trainable(model, "instruct", case.trained)
+    # p - q of bf16 logits is half noise, which has nothing to do with engines
+    return make_step(model, "uniform" if case.bf16 else "prob").train()
+
+
+def make_engine(case: Case, module: StepModule) -> Engine:
+    device = torch.device("cpu")
+    if case.zero_stage is None:
+        return PlainEngine(module, SETTINGS, device)
+    return ZeroEngine(
+        module, SETTINGS, device, zero_stage=case.zero_stage, bf16=case.bf16, micro_batch_size=8,
+        accumulation_steps=case.passes,
+    )  # fmt: skip
+
+
+def share(notations: Sequence[str], rank: int, world_size: int, passes: int) -> list[Batch]:
+    """This rank's micro-batches; filler of the step's first sample where there is none."""
+    mine = list(notations)[rank::world_size]
+    size = -(-len(mine) // passes)
+    batches = []
+    for index in range(passes):
+        part = mine[index * size : (index + 1) * size]
+        batches.append(batch_of(part) if part else batch_of(notations[:1], num_filler=1))
+    return batches
+
+
+def run(case: Case, rank: int, world_size: int) -> Outcome:
+    module = make_module(case)
+    names = [name for name, _ in module.model.named_parameters(remove_duplicate=False)]
+    engine, outcome = make_engine(case, module), Outcome()
+    for step, notations in enumerate(STEPS):
+        if case.skipped and step == BROKEN:
+            continue
+        batches = share(notations, rank, world_size, case.passes)
+        outcome.num_batches += len(batches)
+        num_targets = sum(batch_of([n]).num_targets for n in notations)
+        if case.broken and step == BROKEN:
+            outcome.before_broken = engine.gather(names)
+        total = torch.zeros(len(StepSums.names()), dtype=torch.float64)
+        for index, batch in enumerate(batches):
+            sums, last = engine.forward(batch), index == len(batches) - 1
+            total += sums.detached()
+            loss = sums.loss / num_targets
+            # as the loop does it: one rank's NaN in the last pass is enough
+            engine.backward(loss * torch.nan if case.broken and step == BROKEN and last else loss, last=last)
+        total = all_sum(total)
+        sum_of = dict(zip(StepSums.names(), total.tolist(), strict=True))
+        norm = engine.update(sum_of["weight"] / num_targets, LEARNING_RATES[step])
+        outcome.losses.append(sum_of["loss"] / sum_of["weight"])
+        outcome.weights.append(sum_of["weight"])
+        outcome.norms.append(norm)
+        if case.broken and step == BROKEN:
+            outcome.after_broken = engine.gather(names)
+    outcome.final = engine.gather(names)
+    return outcome
+
+
+def work(rank: int, world_size: int, folder: str) -> None:
+    """One rank of one world."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # DeepSpeed calls what torch 2.13 has new names for, thousands of times
+    meet = f"file://{folder}/meet-{world_size}"
+    torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=world_size)
+    found = {case.name: vars(run(case, rank, world_size)) for case in cases(world_size)}
+    torch.save(found, f"{folder}/{world_size}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def main(folder: str) -> int:
+    """The three ranks, forked: torch, transformers and DeepSpeed are imported once. Gives 1 if one of them failed."""
+    _import_deepspeed(torch.device("cpu"))
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=work, args=(rank, size, folder)) for size, rank in ((2, 0), (2, 1), (1, 0))]
+    for process in ranks:
+        process.start()
+    while any(process.is_alive() for process in ranks):
+        time.sleep(0.1)
+        if any(process.exitcode for process in ranks):  # its partner would wait for it for minutes
+            for process in ranks:
+                process.kill()
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,170 @@
+"""Is every sample taken exactly once an epoch, at any seek, on any number of workers?"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpa_ray.data.cursor import Cursor, shares
+
+GROUPS = st.lists(st.integers(1, 12), min_size=1, max_size=12)
+
+
+@st.composite
+def cursors(draw):
+    groups = draw(GROUPS)
+    options = {
+        "seed": draw(st.integers(0, 2**31)),
+        "global_batch_size": draw(st.integers(1, 20)),
+        "window": draw(st.integers(1, 40)),
+        "fraction": draw(st.sampled_from([1.0, 0.9, 0.5, 0.1, 1e-6])),
+    }
+    return groups, options
+
+
+def epoch(cursor: Cursor, number: int) -> list[int]:
+    return [int(r) for step in range(cursor.steps_per_epoch) for r in cursor.rows(number, step)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(cursors(), st.integers(0, 5))
+def test_every_sample_exactly_once_per_epoch(case, number):
+    groups, options = case
+    cursor = Cursor(groups, **options)
+    taken = epoch(cursor, number)
+    assert len(taken) == len(set(taken)) == cursor.num_samples == max(1, round(options["fraction"] * sum(groups)))
+    assert set(taken) <= set(range(sum(groups)))
+    sizes = [len(cursor.rows(number, step)) for step in range(cursor.steps_per_epoch)]
+    assert all(size == options["global_batch_size"] for size in sizes[:-1])
+    assert 1 <= sizes[-1] <= options["global_batch_size"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(cursors(), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 100)), min_size=1, max_size=6))
+def test_a_step_computed_alone_equals_the_sequence(case, seeks):
+    groups, options = case
+    walker = Cursor(groups, **options)
+    sequence = {(e, s): walker.rows(e, s).tolist() for e in range(4) for s in range(walker.steps_per_epoch)}
+    seeker = Cursor(groups, **options)
+    for number, step in seeks:
+        place = (number, step % walker.steps_per_epoch)
+        assert seeker.rows(*place).tolist() == sequence[place]
+        assert Cursor(groups, **options).rows(*place).tolist() == sequence[place]
+
+
+@settings(max_examples=50, deadline=None)
+@given(cursors())
+def test_a_fraction_is_the_same_subset_in_every_epoch(case):
+    groups, options = case
+    cursor = Cursor(groups, **options)
+    assert set(epoch(cursor, 0)) == set(epoch(cursor, 1)) == set(epoch(cursor, 7))
+
+
+@settings(max_examples=50, deadline=None)
+@given(cursors(), st.integers(1, 40))
+def test_the_order_does_not_depend_on_the_global_batch(case, other):
+    groups, options = case
+    one, two = (epoch(Cursor(groups, **{**options, "global_batch_size": g}), 2) for g in (3, other))
+    assert one == two
+
+
+@settings(max_examples=50, deadline=None)
+@given(GROUPS, st.integers(1, 40), st.integers(0, 3))
+def test_a_window_holds_consecutive_row_groups_of_the_epochs_order(groups, window, number):
+    cursor = Cursor(groups, seed=1, global_batch_size=1, window=window)
+    of_row = np.repeat(np.arange(len(groups)), groups)
+    taken = of_row[epoch(cursor, number)]
+    last_window = {}
+    first_window = {}
+    for position, group in enumerate(taken):
+        first_window.setdefault(int(group), position // window)
+        last_window[int(group)] = position // window
+    for group, size in enumerate(groups):  # a group lies in as many windows as it must, and never comes back
+        assert last_window[group] - first_window[group] <= -(-size // window)
+
+
+def test_epochs_and_seeds_differ():
+    def order(seed: int, number: int) -> list[int]:
+        return epoch(Cursor([64] * 10, seed=seed, global_batch_size=32, window=128), number)
+
+    orders = [order(seed, number) for seed in (0, 1) for number in (0, 1)]
+    assert len({tuple(o) for o in orders}) == 4
+    assert orders[0] != sorted(orders[0])
+    chosen = [set(epoch(Cursor([64] * 10, seed=s, global_batch_size=8, window=99, fraction=0.3), 0)) for s in (0, 1)]
+    assert chosen[0] != chosen[1]
+
+
+def test_the_order_is_a_recorded_one():
+    """Resuming relies on it: a change here makes other runs of what was begun before."""
+    cursor = Cursor([4, 3, 5], seed=3, global_batch_size=5, window=8)
+    assert [cursor.rows(1, step).tolist() for step in range(3)] == [[3, 1, 0, 4, 7], [6, 5, 2, 11, 10], [9, 8]]
+
+
+def test_rows_of_a_window_are_well_mixed():
+    cursor = Cursor([64] * 100, seed=0, global_batch_size=64, window=6400)
+    steps = [cursor.rows(0, step) for step in range(cursor.steps_per_epoch)]
+    groups_per_step = np.mean([len(set((rows // 64).tolist())) for rows in steps])
+    assert groups_per_step > 40  # 64 draws out of 100 groups meet 47.4 different ones on average
+    assert abs(np.corrcoef(np.concatenate(steps), np.arange(6400))[0, 1]) < 0.05  # 4 standard errors of no correlation
+
+
+def test_a_fraction_takes_from_all_parts_of_the_data():
+    rows = np.array(epoch(Cursor([64] * 50, seed=3, global_batch_size=10, window=500, fraction=0.25), 0))
+    per_group = np.bincount(rows // 64, minlength=50)
+    assert per_group.min() == per_group.max() == 16
+
+
+def test_100_million_samples_take_little_memory_and_a_millisecond_a_step():
+    cursor = Cursor(np.full(1_562_500, 64), seed=0, global_batch_size=256, window=65_536)  # type: ignore[arg-type]
+    held = [v for v in vars(cursor).values() if isinstance(v, np.ndarray)]
+    cursor.rows(0, 200_000)
+    assert cursor._epoch is not None
+    held += cursor._epoch[1:]
+    assert sum(v.nbytes for v in {id(v): v for v in held}.values()) < 100e6
+    start = time.process_time()
+    for step in range(200_000, 200_256):  # a window is 256 steps: one permutation of it is in here
+        cursor.rows(0, step)
+    assert (time.process_time() - start) / 256 < 1e-3
+
+
+@pytest.mark.parametrize("step", [-1, 4])
+def test_a_step_outside_the_epoch_is_an_error(step):
+    with pytest.raises(IndexError, match=r"expected a step in 0..3"):
+        Cursor([7], seed=0, global_batch_size=2, window=4).rows(0, step)
+
+
+@pytest.mark.parametrize(("groups", "change"), [([], {}), ([0, 3], {}), ([3], {"fraction": 0}), ([3], {"window": 0})])
+def test_wrong_arguments_are_errors(groups, change):
+    with pytest.raises(ValueError, match="expected"):
+        Cursor(groups, **{"seed": 0, "global_batch_size": 1, "window": 1, **change})
+
+
+# -- shares
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 50), st.integers(1, 9), st.integers(1, 9))
+def test_shares_hold_every_row_once_and_all_ranks_make_the_same_passes(num, world_size, micro):
+    rows = np.arange(100, 100 + num)
+    layout = shares(rows, world_size, micro)
+    assert len(layout) == world_size
+    assert sorted(int(r) for rank in layout for part in rank for r in part) == rows.tolist()
+    assert len({len(rank) for rank in layout}) == 1
+    assert len(layout[0]) >= 1
+    assert all(len(part) <= micro for rank in layout for part in rank)
+    totals = [sum(len(part) for part in rank) for rank in layout]
+    assert max(totals) - min(totals) <= 1
+    assert len(layout[0]) == max(1, -(-max(totals) // micro)), "no pass that is filler on every rank"
+
+
+def test_a_global_batch_of_7_on_2_workers():
+    assert [[len(p) for p in rank] for rank in shares(np.arange(7), 2, 4)] == [[4], [3]]
+    assert [[len(p) for p in rank] for rank in shares(np.arange(7), 2, 3)] == [[3, 1], [3, 0]]
+
+
+def test_more_workers_than_samples_leaves_filler():
+    assert [[p.tolist() for p in rank] for rank in shares(np.array([5, 9]), 4, 2)] == [[[5]], [[9]], [[]], [[]]]

@@ -1,0 +1,299 @@
+"""Do all engines take the same steps as plain autograd, clip_grad_norm_ and AdamW? One process and two, fp32 and bf16.
+
+`tests/engine_worker.py` runs every engine over the same few steps in three processes (a world of one, and a world of
+two); the tests compare what came out. No Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dpa_ray.batch import Batch
+from dpa_ray.data.cursor import Cursor
+from dpa_ray.engine.loop import Schedule, passes_of, train
+from dpa_ray.engine.plain import PlainEngine
+from dpa_ray.engine.protocol import OptimizerSettings
+from dpa_ray.errors import UserError
+from tests.engine_worker import BROKEN, LEARNING_RATES, SETTINGS, STEPS, Case, Outcome, cases, make_module
+from tests.random_models import batch_of, make_step, make_vlm
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 400
+"""Some 30 s on two free cores."""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], dict[str, Outcome]]:
+    """{(world size, rank): {case name: outcome}}"""
+    folder = tmp_path_factory.mktemp("engines")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.engine_worker", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return {
+        (size, rank): {n: Outcome(**values) for n, values in torch.load(folder / f"{size}-{rank}.pt").items()}
+        for size, rank in ((1, 0), (2, 0), (2, 1))
+    }
+
+
+def all_cases() -> list[tuple[int, Case]]:
+    return [(world_size, case) for world_size in (1, 2) for case in cases(world_size)]
+
+
+def name_of(value: Any) -> str:
+    if not isinstance(value, Case):
+        return str(value)
+    changed = [f"{k}={v}" for k, v in vars(value).items() if k != "zero_stage" and v != vars(Case(None))[k]]
+    return ",".join(["plain" if value.zero_stage is None else f"zero{value.zero_stage}", *changed])
+
+
+@cache
+def reference(bf16: bool, trained: str, tied: bool, broken: bool) -> Outcome:
+    """The steps by hand: the whole step as one batch, divided by its weights, torch's clipping and AdamW on fp32 masters.
+
+    With `broken` the broken step is left out.
+    """
+    module = make_module(Case(None, bf16, trained=trained, tied=tied))
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    masters = [p.detach().float().clone().requires_grad_() for p in parameters]
+    optimizer = torch.optim.AdamW(
+        masters, lr=1.0, betas=SETTINGS.betas, weight_decay=SETTINGS.weight_decay, eps=SETTINGS.eps
+    )
+    outcome = Outcome()
+    for step, notations in enumerate(STEPS):
+        if broken and step == BROKEN:
+            continue
+        sums = module(batch_of(notations))
+        loss = sums.loss / sums.weight.float()
+        for master, gradient in zip(masters, torch.autograd.grad(loss, parameters), strict=True):
+            master.grad = gradient.float()
+        outcome.norms.append(float(torch.nn.utils.clip_grad_norm_(masters, SETTINGS.grad_clip)))
+        optimizer.param_groups[0]["lr"] = LEARNING_RATES[step]
+        optimizer.step()
+        with torch.no_grad():
+            for parameter, master in zip(parameters, masters, strict=True):
+                parameter.copy_(master)
+        outcome.losses.append(loss.item())
+        outcome.weights.append(sums.weight.item())
+    named = module.model.named_parameters(remove_duplicate=False)
+    outcome.final = {name: p.detach().clone() for name, p in named}
+    return outcome
+
+
+def without_broken(values: list[float], case: Case) -> list[float]:
+    return [value for step, value in enumerate(values) if not (case.broken and step == BROKEN)]
+
+
+@pytest.mark.parametrize(("world_size", "case"), all_cases(), ids=name_of)
+def test_every_engine_takes_the_same_steps(outcomes: Any, world_size: int, case: Case) -> None:
+    """Losses, weight sums, norms before clipping, and the parameters after all steps, against the steps by hand: the sum
+    over ranks and passes, one division, clipping, and the learning rate of each step.
+
+    fp32: 1e-4 relative on norms and 1e-5 on parameters, which move by some 5e-3; gradients are summed in another order.
+    bf16: gradients are rounded to 8 bits before they are summed over ranks, and DeepSpeed has its own linear layer, which
+    moves losses and norms by some tenths of a percent. Parameters keep fp32 masters: they end on the same bf16 number
+    or the next one to it, and most of them on the same.
+    """
+    found = outcomes[world_size, 0][case.name]
+    expected = reference(case.bf16, case.trained, case.tied, case.broken or case.skipped)
+    loose = 0.015 if case.bf16 else 1e-4
+    assert without_broken(found.losses, case) == pytest.approx(expected.losses, rel=loose)
+    assert without_broken(found.weights, case) == pytest.approx(expected.weights, rel=loose)
+    assert without_broken(found.norms, case) == pytest.approx(expected.norms, rel=loose)
+    assert found.final.keys() == expected.final.keys()
+    start = dict(make_module(case).model.named_parameters(remove_duplicate=False))
+    for name, wanted in expected.final.items():
+        tensor = found.final[name]
+        assert (tensor.shape, tensor.dtype, tensor.device.type) == (wanted.shape, wanted.dtype, "cpu"), name
+        if torch.equal(wanted, start[name]):
+            assert torch.equal(tensor, wanted), f"{name} is frozen"
+        elif case.bf16:
+            torch.testing.assert_close(tensor, wanted, rtol=2**-7, atol=2**-8, msg=lambda m, name=name: f"{name}: {m}")
+        else:
+            torch.testing.assert_close(tensor, wanted, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    if case.bf16:
+        same = [(found.final[name] == wanted).flatten() for name, wanted in expected.final.items()]
+        assert torch.cat(same).float().mean() > 0.9
+
+
+def test_the_steps_are_clipped_and_not_clipped() -> None:
+    """What is compared above says something of clipping: some norms are above, some below."""
+    norms = reference(False, "full", False, False).norms
+    assert min(norms) < 0.95 * SETTINGS.grad_clip
+    assert max(norms) > 1.05 * SETTINGS.grad_clip
+
+
+@pytest.mark.parametrize(
+    ("world_size", "case"), [(w, c) for w, c in all_cases() if c.broken], ids=name_of
+)
+def test_an_update_with_gradients_that_are_not_finite_changes_nothing(
+    outcomes: Any, world_size: int, case: Case
+) -> None:
+    """It says inf, and no parameter moves."""
+    found = outcomes[world_size, 0][case.name]
+    assert found.norms[BROKEN] == np.inf
+    assert len(found.before_broken) > 10
+    for name, tensor in found.before_broken.items():
+        assert torch.equal(found.after_broken[name], tensor), name
+
+
+@pytest.mark.parametrize("case", [case for case in cases(2) if case.broken], ids=name_of)
+def test_after_such_an_update_all_goes_on_as_if_it_had_never_been(outcomes: Any, case: Case) -> None:
+    """To the bit: neither moments nor step count nor left-over gradients remember it."""
+    found = outcomes[2, 0][case.name]
+    never = outcomes[2, 0][Case(case.zero_stage, case.bf16, skipped=True).name]
+    assert without_broken(found.losses, case) == never.losses
+    assert without_broken(found.norms, case) == never.norms
+    for name, tensor in never.final.items():
+        assert torch.equal(found.final[name], tensor), name
+
+
+def test_passes_do_not_change_a_step(outcomes: Any) -> None:
+    """Twice as many micro-batches, the same numbers; one of them holds nothing but filler."""
+    for stage in (None, 0, 2, 3):
+        once, twice = (outcomes[2, 0][Case(stage, passes=passes).name] for passes in (1, 2))
+        assert twice.num_batches == 2 * once.num_batches
+        assert twice.losses == pytest.approx(once.losses, rel=1e-5)
+        assert twice.norms == pytest.approx(once.norms, rel=1e-5)
+        for name, tensor in once.final.items():
+            torch.testing.assert_close(twice.final[name], tensor, rtol=0, atol=5e-6)
+
+
+def test_all_ranks_agree_and_the_first_one_alone_gathers(outcomes: Any) -> None:
+    for case in cases(2):
+        first, second = outcomes[2, 0][case.name], outcomes[2, 1][case.name]
+        assert (first.losses, first.norms) == (second.losses, second.norms), case
+        assert first.final, case
+        assert not second.final, case
+
+
+def test_tied_weights_stay_one(outcomes: Any) -> None:
+    final = outcomes[2, 0][Case(3, tied=True).name].final
+    assert torch.equal(final["lm_head.weight"], final["model.language_model.embed_tokens.weight"])
+
+
+# The plain engine alone, in this process
+
+
+def plain(settings: OptimizerSettings = SETTINGS, *, dtype: torch.dtype = torch.float32, **module: Any) -> PlainEngine:
+    step = make_step(make_vlm(dtype=dtype), "prob", **module).train()
+    for name, parameter in step.named_parameters():
+        parameter.requires_grad_("vision_tower" not in name)
+    return PlainEngine(step, settings, torch.device("cpu"))
+
+
+def copies(engine: PlainEngine) -> list[Tensor]:
+    return [p.detach().clone() for p in engine.parameters]
+
+
+def test_steps_too_small_for_bf16_add_up() -> None:
+    """Each moves a weight by less than half a unit in its last place; without an fp32 master none would ever count."""
+    engine = plain(OptimizerSettings((0.0, 0.0), 0.0, 0.0, eps=1e-4), dtype=torch.bfloat16)
+    start = copies(engine)
+    batch = batch_of(["s1 I t6", "s3 I t5"])
+    for _ in range(20):
+        sums = engine.forward(batch)
+        engine.backward(sums.loss, last=True)
+        engine.update(sums.weight.item(), 1e-4)
+    weight, before = engine.module.model.lm_head.weight, start[[p is engine.module.model.lm_head.weight for p in engine.parameters].index(True)]
+    large = before.abs() > 0.25  # half a unit there is 2^-11 = 4.9e-4 and more
+    moved = (weight != before)[large]
+    assert moved.float().mean() > 0.5
+
+
+def test_without_clipping_the_norm_is_still_told() -> None:
+    engines = [plain(OptimizerSettings((0.9, 0.95), 0.0, clip, eps=1e-4)) for clip in (0.0, 1e9, 1e-3)]
+    norms = []
+    for engine in engines:
+        sums = engine.forward(batch_of(["s1 I t6"]))
+        engine.backward(sums.loss, last=True)
+        norms.append(engine.update(sums.weight.item(), 1e-2))
+    assert norms[0] == norms[1] == norms[2] > 1
+    states = [copies(engine) for engine in engines]
+    assert all(torch.equal(a, b) for a, b in zip(states[0], states[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(states[0], states[2], strict=True))
+
+
+# The loop
+
+
+NOTATIONS = ["s1 I t6", "s2 t4", "I t5", "s2 I s1 t4 s1 u3", "s3 I g2 t3", "s1 t9", "s2 I s3", "I I t2"]
+
+
+def run_loop(engine: PlainEngine, *, micro_batch_size: int = 8, notations: list[str] | None = None) -> list[dict[str, Any]]:
+    """Two epochs of two steps of 4 over eight samples; gives the recorded metrics."""
+    samples = notations or NOTATIONS
+    cursor = Cursor([len(samples)], seed=0, global_batch_size=4, window=100)
+    plan = passes_of(cursor, 4, rank=0, world_size=1, micro_batch_size=micro_batch_size)
+
+    def batches() -> Iterator[Batch]:
+        for rows, filler in (one for step in plan for one in step):
+            chosen = [samples[row] for row in rows] or [samples[filler]]
+            batch = batch_of(chosen, num_filler=0 if len(rows) else 1)
+            batch.ids, batch.rows = [f"id{row}" for row in rows], [("data", int(row)) for row in rows]
+            yield batch
+
+    lines: list[dict[str, Any]] = []
+    train(
+        engine, batches(), plan, cursor, Schedule(4, 1e-2, 0.5), stage="instruct", device=torch.device("cpu"),
+        record=lambda line, _: lines.append(line),
+    )  # fmt: skip
+    return lines
+
+
+def test_micro_batch_size_does_not_change_the_loop() -> None:
+    """4 = 2 x 2 = 4 x 1 = 3 + 1. Everything that is logged but time."""
+    engines, logs = [], []
+    for size in (4, 3, 2, 1):
+        engines.append(plain())
+        logs.append(run_loop(engines[-1], micro_batch_size=size))
+    assert [line["lr"] for line in logs[0]] == pytest.approx([5e-3, 1e-2, 1e-2, 5e-3])
+    assert [line["epoch"] for line in logs[0]] == [0, 0, 1, 1]
+    for log, engine in zip(logs[1:], engines[1:], strict=True):
+        for first, line in zip(logs[0], log, strict=True):
+            for key in set(line) - {"step_time_s", "data_wait_s", "tokens_per_s"}:
+                assert line[key] == pytest.approx(first[key], rel=1e-4), key
+        for one, other in zip(copies(engines[0]), copies(engine), strict=True):
+            torch.testing.assert_close(other, one, rtol=0, atol=1e-5)
+
+
+def test_a_step_without_weight_makes_no_update() -> None:
+    """Lower bound 0 and text only: all weights are 0. The loss is told as 0, and the parameters stay, to the bit."""
+    engine = plain(bounds=(0.0, 0.5))
+    before = copies(engine)
+    lines = run_loop(engine, notations=["s2 t4", "s1 t9", "s5 t2"] * 4)
+    assert [(line["updated"], line["loss"], line["grad_norm"], line["weight_mean"]) for line in lines] == [(False, 0, 0, 0)] * 4
+    assert all(line["nll_mean"] > 0.5 for line in lines)
+    assert all(torch.equal(a, b) for a, b in zip(before, copies(engine), strict=True))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples() -> None:
+    engine = plain()
+    with torch.no_grad():
+        engine.module.model.lm_head.weight[3, 5] = torch.nan
+    before = copies(engine)
+    with pytest.raises(UserError, match=r"stage instruct, step 1: the loss is not finite; this step changed nothing.*id\d \(row \d\)"):
+        run_loop(engine)
+    for one, other in zip(before, copies(engine), strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
+    """The loss may be finite all the same."""
+    engine = plain()
+    engine.parameters[0].register_hook(lambda gradient: gradient * torch.inf)
+    before = copies(engine)
+    with pytest.raises(UserError, match="step 1: the gradient is not finite; this step changed nothing"):
+        run_loop(engine)
+    assert all(torch.equal(a, b) for a, b in zip(before, copies(engine), strict=True))
