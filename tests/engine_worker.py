@@ -81,7 +81,9 @@ def cases(world_size: int) -> list[Case]:
         return found + [Case(2, bf16=True)] + [Case(stage, broken=True) for stage in (None, 0, 2, 3)]
     some = (None, 0, 2, 3)
     found = [Case(stage, bf16) for bf16 in (False, True) for stage in (None, 0, 1, 2, 3)]
-    found += [Case(stage, bf16=True, broken=True) for stage in some] + [Case(stage, bf16=True, skipped=True) for stage in some]
+    found += [Case(stage, bf16=True, broken=True) for stage in some] + [
+        Case(stage, bf16=True, skipped=True) for stage in some
+    ]
     found += [Case(stage, passes=2) for stage in some]
     return found + [Case(2, trained="connector"), Case(3, trained="lora"), Case(2, tied=True), Case(3, tied=True)]
 

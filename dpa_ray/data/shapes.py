@@ -18,7 +18,7 @@ from dpa_ray.recipe import SourceOptions
 VERSION = 1
 """Of what the generator makes: raise it with every change, because data and models are kept under it."""
 
-FOLLOW_UPS = 1  # questions after the first in a training conversation; held-out ones are single, each seen afresh
+FOLLOW_UPS = 2  # questions after the first in a training conversation; held-out ones are single, each seen afresh
 
 _STREAMS = ("terse", "ornate", "qa", "order", "text")
 _SPLITS = get_args(Split)

@@ -22,6 +22,9 @@ SIZES = ("small", "large")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 VALUES: dict[Attribute, tuple[str, ...]] = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "place": PLACES}
 COUNTS = (1, 2, 3)
+COUNT_SHARES = (0.6, 0.25, 0.15)
+"""How often a scene has so many objects: mostly one, from which a small model learns to read attributes at all before
+it can learn to tell objects apart."""
 
 RESERVED_PAIRS = frozenset(zip(SHAPES, COLOURS, strict=True))
 """(shape, colour) pairs that only the split heldout_pairs shows: one of each shape and of each colour."""
@@ -74,11 +77,11 @@ def draw_scene(
 ) -> Scene:
     """A random scene of `split` with one object that has the attributes `known`, and none of shape `absent_shape`.
 
-    Whatever the split and the arguments leave free is drawn evenly: the number of objects, and every attribute. They
-    must leave a scene possible (see `possible`).
+    Whatever the split and the arguments leave free is drawn: the number of objects by COUNT_SHARES, every attribute
+    evenly. They must leave a scene possible (see `possible`).
     """
     while True:
-        num = int(rng.choice(COUNTS)) if num_things is None else num_things
+        num = int(rng.choice(COUNTS, p=COUNT_SHARES)) if num_things is None else num_things
         # Many tries for one number of objects: else those of which more scenes are refused would come less often. Not
         # endlessly many: a split may have no single object with the attributes `known`.
         for _ in range(64):
@@ -113,8 +116,7 @@ def picture(rng: np.random.Generator, scene: Scene) -> bytes:
     for thing in scene:
         row, column = divmod(PLACES.index(thing.place), 2)
         radius = cell * RADIUS[thing.size] * rng.uniform(0.95, 1.05)
-        corner = np.array([column, row]) * (GRID // 2) + rng.integers(GRID // 2, size=2)
-        x, y = (corner + 0.5) * cell + rng.uniform(-PLAY, PLAY, size=2)
+        x, y = (np.array([column, row]) * (GRID - 1) + 0.5) * cell + rng.uniform(-PLAY, PLAY, size=2)
         fill = tuple((np.array(_RGB[thing.colour]) + rng.integers(-12, 13, size=3)).clip(0, 255).tolist())
         _paint(image, thing.shape, float(x), float(y), float(radius), fill)
     out = io.BytesIO()

@@ -133,6 +133,7 @@ class Worker:
             store=self.store, prepared=task.data, encoder=built.encoder, image_processor=built.image_processor,
             pad_token_id=_pad_token(built.encoder.tokenizer),
         )  # fmt: skip
+        loader.check()
         batches = stream(
             loader, list(chain.from_iterable(plan)), prefetch=recipe.data.prefetch_batches, workers=recipe.data.workers
         )

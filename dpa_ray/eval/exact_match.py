@@ -59,13 +59,13 @@ def with_shuffled_images(questions: Sequence[Question], seed: int = 0) -> list[Q
     by_count: dict[int, dict[int, tuple[bytes, ...]]] = defaultdict(dict)
     for question in questions:
         by_count[len(question.images)].setdefault(question.sample, question.images)
-    partner: dict[int, tuple[bytes, ...]] = {}
+    partner: dict[tuple[int, int], tuple[bytes, ...]] = {}
     generator = np.random.default_rng(seed)
-    for samples in by_count.values():
+    for count, samples in by_count.items():
         order = generator.permutation(sorted(samples))
         for here, there in zip(order, np.roll(order, 1), strict=True):  # a rotation of a permutation: never its own
-            partner[int(here)] = samples[int(there)]
-    return [replace(question, images=partner[question.sample]) for question in questions]
+            partner[count, int(here)] = samples[int(there)]
+    return [replace(question, images=partner[len(question.images), question.sample]) for question in questions]
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,10 @@ class Answering:
             mask[row, length - len(question.input_ids) :] = 1
         images = [self.pixels(image) for question in questions for image in question.images]
         weight = self.model.model.multi_modal_projector.linear_1.weight
-        pixels = torch.from_numpy(np.stack(images)).to(self.device, weight.dtype) if images else None
+        # `generate` runs the tower on a pixel_values that is None
+        seen = {"pixel_values": torch.from_numpy(np.stack(images)).to(self.device, weight.dtype)} if images else {}
         generated = self.model.generate(
-            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), pixel_values=pixels,
+            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **seen,
             do_sample=False, max_new_tokens=self.max_new_tokens, pad_token_id=pad,
         )  # fmt: skip
         texts: list[str] = self.tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)

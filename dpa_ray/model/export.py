@@ -56,6 +56,8 @@ def export(model: Any, tensors: dict[str, Tensor], processor: LlavaProcessor, fo
         part.dtype = dtype
     with quiet_loading():
         model.save_pretrained(folder, state_dict=tensors)
+    model.config.dtype = dtype  # saving has put the first parameter's there, a frozen tower's
+    model.config.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 

@@ -97,7 +97,9 @@ def _finished(tokenizer: Any, row: ImageRow) -> tuple[Any, ImageRow]:
     ids = tokenizer(f"a{IMAGE_TOKEN}b", add_special_tokens=False)["input_ids"]
     if ids.count(row.token_id) != 1:
         raise UserError(f"model.llm: its tokenizer does not keep {IMAGE_TOKEN} as one token: found ids {ids}")
-    if tokenizer.pad_token_id is None:  # the processor pads; what is padded is masked, so any token will do
+    num_rows = max(row.num_base_rows, row.token_id + 1)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= num_rows:
+        # batches are padded; what is padded is masked, so any token that has a row will do
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer, row
 

@@ -42,7 +42,9 @@ def attach(llm: Any, *, rank: int, alpha: float, dropout: float, seed: int) -> A
 
 def adapter_state(peft_model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The adapter's tensors as PEFT names them, from full tensors by the peft model's own parameter names."""
-    return {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(peft_model, tensors).items()}
+    # Embeddings are never adapted; "auto" would ask the hub whether they were.
+    state = get_peft_model_state_dict(peft_model, tensors, save_embedding_layers=False)
+    return {k: v.detach().cpu().contiguous() for k, v in state.items()}
 
 
 def save_adapter(peft_model: Any, tensors: dict[str, Tensor], folder: Path, *, base_name: str) -> None:

@@ -222,15 +222,20 @@ def import_connector(source: Path) -> dict[str, Tensor]:
         "2.weight": "linear_2.weight",
         "2.bias": "linear_2.bias",
     }
+    if not isinstance(tensors, dict):
+        raise UserError(f"{file}: expected tensors by name, found a {type(tensors).__name__}")
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         short = ".".join(name.split(".")[-2:])
         found[names.get(short, short)] = tensor
-    missing = [key for key in CONNECTOR_KEYS if key not in found]
+    missing = [key for key in CONNECTOR_KEYS if not isinstance(found.get(key), Tensor)]
     if missing:
         raise UserError(
             f"{file}: expected the tensors {', '.join(CONNECTOR_KEYS)} (or LLaVA's), found {sorted(tensors)}"
         )
+    bad = [key for key in CONNECTOR_KEYS if not torch.isfinite(found[key]).all()]
+    if bad:
+        raise UserError(f"{file}: {len(bad)} tensors are not finite, the first is {bad[0]}")
     return {key: found[key].float().contiguous() for key in CONNECTOR_KEYS}
 
 

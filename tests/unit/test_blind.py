@@ -91,7 +91,9 @@ def test_a_sample_that_is_all_image_disturbs_nobody(family: str) -> None:
     torch.testing.assert_close(check(llm, batch), check(llm, batch_of([CAPTION])), rtol=0, atol=TOLERANCE)
     nothing, _ = short_q(llm, batch_of([ONLY_IMAGE]))
     assert nothing.shape == (0,)
-    text = drop_images(*(getattr(batch_of([ONLY_IMAGE]), name) for name in ("input_ids", "attention_mask", "image_mask")))
+    text = drop_images(
+        *(getattr(batch_of([ONLY_IMAGE]), name) for name in ("input_ids", "attention_mask", "image_mask"))
+    )
     hidden = llm.model(
         inputs_embeds=embed(llm, text.input_ids), attention_mask=text.attention_mask, position_ids=text.position_ids
     ).last_hidden_state
@@ -147,7 +149,9 @@ def test_dropout_of_training_does_not_reach_q() -> None:
 def decode(llm: Any, batch: Batch, mask: str) -> Tensor:
     """(S, D) text positions of a one-sample batch, by the short pass under another attention mask."""
     text = drop_images(batch.input_ids, batch.attention_mask, batch.image_mask)
-    given = {"none": None, "2-D": text.attention_mask, "ours": attention_argument(text, llm.config, torch.float32)}[mask]
+    given = {"none": None, "2-D": text.attention_mask, "ours": attention_argument(text, llm.config, torch.float32)}[
+        mask
+    ]
     with torch.no_grad():
         return llm.model(
             inputs_embeds=embed(llm, text.input_ids), attention_mask=given, position_ids=text.position_ids,

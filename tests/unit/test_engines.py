@@ -134,9 +134,7 @@ def test_the_steps_are_clipped_and_not_clipped() -> None:
     assert max(norms) > 1.05 * SETTINGS.grad_clip
 
 
-@pytest.mark.parametrize(
-    ("world_size", "case"), [(w, c) for w, c in all_cases() if c.broken], ids=name_of
-)
+@pytest.mark.parametrize(("world_size", "case"), [(w, c) for w, c in all_cases() if c.broken], ids=name_of)
 def test_an_update_with_gradients_that_are_not_finite_changes_nothing(
     outcomes: Any, world_size: int, case: Case
 ) -> None:
@@ -206,7 +204,10 @@ def test_steps_too_small_for_bf16_add_up() -> None:
         sums = engine.forward(batch)
         engine.backward(sums.loss, last=True)
         engine.update(sums.weight.item(), 1e-4)
-    weight, before = engine.module.model.lm_head.weight, start[[p is engine.module.model.lm_head.weight for p in engine.parameters].index(True)]
+    weight, before = (
+        engine.module.model.lm_head.weight,
+        start[[p is engine.module.model.lm_head.weight for p in engine.parameters].index(True)],
+    )
     large = before.abs() > 0.25  # half a unit there is 2^-11 = 4.9e-4 and more
     moved = (weight != before)[large]
     assert moved.float().mean() > 0.5
@@ -231,7 +232,9 @@ def test_without_clipping_the_norm_is_still_told() -> None:
 NOTATIONS = ["s1 I t6", "s2 t4", "I t5", "s2 I s1 t4 s1 u3", "s3 I g2 t3", "s1 t9", "s2 I s3", "I I t2"]
 
 
-def run_loop(engine: PlainEngine, *, micro_batch_size: int = 8, notations: list[str] | None = None) -> list[dict[str, Any]]:
+def run_loop(
+    engine: PlainEngine, *, micro_batch_size: int = 8, notations: list[str] | None = None
+) -> list[dict[str, Any]]:
     """Two epochs of two steps of 4 over eight samples; gives the recorded metrics."""
     samples = notations or NOTATIONS
     cursor = Cursor([len(samples)], seed=0, global_batch_size=4, window=100)
@@ -262,7 +265,7 @@ def test_micro_batch_size_does_not_change_the_loop() -> None:
     assert [line["epoch"] for line in logs[0]] == [0, 0, 1, 1]
     for log, engine in zip(logs[1:], engines[1:], strict=True):
         for first, line in zip(logs[0], log, strict=True):
-            for key in set(line) - {"step_time_s", "data_wait_s", "tokens_per_s"}:
+            for key in set(line) - {"stage", "step_time_s", "data_wait_s", "tokens_per_s"}:
                 assert line[key] == pytest.approx(first[key], rel=1e-4), key
         for one, other in zip(copies(engines[0]), copies(engine), strict=True):
             torch.testing.assert_close(other, one, rtol=0, atol=1e-5)
@@ -273,7 +276,9 @@ def test_a_step_without_weight_makes_no_update() -> None:
     engine = plain(bounds=(0.0, 0.5))
     before = copies(engine)
     lines = run_loop(engine, notations=["s2 t4", "s1 t9", "s5 t2"] * 4)
-    assert [(line["updated"], line["loss"], line["grad_norm"], line["weight_mean"]) for line in lines] == [(False, 0, 0, 0)] * 4
+    assert [(line["updated"], line["loss"], line["grad_norm"], line["weight_mean"]) for line in lines] == [
+        (False, 0, 0, 0)
+    ] * 4
     assert all(line["nll_mean"] > 0.5 for line in lines)
     assert all(torch.equal(a, b) for a, b in zip(before, copies(engine), strict=True))
 
@@ -283,7 +288,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples() -> None
     with torch.no_grad():
         engine.module.model.lm_head.weight[3, 5] = torch.nan
     before = copies(engine)
-    with pytest.raises(UserError, match=r"stage instruct, step 1: the loss is not finite; this step changed nothing.*id\d \(row \d\)"):
+    with pytest.raises(
+        UserError, match=r"stage instruct, step 1: the loss is not finite; this step changed nothing.*id\d \(row \d\)"
+    ):
         run_loop(engine)
     for one, other in zip(before, copies(engine), strict=True):
         assert torch.equal(one.nan_to_num(), other.nan_to_num())
