@@ -18,8 +18,9 @@ import torch
 
 from dpa_ray.batch import Batch
 from dpa_ray.data.cursor import Cursor
-from dpa_ray.data.ingest import Loader, stream
+from dpa_ray.data.ingest import Loader
 from dpa_ray.engine.evaluate import evaluate
+from dpa_ray.engine.feed import Feed
 from dpa_ray.engine.loop import Schedule, passes_of, train
 from dpa_ray.engine.protocol import Engine, OptimizerSettings, rank, world_size
 from dpa_ray.report.metrics import MetricsLog
@@ -51,6 +52,7 @@ def run_worker(orders: Orders) -> None:
         if find(worker.store, task.result.stage, task.result.key) is None:
             worker.run(task)
         worker.barrier()
+    worker.feed.close()
 
 
 def _device() -> torch.device:
@@ -58,9 +60,10 @@ def _device() -> torch.device:
 
     device = ray.train.torch.get_device()
     if device.type == "cpu":
-        # Ray gives a worker one thread per CPU it asked for; what it asked for is a share, not a limit.
-        threads = max(1, (os.cpu_count() or 1) // max(1, ray.train.get_context().get_local_world_size()))
-        torch.set_num_threads(threads)
+        # Ray sets one thread per CPU that was asked for, but that is a share, not a limit. One core stays for the data
+        # tasks: torch's threads wait for each other after every operation, and one that lost its core holds up all.
+        workers = max(1, ray.train.get_context().get_local_world_size())
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers - 1))
     return device
 
 
@@ -71,6 +74,7 @@ class Worker:
         self.store = store
         self.device = device
         self.board = board
+        self.feed = Feed()
 
     def run(self, task: Task) -> None:
         if isinstance(task, MergeTask):
@@ -134,7 +138,7 @@ class Worker:
             pad_token_id=_pad_token(built.encoder.tokenizer),
         )  # fmt: skip
         loader.check()
-        batches = stream(
+        batches = self.feed.batches(
             loader, list(chain.from_iterable(plan)), prefetch=recipe.data.prefetch_batches, workers=recipe.data.workers
         )
         recorder = Recorder(self, task)

@@ -1,0 +1,191 @@
+"""Does what changes a result change its key, and what does not leave it?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dpa_ray.recipe import Recipe
+from dpa_ray.stages.pipeline import make_plan
+from dpa_ray.stages.runs import identity
+from dpa_ray.store.fs import Store
+from tests.small_recipes import ORDER, keys_of
+
+# Every key of a recipe: another value, and the first result that it changes (all later ones hang on that). None: none.
+# A recipe key that is not here fails the test, so that whoever adds one must decide.
+CHANGES: dict[str, tuple[Any, str | None]] = {
+    "name": ("other", None),
+    "store": ("/elsewhere", None),
+    "precision": ("bf16", "proxy_llm"),
+    "seed": (1, "proxy_llm"),
+    "engine": ("torch", None),
+    "deepspeed.zero_stage": (3, None),
+    "cluster.workers": (2, None),
+    "cluster.gpus_per_worker": (1, None),
+    "cluster.cpus_per_worker": (1.5, None),
+    "cluster.start_timeout_s": (5, None),
+    "checkpoint.every_s": (9, None),
+    "checkpoint.every_steps": (9, None),
+    "checkpoint.keep": (9, None),
+    "trackers.tensorboard": (False, None),
+    "trackers.wandb": ({"project": "p"}, None),
+    "trackers.mlflow": ({"tracking_uri": "u"}, None),
+    "debug.record_samples": (True, None),
+    "model.llm": ("OTHER_LLM", "proxy_llm"),
+    "model.vision": ("OTHER_VISION", "proxy_mllm"),
+    "model.vision_layer": (-3, "proxy_mllm"),
+    "model.attention": ("eager", None),
+    "model.image_size": (28, "proxy_mllm"),
+    "model.template_date": ("01 Jan 2025", "instruct"),
+    "data.pretrain.fraction": (0.5, "proxy_llm"),
+    "data.pretrain.image_aspect": ("pad", "proxy_mllm"),
+    "data.pretrain.options.style": ("terse", "proxy_llm"),
+    "data.pretrain.options.split": ("heldout", "proxy_llm"),
+    "data.pretrain.options.size": (11, "proxy_llm"),
+    "data.pretrain.options.seed": (5, "proxy_llm"),
+    "data.instruct.fraction": (0.5, "instruct"),
+    "data.instruct.image_aspect": ("crop", "instruct"),
+    "data.instruct.options.style": ("terse", "instruct"),
+    "data.instruct.options.split": ("heldout", "instruct"),
+    "data.instruct.options.size": (11, "instruct"),
+    "data.instruct.options.seed": (5, "instruct"),
+    "data.eval.options.style": ("terse", "eval"),
+    "data.eval.options.split": ("train", "eval"),
+    "data.eval.options.size": (11, "eval"),
+    "data.eval.options.seed": (5, "eval"),
+    "data.max_quarantined_fraction": (0.5, None),
+    "data.shuffle_window": (7, "proxy_llm"),
+    "data.prefetch_batches": (3, None),
+    "data.workers": (3, None),
+    "cmo.lower": (0.1, "proxy_mllm"),
+    "cmo.upper": (0.7, "proxy_mllm"),
+    "cmo.window": (5, "proxy_mllm"),
+    "cmo.blind": ("live", None),
+    "stages.proxy_mllm.weights": ("uniform", "proxy_mllm"),
+    "stages.instruct.weights": ("logit", "instruct"),
+    "stages.instruct.llm": ("lora", "instruct"),
+    "eval.max_samples": (3, "eval"),
+    "eval.batch_size": (3, None),
+    "eval.max_new_tokens": (3, "eval"),
+}
+for _stage in ("proxy_llm", "proxy_mllm", "instruct"):
+    for _key, _value in {
+        "lr": 0.5, "epochs": 2, "global_batch_size": 5, "max_length": 99, "max_steps": 1, "grad_clip": 0.5,
+        "betas": [0.8, 0.9], "weight_decay": 0.1, "warmup_fraction": 0.5,
+    }.items():  # fmt: skip
+        CHANGES[f"stages.{_stage}.{_key}"] = (_value, _stage)
+    CHANGES[f"stages.{_stage}.micro_batch_size"] = (3, None)
+    CHANGES[f"stages.{_stage}.gradient_checkpointing"] = (False, None)
+for _key, _value in {"rank": 7, "alpha": 7, "dropout": 0.5}.items():
+    CHANGES[f"stages.proxy_llm.lora.{_key}"] = (_value, "proxy_llm")
+    CHANGES[f"stages.instruct.lora.{_key}"] = (_value, None)  # as long as instruct.llm is not lora
+
+ELSEWHERE = {
+    "method": "test_methods_share_what_they_have_in_common",
+    "stages.proxy_llm.llm": "it has one value",
+    "stages.proxy_llm.from": "test_an_adapter_of_ones_own_takes_the_place_of_stage_one",
+    "stages.proxy_mllm.from": "test_a_connector_of_ones_own_takes_the_place_of_stages_one_and_two",
+    "data.eval_extra": "test_further_held_out_sets_are_in_the_key_of_eval_alone",
+    "data.eval.fraction": "held-out sets are cut by eval.max_samples",
+    "data.eval.image_aspect": "the finished model's own processor",
+    **{f"data.{s}.{k}": "files: what lies there is in the digest" for s in ("pretrain", "instruct", "eval") for k in ("source", "images", "format")},
+}  # fmt: skip
+
+
+def leaves(values: dict[str, Any], path: str = "") -> set[str]:
+    found: set[str] = set()
+    for key, value in values.items():
+        found |= leaves(value, f"{path}{key}.") if isinstance(value, dict) and value else {f"{path}{key}"}
+    return found
+
+
+def test_every_key_of_a_recipe_is_decided_upon(recipe: Callable[..., Recipe]) -> None:
+    assert leaves(recipe().to_dict()) == set(CHANGES) | set(ELSEWHERE)
+
+
+def test_each_key_changes_the_results_that_it_should(recipe: Callable[..., Recipe], models: dict[str, str]) -> None:
+    before = keys_of(recipe())
+    assert tuple(before) == ORDER
+    names = {"OTHER_LLM": models["other_llm"], "OTHER_VISION": models["other_vision"]}
+    wrong = {}
+    for key, (value, first) in CHANGES.items():
+        made = recipe(f"{key}={json.dumps(names.get(value, value) if isinstance(value, str) else value)}")
+        after = keys_of(made.model_copy(update={"store": recipe().store}))
+        expected = set(ORDER[ORDER.index(first) :]) if first else set()
+        found = {name for name in ORDER if after[name] != before[name]}
+        if found != expected:
+            wrong[key] = (sorted(found), sorted(expected))
+    assert not wrong
+
+
+def test_loras_of_stage_three_count_where_it_has_one(recipe: Callable[..., Recipe]) -> None:
+    before = keys_of(recipe("stages.instruct.llm=lora"))
+    after = keys_of(recipe("stages.instruct.llm=lora", "stages.instruct.lora.rank=7"))
+    assert {name for name in ORDER if after[name] != before[name]} == {"instruct", "eval"}
+
+
+def test_a_default_said_aloud_is_the_same(recipe: Callable[..., Recipe]) -> None:
+    said = recipe(
+        "data.pretrain.image_aspect=crop", "data.instruct.image_aspect=pad", "cmo.lower=0.05", "cmo.upper=0.5",
+        "stages.instruct.weights=prob",
+    )  # fmt: skip
+    assert keys_of(said) == keys_of(recipe())
+
+
+def test_uniform_weights_have_no_bounds(recipe: Callable[..., Recipe]) -> None:
+    bounds = ("cmo.lower=0.1", "cmo.upper=0.9", "cmo.window=7")
+    assert keys_of(recipe("method=vanilla", *bounds)) == keys_of(recipe("method=vanilla"))
+    assert keys_of(recipe("method=pmo", *bounds)) == keys_of(recipe("method=pmo"))
+
+
+def test_methods_share_what_they_have_in_common(recipe: Callable[..., Recipe]) -> None:
+    """The proxy of pmo and dpa; nothing else of any two, but where the switches are the same by hand."""
+    found = {m: keys_of(recipe(f"method={m}")) for m in ("vanilla", "pmo", "cmo", "cal", "dpa")}
+    assert [set(found[m]) for m in ("vanilla", "cmo", "cal")] == [{"proxy_mllm", "instruct", "eval"}] * 3
+    assert found["pmo"]["proxy_llm"] == found["dpa"]["proxy_llm"]
+    assert found["pmo"]["proxy_merged"] == found["dpa"]["proxy_merged"]
+    for name in ("proxy_mllm", "instruct", "eval"):
+        assert len({keys[name] for keys in found.values()}) == 5
+    by_hand = keys_of(recipe("method=pmo", "stages.proxy_mllm.weights=prob", "stages.instruct.weights=prob"))
+    assert by_hand == found["dpa"]
+
+
+def test_further_held_out_sets_are_in_the_key_of_eval_alone(recipe: Callable[..., Recipe]) -> None:
+    extra = 'data.eval_extra={pairs: {source: "builtin:shapes", options: {split: heldout_pairs, size: 3}}}'
+    before, after = keys_of(recipe()), keys_of(recipe(extra))
+    assert {name for name in ORDER if after[name] != before[name]} == {"eval"}
+
+
+def test_another_file_of_the_same_model_folder_is_another_model(
+    recipe: Callable[..., Recipe], models: dict[str, str], tmp_path: Path
+) -> None:
+    """Weights, tokenizer and configs are what a model is; where it lies is not."""
+    import shutil
+
+    shutil.copytree(models["llm"], tmp_path / "copy")
+    moved = recipe(f"model.llm={tmp_path / 'copy'}")
+    assert keys_of(moved) == keys_of(recipe())
+    config = tmp_path / "copy" / "tokenizer_config.json"
+    config.write_text(config.read_text() + "\n")
+    assert keys_of(moved) != keys_of(recipe())
+
+
+def test_a_dry_run_writes_nothing(recipe: Callable[..., Recipe]) -> None:
+    made = recipe()
+    make_plan(made, Store(made.store), make=False, report=lambda _: None)
+    assert not Path(made.store).exists() or not list(Path(made.store).rglob("*"))
+
+
+def test_a_name_goes_on_with_what_says_how_alone(recipe: Callable[..., Recipe]) -> None:
+    """By the table of keys: what changes a result is another run; what changes none is not (but for a few, which may)."""
+    base = identity(recipe())
+    for key, (value, first) in CHANGES.items():
+        if isinstance(value, str) and value.startswith("OTHER"):
+            value = "/other"
+        same = identity(recipe(f"{key}={json.dumps(value)}")) == base
+        if first is not None:
+            assert not same, f"{key} changes {first}"
+        elif key not in ("data.max_quarantined_fraction", "eval.batch_size") and ".lora." not in key:
+            assert same, f"{key} changes nothing"

@@ -1,0 +1,251 @@
+"""Is each artifact made only where something needs it, in order, and handed on by what it is?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dpa_ray.data.prepare import Prepared
+from dpa_ray.errors import UserError
+from dpa_ray.model import lora, vlm
+from dpa_ray.model.vlm import ModelRef
+from dpa_ray.recipe import Recipe, RecipeError
+from dpa_ray.stages.pipeline import Pipeline, Plan, make_plan, num_steps
+from dpa_ray.stages.runs import Run, identity
+from dpa_ray.stages.spec import (
+    ArtifactRef,
+    BaseLlm,
+    Connector,
+    EvalTask,
+    InstructTask,
+    MergedProxy,
+    MergeTask,
+    ProxyAdapter,
+    ProxyLlmTask,
+    ProxyMllmTask,
+    Task,
+)
+from dpa_ray.store.artifacts import commit
+from dpa_ray.store.fs import Store
+from tests.small_recipes import ORDER, weights_of
+
+
+def plan_of(recipe: Recipe, *, found: Sequence[str], has_eval: bool = True) -> Plan:
+    plan = Plan(recipe, weights_of(), weights_of(), {})
+    names = ORDER if plan.has_proxy else ("proxy_mllm", "instruct", "eval")
+    for name in names:
+        if has_eval or name != "eval":
+            plan.refs[name] = ArtifactRef(name, "0")
+    plan.found = dict.fromkeys(found)  # type: ignore[misc]
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("found", "needed"),
+    [
+        ([], ORDER),
+        (["proxy_llm"], ("proxy_merged", "proxy_mllm", "instruct", "eval")),
+        (["proxy_merged"], ("proxy_mllm", "instruct", "eval")),  # the adapter is gone, and nobody asks for it
+        (["proxy_mllm"], ("instruct", "eval")),
+        (["instruct"], ("eval",)),
+        (["instruct", "eval"], ()),
+        (["eval"], ("proxy_llm", "proxy_merged", "proxy_mllm", "instruct")),  # the model itself is always wanted
+        (["proxy_llm", "proxy_mllm"], ("instruct", "eval")),
+        (["proxy_llm", "proxy_merged", "instruct"], ("eval",)),
+    ],
+)
+def test_only_what_something_absent_needs_is_made(
+    found: list[str], needed: tuple[str, ...], recipe: Callable[..., Recipe]
+) -> None:
+    assert plan_of(recipe(), found=found).needed == needed
+
+
+def test_methods_without_a_proxy_never_need_one(recipe: Callable[..., Recipe]) -> None:
+    for method in ("vanilla", "cmo", "cal"):
+        plan = plan_of(recipe(f"method={method}"), found=[])
+        assert plan.needed == ("proxy_mllm", "instruct", "eval")
+        assert plan.stages == ("proxy_mllm", "instruct")
+    assert plan_of(recipe("method=pmo"), found=[], has_eval=False).needed == ORDER[:-1]
+
+
+class Launched:
+    """Stands in for the workers: commits a file for each task, and remembers the tasks."""
+
+    def __init__(self, store: Store, tmp_path: Path):
+        self.store, self.folder = store, tmp_path
+        self.tasks: list[Task] = []
+
+    def __call__(self, tasks: Sequence[Task]) -> None:
+        self.tasks += tasks
+        for task in tasks:
+            folder = self.folder / f"{task.result.stage}-{task.result.key}"
+            folder.mkdir()
+            (folder / "result.txt").write_text(task.result.stage)
+            (folder / "metrics.jsonl").write_text(json.dumps({"stage": task.stage, "step": 1, "loss": 2.5}) + "\n")  # type: ignore[attr-defined]
+            commit(self.store, task.result.stage, task.result.key, folder, inputs=task.inputs, meta={})
+
+
+def carry_out(made: Recipe, tmp_path: Path) -> list[Any]:
+    """Plan and carry out; gives the tasks that were launched."""
+    store = Store(made.store)
+    plan = make_plan(made, store, make=True, report=lambda _: None)
+    launched = Launched(store, Path(tmp_path) / f"made-{len(list(tmp_path.iterdir()))}")
+    launched.folder.mkdir()
+    Pipeline(plan, store, Run(store, made), report=lambda _: None).carry_out(launched)
+    return launched.tasks
+
+
+def test_tasks_hand_over_by_artifact_in_order(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    made = recipe()
+    tasks = carry_out(made, tmp_path)
+    assert [type(task) for task in tasks] == [ProxyLlmTask, MergeTask, ProxyMllmTask, InstructTask, EvalTask]
+    proxy, merge, mllm, tuned, held_out = tasks
+    assert merge.adapter == ProxyAdapter(proxy.result)
+    assert mllm.llm == MergedProxy(merge.result)
+    assert tuned.connector == Connector(mllm.result)
+    assert held_out.model == tuned.result
+    assert proxy.base == merge.base == mllm.tokenizer == tuned.base == BaseLlm(proxy.base.weights)
+    assert proxy.base.weights.ref == ModelRef(made.model.llm)
+    assert (proxy.data.num_rows, mllm.data.num_rows, tuned.data.num_rows) == (10, 10, 9)
+    assert proxy.data.digest == mllm.data.digest != tuned.data.digest
+    assert (proxy.num_steps, tuned.num_steps) == (3, 3)
+    assert {name: data.num_rows for name, data in held_out.sets.items()} == {"heldout": 4}
+    store = Store(made.store)
+    assert store.read_bytes("runs/small/model/result.txt") == b"instruct"
+    assert store.list("runs/small/model") == ["result.txt"], "the metrics of a stage are no part of the model"
+
+
+def test_without_a_proxy_stage_two_has_the_base_llm(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    tasks = carry_out(recipe("method=cmo", "data.eval=null"), tmp_path)
+    assert [type(task) for task in tasks] == [ProxyMllmTask, InstructTask]
+    assert tasks[0].llm == tasks[0].tokenizer == tasks[1].base
+    assert isinstance(tasks[0].llm, BaseLlm)
+
+
+def test_what_is_there_is_reused_and_told(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Under another name nothing is launched; with another learning rate of stage 3, stage 3 and what hangs on it."""
+    carry_out(recipe(), tmp_path)
+    again = recipe("name=again", "cluster.workers=3", "engine=torch")
+    assert carry_out(again, tmp_path) == []
+    store = Store(again.store)
+    assert store.read_bytes("runs/again/model/result.txt") == b"instruct"
+    told = store.read_json("runs/again/run.json")["artifacts"]
+    assert {stage for stage, entry in told.items() if entry.get("reused")} == {
+        "proxy-llm",
+        "proxy-merged",
+        "proxy-mllm",
+        "instruct",
+    }
+    lines = [json.loads(line) for line in store.read_bytes("runs/again/metrics.jsonl").decode().splitlines()]
+    assert [(line["stage"], line["loss"]) for line in lines] == [
+        (s, 2.5) for s in ("proxy_llm", "proxy_mllm", "instruct")
+    ]
+
+    other = carry_out(recipe("name=other", "stages.instruct.lr=0.125"), tmp_path)
+    assert [type(task) for task in other] == [InstructTask, EvalTask]
+    vanilla = carry_out(recipe("name=vanilla", "method=vanilla"), tmp_path)
+    assert [type(task) for task in vanilla] == [ProxyMllmTask, InstructTask, EvalTask]
+
+
+def test_a_deleted_artifact_is_made_again_where_it_is_needed(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    made = recipe()
+    tasks = carry_out(made, tmp_path)
+    store = Store(made.store)
+    store.delete(tasks[0].result.path)
+    assert carry_out(made, tmp_path) == [], "nobody needs the adapter any more"
+    store.delete(tasks[3].result.path)
+    assert [type(task) for task in carry_out(made, tmp_path)] == [InstructTask]
+
+
+# Artifacts of one's own
+
+
+def test_an_adapter_of_ones_own_takes_the_place_of_stage_one(
+    recipe: Callable[..., Recipe], models: dict[str, str], tmp_path: Path
+) -> None:
+    llm = vlm.load_llm(ModelRef(models["llm"]), torch.float32)
+    peft_model = lora.attach(llm, rank=2, alpha=4, dropout=0.0, seed=0)
+    tensors = {f"base_model.model.{n}": p for n, p in llm.named_parameters() if p.requires_grad}
+    lora.save_adapter(peft_model, tensors, tmp_path / "mine", base_name="x")
+    made = recipe(f"stages.proxy_llm.from={tmp_path / 'mine'}", "data.eval=null")
+    tasks = carry_out(made, tmp_path)
+    assert [type(task) for task in tasks] == [MergeTask, ProxyMllmTask, InstructTask]
+    folder = tasks[0].adapter.artifact.fetched(Store(made.store))
+    for name in lora.ADAPTER_FILES:
+        assert (folder / name).read_bytes() == (tmp_path / "mine" / name).read_bytes()
+    first = keys_of_made(made)
+    file = tmp_path / "mine" / "adapter_model.safetensors"
+    save_file({name: t + 1 for name, t in load_file(file).items()}, file, {"format": "pt"})
+    assert not set(first.values()) & set(keys_of_made(made).values()), "by what is in it, not by where it lies"
+
+
+def keys_of_made(made: Recipe) -> dict[str, str]:
+    plan = make_plan(made, Store(made.store), make=True, report=lambda _: None)
+    return {name: ref.key for name, ref in plan.refs.items()}
+
+
+def test_a_connector_of_ones_own_takes_the_place_of_stages_one_and_two(
+    recipe: Callable[..., Recipe], random_connector: Path, tmp_path: Path
+) -> None:
+    """The proxy has no other use than to train one."""
+    made = recipe(f"stages.proxy_mllm.from={random_connector}", "data.eval=null")
+    tasks = carry_out(made, tmp_path)
+    assert [type(task) for task in tasks] == [InstructTask]
+    taken = load_file(tasks[0].connector.artifact.fetched(Store(made.store)) / vlm.CONNECTOR_FILE)
+    assert all(torch.equal(taken[name], t) for name, t in load_file(random_connector).items())
+
+
+@pytest.mark.parametrize("stage", ["proxy_llm", "proxy_mllm"])
+def test_what_is_not_there_cannot_be_taken(stage: str, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    made = recipe(f"stages.{stage}.from={tmp_path / 'nowhere'}")
+    with pytest.raises(UserError, match=rf"stages.{stage}.from: expected a file or folder, found none at .*nowhere"):
+        make_plan(made, Store(made.store), make=True, report=lambda _: None)
+
+
+def test_a_name_taken_by_another_recipe_is_refused(recipe: Callable[..., Recipe]) -> None:
+    made = recipe()
+    store = Store(made.store)
+    Run(store, made).check_name()
+    Run(store, made).write("finished")
+    Run(store, made).check_name()
+    with pytest.raises(
+        RecipeError, match="the run small exists in this store with another recipe: its digest is"
+    ) as caught:
+        Run(store, recipe("stages.instruct.lr=0.125")).check_name()
+    assert caught.value.errors[0][0] == "name"
+    assert identity(made) in str(caught.value)
+    Run(store, recipe("name=other", "stages.instruct.lr=0.125")).check_name()
+
+
+def test_a_run_that_never_trained_leaves_its_name(recipe: Callable[..., Recipe]) -> None:
+    store = Store(recipe().store)
+    Run(store, recipe()).write("failed")
+    other = recipe("stages.instruct.lr=0.125")
+    Run(store, other).check_name()
+    store.write_bytes("runs/small/metrics.jsonl", b"{}\n")
+    with pytest.raises(RecipeError):
+        Run(store, other).check_name()
+
+
+def test_a_run_file_of_something_else_is_told(recipe: Callable[..., Recipe]) -> None:
+    store = Store(recipe().store)
+    store.write_json("runs/small/run.json", ["not ours"])
+    with pytest.raises(UserError, match="expected a run.json of dpa_ray, found something else"):
+        Run(store, recipe()).check_name()
+
+
+def test_number_of_steps_by_hand(recipe: Callable[..., Recipe]) -> None:
+    """10 samples by 4: 3 steps an epoch; half of them: 5 samples, 2 steps."""
+    ten = Prepared("d", 10, (("a", (6,)), ("b", (3, 1))), 0)
+    assert num_steps(recipe(), "proxy_llm", ten) == 3
+    assert num_steps(recipe("stages.proxy_llm.epochs=2"), "proxy_llm", ten) == 6
+    assert num_steps(recipe("data.pretrain.fraction=0.5"), "proxy_llm", ten) == 2
+    assert num_steps(recipe("data.pretrain.fraction=0.5"), "instruct", ten) == 3
+    assert num_steps(recipe("stages.instruct.max_steps=2"), "instruct", ten) == 2
+    assert num_steps(recipe("stages.instruct.max_steps=99"), "instruct", ten) == 3
