@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny models are slower on two threads than on one
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

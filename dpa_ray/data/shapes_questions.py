@@ -68,7 +68,7 @@ def scene_for(rng: np.random.Generator, question: Question, split: Split) -> Sce
     """A random scene of `split` for which the answer is right, and the question unambiguous."""
     known: dict[Attribute, str] = {}
     if question.kind in ("colour", "place", "size"):
-        known = {"shape": question.about, question.kind: question.answer}  # type: ignore[dict-item]
+        known = {"shape": question.about, question.kind: question.answer}
     elif question.kind == "shape":
         known = {"place": question.about, "shape": question.answer}
     elif question.answer == "yes":
@@ -93,7 +93,8 @@ def follow_ups(rng: np.random.Generator, scene: Scene, first: Question, num: int
             Question("size", thing.shape, thing.size),
         )
     ]
-    told, chosen = {_tells(first)}, []
+    told = {_tells(first)}
+    chosen: list[Question] = []
     for question in (candidates[i] for i in rng.permutation(len(candidates))):
         if len(chosen) < num and _tells(question) not in told:
             chosen.append(question)

@@ -29,7 +29,9 @@ class Feeder:
     def __init__(self) -> None:
         self.batches: Iterator[Batch] = iter(())
 
-    def start(self, loader: Loader, micro_batches: Sequence[tuple[np.ndarray, int]], prefetch: int, workers: int) -> None:
+    def start(
+        self, loader: Loader, micro_batches: Sequence[tuple[np.ndarray, int]], prefetch: int, workers: int
+    ) -> None:
         """Drop what was streamed before, and begin."""
         self.batches = stream(loader, micro_batches, prefetch=prefetch, workers=workers)
 
