@@ -64,13 +64,13 @@ def test_wrong_values_exit_2_and_write_nothing(case: str, recipe: dict[str, Any]
     assert not (tmp_path / "store").exists() or not tree(tmp_path / "store")
 
 
-@pytest.mark.ci
+@pytest.mark.full
 @pytest.mark.parametrize("case", [c for c in WRONG_VALUES if c not in ("unknown key", "lower above the default upper")])
 def test_more_wrong_values_exit_2_and_write_nothing(case: str, recipe: dict[str, Any], tmp_path: Path) -> None:
     test_wrong_values_exit_2_and_write_nothing(case, recipe, tmp_path)
 
 
-@pytest.mark.ci
+@pytest.mark.full
 def test_every_error_is_told_at_once(recipe: dict[str, Any], tmp_path: Path) -> None:
     wrong = changed(recipe, stages__instruct__lrr=1, method="dbo", cluster__workers=0)
     run = run_dpa(wrong, tmp_path / "store", "wrong", timeout_s=120)
@@ -163,7 +163,7 @@ def test_wrong_targets_are_found_before_training(case: str, recipe: dict[str, An
     check_wrong_target(case, recipe, tmp_path)
 
 
-@pytest.mark.ci
+@pytest.mark.full
 @pytest.mark.parametrize("case", [case for case in WRONG_TARGETS if case not in QUICK_TARGETS])
 def test_more_wrong_targets_are_found_before_training(case: str, recipe: dict[str, Any], tmp_path: Path) -> None:
     check_wrong_target(case, recipe, tmp_path)
@@ -188,19 +188,19 @@ def test_bucket_that_does_not_exist(rclone_s3: S3, recipe: dict[str, Any], tmp_p
     assert "no-such-bucket" not in [b["Name"] for b in rclone_s3.client().list_buckets()["Buckets"]]
 
 
-@pytest.mark.ci
+@pytest.mark.full
 def test_bucket_that_does_not_exist_on_ceph(ceph_s3: S3, recipe: dict[str, Any], tmp_path: Path) -> None:
     test_bucket_that_does_not_exist(ceph_s3, recipe, tmp_path)
 
 
-@pytest.mark.ci
+@pytest.mark.full
 def test_endpoint_that_does_not_answer(recipe: dict[str, Any], tmp_path: Path) -> None:
     env = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     run = run_dpa(recipe, "s3://bucket/dpa", "wrong", env=env, timeout_s=120, folder=tmp_path)
     check_refused(run, r"127\.0\.0\.1:9|endpoint")
 
 
-@pytest.mark.ci
+@pytest.mark.full
 def test_wrong_credentials(rclone_s3: S3, recipe: dict[str, Any], tmp_path: Path) -> None:
     env = {**rclone_s3.env, "AWS_SECRET_ACCESS_KEY": "wrong"}
     run = run_dpa(recipe, f"{rclone_s3.uri}/dpa", "wrong", env=env, timeout_s=120, folder=tmp_path)
@@ -208,7 +208,7 @@ def test_wrong_credentials(rclone_s3: S3, recipe: dict[str, Any], tmp_path: Path
     assert not rclone_s3.keys()
 
 
-@pytest.mark.ci
+@pytest.mark.full
 def test_corrupt_artifact_is_named(measured: Run, tmp_path: Path) -> None:
     """A connector whose bytes are not those of its manifest is not trained on: the message says which file and why."""
     shutil.copytree(measured.store, tmp_path / "store")
@@ -223,7 +223,7 @@ def test_corrupt_artifact_is_named(measured: Run, tmp_path: Path) -> None:
     check_refused(run, r"connector\.safetensors", "expected", "found", codes=(1,))
 
 
-@pytest.mark.ci
+@pytest.mark.full
 def test_dry_run_starts_and_writes_nothing(recipe: dict[str, Any], tmp_path: Path) -> None:
     run = run_dpa(recipe, tmp_path / "store", "dry", "--dry-run", timeout_s=120)
     assert run.returncode == 0, run.output

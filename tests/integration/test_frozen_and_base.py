@@ -90,7 +90,7 @@ def test_frozen_llm_is_the_base_llm_and_a_poisoned_proxy_changes_nothing(measure
     assert all(torch.isfinite(after[name]).all() and not torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.mark.ci
+@pytest.mark.full
 @pytest.mark.parametrize("sealed", [True, False], ids=["vouched-for", "corrupt"])
 @pytest.mark.parametrize("llm", ["full", "lora"])
 def test_poisoned_proxy_changes_nothing(llm: str, sealed: bool, measured: Run, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_poisoned_proxy_changes_nothing(llm: str, sealed: bool, measured: Run, t
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.ci
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_frozen_llm_is_the_base_llm_under_zero3_and_bf16(
@@ -132,7 +132,7 @@ def test_frozen_llm_is_the_base_llm_under_zero3_and_bf16(
     check_llm_is_base(run)
 
 
-@pytest.mark.ci
+@pytest.mark.full
 def test_a_proxy_cannot_be_handed_to_stage_3(measured: Run, tmp_path: Path) -> None:
     """`from` of the connector's stage takes connectors: an adapter folder is refused by type, and nothing is written."""
     store = copy_store(measured, tmp_path / "store")

@@ -135,7 +135,7 @@ def test_second_run_reuses_everything(measured: Run) -> None:
     assert ours == theirs
 
 
-@pytest.mark.ci
+@pytest.mark.full
 def test_same_name_and_recipe_again_is_the_same_run(measured: Run, tmp_path: Path) -> None:
     before = [line for stage in STAGES for line in measured.metrics(stage)]
     shutil.copytree(measured.store, tmp_path / "store")
@@ -146,7 +146,7 @@ def test_same_name_and_recipe_again_is_the_same_run(measured: Run, tmp_path: Pat
     assert numbers[0] == numbers[1], "one line per stage and step, not two"
 
 
-@pytest.mark.ci
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "options", "tower", "changes"),
     [

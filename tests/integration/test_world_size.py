@@ -88,7 +88,7 @@ def test_two_workers_with_accumulation_train_as_one(train: Callable[..., Run]) -
     check_same(train(**ACCUMULATED, deepspeed__zero_stage=2), one)
 
 
-@pytest.mark.ci
+@pytest.mark.full
 @pytest.mark.parametrize("layout", [ONE, TWO, ACCUMULATED], ids=["1x8", "2x4", "2x2x2"])
 @pytest.mark.parametrize("engine", ["torch", "zero0", "zero2", "zero3"])
 def test_layout_does_not_change_losses(engine: str, layout: dict[str, Any], train: Callable[..., Run]) -> None:
@@ -98,7 +98,7 @@ def test_layout_does_not_change_losses(engine: str, layout: dict[str, Any], trai
     check_same(train(**layout, **options), train(**ONE, engine="torch"))
 
 
-@pytest.mark.ci
+@pytest.mark.full
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_uneven_shares_do_not_change_losses(zero_stage: int, train: Callable[..., Run]) -> None:
     """A global batch of 7 on two workers: 4 and 3 samples, with passes of 2 that is a filler on the second; the last
@@ -109,7 +109,7 @@ def test_uneven_shares_do_not_change_losses(zero_stage: int, train: Callable[...
     assert set(losses(two, "instruct", "num_samples")) == {7, 3}
 
 
-@pytest.mark.ci
+@pytest.mark.full
 @pytest.mark.parametrize("llm", ["lora", "frozen"])
 def test_other_trainings_of_the_llm(llm: str, train: Callable[..., Run]) -> None:
     changes = {"stages__instruct__llm": llm, "stages__instruct__lora": {"rank": 4, "alpha": 8}}

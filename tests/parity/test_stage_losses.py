@@ -125,7 +125,7 @@ MATRIX: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.ci
+@pytest.mark.full
 @pytest.mark.parametrize("bos", [True, False], ids=["bos", "no-bos"])
 @pytest.mark.parametrize("method", ["dpa", "vanilla"])
 @pytest.mark.parametrize("case", MATRIX)
@@ -144,7 +144,7 @@ def test_matrix(
     check_run(run, captions, conversations)
 
 
-@pytest.mark.ci
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["pmo", "cmo", "cal"])
 def test_other_methods(
     method: str, tmp_path: Path, tiny_llm: Callable, tiny_tower: Callable, captions: LlavaData, conversations: LlavaData
@@ -159,7 +159,7 @@ def test_other_methods(
     check_run(run, captions, conversations)
 
 
-@pytest.mark.ci
+@pytest.mark.full
 def test_weights_per_stage_live_blind_and_image_size(
     tmp_path: Path, tiny_llm: Callable, tiny_tower: Callable, captions: LlavaData, conversations: LlavaData
 ) -> None:
@@ -174,7 +174,7 @@ def test_weights_per_stage_live_blind_and_image_size(
     check_run(run, captions, conversations)
 
 
-@pytest.mark.ci
+@pytest.mark.full
 def test_zero_rate_proxy_is_the_base(
     tmp_path: Path, tiny_llm: Callable, tiny_tower: Callable, captions: LlavaData, conversations: LlavaData
 ) -> None:
