@@ -141,7 +141,7 @@ class Worker:
         batches = self.feed.batches(
             loader, list(chain.from_iterable(plan)), prefetch=recipe.data.prefetch_batches, workers=recipe.data.workers
         )
-        recorder = Recorder(self, task)
+        recorder = Recorder(self, task, cursor)
         train(
             engine, batches, plan, cursor, Schedule(task.num_steps, section.lr, section.warmup_fraction),
             stage=stage, device=self.device, record=recorder.record,
@@ -177,14 +177,14 @@ class Worker:
 class Recorder:
     """Each step's metrics to the run's metrics.jsonl, the driver, and the artifact; sample identities on demand."""
 
-    def __init__(self, worker: Worker, task: TrainTask):
+    def __init__(self, worker: Worker, task: TrainTask, cursor: Cursor):
         self.worker = worker
         self.task = task
         self.lines: list[str] = []
         self.first: float | None = None
         self.last: float | None = None
         self.log = MetricsLog(worker.store, task.run_path)
-        self.samples = SampleLog(worker.store, task) if task.recipe.debug.record_samples else None
+        self.samples = SampleLog(worker.store, task, cursor) if task.recipe.debug.record_samples else None
         if rank() == 0:
             self.log.start(task.stage)
 
@@ -207,25 +207,27 @@ class Recorder:
 
 
 class SampleLog:
-    """runs/<name>/samples.jsonl: which samples each (stage, step) took, over all ranks."""
+    """runs/<name>/samples.jsonl: which samples each (stage, step) took, over all ranks, in the cursor's order."""
 
-    def __init__(self, store: Store, task: TrainTask):
+    def __init__(self, store: Store, task: TrainTask, cursor: Cursor):
+        self.cursor = cursor
         self.store = store
         self.stage = task.stage
         self.path = f"{task.run_path}/samples.jsonl"
         self.lines: list[str] = []
 
     def add(self, step: int, batches: list[Batch]) -> None:
-        rows = [row for b in batches for row in b.rows]
-        ids = [i for b in batches for i in b.ids]
-        mine = (rows, ids)
+        mine = [(row, name) for b in batches for row, name in zip(b.rows, b.ids, strict=True)]
         every: list[Any] = [mine]
         if world_size() > 1:
             every = [None] * world_size()
             torch.distributed.all_gather_object(every, mine)
+        epoch, inside = divmod(step - 1, self.cursor.steps_per_epoch)
+        place = {int(row): number for number, row in enumerate(self.cursor.rows(epoch, inside))}
+        taken = sorted(chain.from_iterable(every), key=lambda sample: place[sample[0][1]])
         entry = {
             "stage": self.stage, "step": step,
-            "rows": [list(row) for part in every for row in part[0]], "ids": [i for part in every for i in part[1]],
+            "rows": [list(row) for row, _ in taken], "ids": [name for _, name in taken],
         }  # fmt: skip
         self.lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
 

@@ -151,7 +151,13 @@ def test_an_answer_is_the_one_that_the_picture_gives(split: str) -> None:
 def test_scenes_have_one_to_three_objects_and_every_attribute() -> None:
     scenes = [objects_in(sample) for sample in samples("terse")]
     assert set(map(len, scenes)) == {1, 2, 3}
-    assert {word for scene in scenes for thing in scene for word in thing} == {*COLOURS, *INSIDE, *PLACES, "small", "large"}
+    assert {word for scene in scenes for thing in scene for word in thing} == {
+        *COLOURS,
+        *INSIDE,
+        *PLACES,
+        "small",
+        "large",
+    }
 
 
 @pytest.mark.parametrize("style", STYLES)
