@@ -129,6 +129,17 @@ class S3Folder:
             s3.delete_object(Bucket=self.bucket, Key=self.key(path))
         # one request each: servers disagree on the checksum that the request for many must carry
         each(lambda key: s3.delete_object(Bucket=self.bucket, Key=key), below, DELETES_AT_ONCE)
+        self._drop_markers(path)
+
+    def _drop_markers(self, path: str) -> None:
+        """Delete empty objects named like the folders above `path`: Arrow leaves them where Ray makes a folder, and
+        tools that copy a prefix stumble over them."""
+        parents = self.key(path).split("/")[:-1]
+        for depth in range(len(parents), 0, -1):
+            marker = "/".join(parents[:depth]) + "/"
+            found = client().list_objects_v2(Bucket=self.bucket, Prefix=marker, MaxKeys=1).get("Contents", ())
+            if found and found[0]["Key"] == marker:
+                client().delete_object(Bucket=self.bucket, Key=marker)
 
     def _all(self, start: str) -> list[str]:
         pages = client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=start)
