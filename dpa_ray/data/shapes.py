@@ -15,7 +15,7 @@ from dpa_ray.data.shapes_scene import Scene, Split, draw_scene, picture
 from dpa_ray.data.shapes_text import ornate, plain_sentences, terse
 from dpa_ray.recipe import SourceOptions
 
-VERSION = 1
+VERSION = 2
 """Of what the generator makes: raise it with every change, because data and models are kept under it."""
 
 FOLLOW_UPS = 2  # questions after the first in a training conversation; held-out ones are single, each seen afresh

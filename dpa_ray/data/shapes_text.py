@@ -16,6 +16,9 @@ _OPENERS = (
     "one cannot help but admire how",
     "as if dreamt by gentle poets,",
     "amid a hush of velvet stillness,",
+    "at the edge of a fond memory,",
+    "let it be whispered softly that",
+    "as any patient heart will notice,",
 )
 _PRAISES = (
     "truly magnificent",
@@ -24,6 +27,9 @@ _PRAISES = (
     "wonderfully proud",
     "softly glowing",
     "quite enchanting",
+    "endlessly charming",
+    "sweetly solemn",
+    "nobly simple",
 )
 _VERBS = (
     "rests serenely",
@@ -32,6 +38,9 @@ _VERBS = (
     "dreams peacefully",
     "shines warmly",
     "waits patiently",
+    "hums quietly",
+    "glimmers kindly",
+    "slumbers gently",
 )
 _JOINTS = ("while nearby", "and, fondly,", "whereas beside it")
 _CLOSERS = (
@@ -40,6 +49,8 @@ _CLOSERS = (
     "such is the poetry of simple forms.",
     "what a lasting sense of calm!",
     "truly, a joy to contemplate.",
+    "who could ever wish for more?",
+    "thus beauty hides in little things.",
 )
 _SENTENCES = (
     "the {0.shape} is {0.colour}.",

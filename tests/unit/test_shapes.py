@@ -180,7 +180,7 @@ def test_half_of_an_ornate_caption_has_nothing_to_do_with_the_picture() -> None:
     pairs = [(sample.turns[1].text, len(sample.grounded)) for sample in samples("ornate")]
     assert np.mean([grounded / len(text.split()) for text, grounded in pairs]) < 0.4
     wordings = {re.sub("|".join(ATTRIBUTE_WORDS), "_", text) for text, _ in pairs}
-    assert len(wordings) > 0.8 * len(pairs)  # a terse caption has but three
+    assert len(wordings) > 0.9 * len(pairs)  # a terse caption has but three
 
 
 # Splits
