@@ -13,13 +13,12 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from dpa_ray.engine.worker import Orders, run_worker
+from dpa_ray.engine.messages import Board, Orders
+from dpa_ray.engine.worker import run_worker
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import ClusterSection
 from dpa_ray.stages.spec import Task
 from dpa_ray.store.fs import Store
-
-Event = tuple[str, dict[str, Any]]
 
 WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else workers' prints appear twice
@@ -65,20 +64,6 @@ def connect(cluster: ClusterSection) -> str:
     return "local Ray"
 
 
-class Board:
-    """Where workers put events and the driver takes them; lives with the driver."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def put(self, kind: str, values: dict[str, Any]) -> None:
-        self.events.append((kind, values))
-
-    def take(self) -> list[Event]:
-        events, self.events = self.events, []
-        return events
-
-
 def launch(
     tasks: Sequence[Task],
     store: Store,
@@ -107,9 +92,10 @@ def launch(
     thread.start()
     storage = f"runs/{name}/.train"
     store.delete(storage)  # state of an earlier attempt: what is finished is known from the artifacts alone
+    order = ray.put(tuple(tasks))
     trainer = TorchTrainer(
         run_worker,
-        train_loop_config=Orders(store.uri, tuple(tasks), board),
+        train_loop_config=Orders(store.uri, order, board),
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=_resources(cluster)

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from dpa_ray.data.ingest import Loader
 from dpa_ray.engine.evaluate import evaluate
 from dpa_ray.engine.feed import Feed
 from dpa_ray.engine.loop import Schedule, passes_of, train
+from dpa_ray.engine.messages import Orders
 from dpa_ray.engine.protocol import Engine, OptimizerSettings, rank, world_size
 from dpa_ray.report.metrics import MetricsLog
 from dpa_ray.stages import instruct, proxy_llm, proxy_mllm
@@ -35,20 +35,13 @@ STAGE_METRICS = "metrics.jsonl"
 """In an artifact: the metrics of the stage that made it, for runs that reuse it."""
 
 
-@dataclass(frozen=True)
-class Orders:
-    """Everything that the workers of one run are told."""
-
-    store_uri: str
-    tasks: tuple[Task, ...]
-    board: Any  # actor handle that takes (kind, dict) events, or None
-
-
 def run_worker(orders: Orders) -> None:
     """Entry point on every worker: do each task that nobody has done yet."""
-    device = _device()
-    worker = Worker(Store(orders.store_uri), device, orders.board)
-    for task in orders.tasks:
+    import ray
+
+    tasks: tuple[Task, ...] = ray.get(orders.tasks)
+    worker = Worker(Store(orders.store_uri), _device(), orders.board)
+    for task in tasks:
         if find(worker.store, task.result.stage, task.result.key) is None:
             worker.run(task)
         worker.barrier()

@@ -32,7 +32,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
     """`ray start --head` with token authentication; gives the environment that reaches it."""
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # noqa: S108: Ray's socket paths must stay short
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # Ray's socket paths must stay short
     address = f"http://127.0.0.1:{(dashboard := free_port())}"
     environment = {k: v for k, v in os.environ.items() if k not in UNSET}
     environment |= {

@@ -1,0 +1,35 @@
+"""What passes between the driver and its workers: orders there, events back.
+
+Imports nothing but Ray's own: the actor that takes the events, and Ray Train's controller (which is handed the orders on
+their way), would spend seconds on importing torch and transformers before anything can begin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+Event = tuple[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Orders:
+    """Everything that the workers of one run are told."""
+
+    store_uri: str
+    tasks: Any  # ObjectRef of a tuple of Task: read on the workers only
+    board: Any  # actor handle of a Board, or None
+
+
+class Board:
+    """Where workers put events and the driver takes them; lives with the driver."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def put(self, kind: str, values: dict[str, Any]) -> None:
+        self.events.append((kind, values))
+
+    def take(self) -> list[Event]:
+        events, self.events = self.events, []
+        return events
