@@ -90,9 +90,15 @@ def test_frozen_llm_is_the_base_llm_and_a_poisoned_proxy_changes_nothing(measure
     assert all(torch.isfinite(after[name]).all() and not torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("sealed", [True, False], ids=["vouched-for", "corrupt"])
-@pytest.mark.parametrize("llm", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("llm", "sealed"),
+    [
+        pytest.param("full", True, marks=pytest.mark.ci, id="full-vouched-for"),
+        pytest.param("full", False, marks=pytest.mark.full, id="full-corrupt"),
+        pytest.param("lora", True, marks=pytest.mark.full, id="lora-vouched-for"),
+        pytest.param("lora", False, marks=pytest.mark.full, id="lora-corrupt"),
+    ],
+)
 def test_poisoned_proxy_changes_nothing(llm: str, sealed: bool, measured: Run, tmp_path: Path) -> None:
     """Trained in full or by LoRA from clean and from poisoned stores: the same steps and the same model, bit for bit."""
     changes = {"stages__instruct__llm": llm, "stages__instruct__lr": 1.0e-3}

@@ -125,10 +125,23 @@ MATRIX: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("bos", [True, False], ids=["bos", "no-bos"])
-@pytest.mark.parametrize("method", ["dpa", "vanilla"])
-@pytest.mark.parametrize("case", MATRIX)
+IN_CI = {("qwen2", "dpa", False), ("gemma2", "vanilla", True), ("mistral", "dpa", True), ("llama", "dpa", False)}
+
+
+def _matrix() -> list[Any]:
+    """Every family, dpa and vanilla, with and without BOS; .ci/run takes each family once."""
+    cases = [(case, method, bos) for case in MATRIX for method in ("dpa", "vanilla") for bos in (True, False)]
+    return [
+        pytest.param(
+            *case,
+            marks=pytest.mark.ci if case in IN_CI else pytest.mark.full,
+            id=f"{case[0]}-{case[1]}-{'bos' if case[2] else 'no-bos'}",
+        )
+        for case in cases
+    ]
+
+
+@pytest.mark.parametrize(("case", "method", "bos"), _matrix())
 def test_matrix(
     case: str, method: str, bos: bool, tmp_path: Path, tiny_llm: Callable, tiny_tower: Callable,
     captions: LlavaData, conversations: LlavaData,
@@ -144,8 +157,14 @@ def test_matrix(
     check_run(run, captions, conversations)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("method", ["pmo", "cmo", "cal"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("pmo", marks=pytest.mark.full),
+        pytest.param("cmo", marks=pytest.mark.full),
+        pytest.param("cal", marks=pytest.mark.ci),
+    ],
+)
 def test_other_methods(
     method: str, tmp_path: Path, tiny_llm: Callable, tiny_tower: Callable, captions: LlavaData, conversations: LlavaData
 ) -> None:
