@@ -54,18 +54,25 @@ class Feed:
     def batches(
         self, loader: Loader, micro_batches: Sequence[tuple[np.ndarray, int]], *, prefetch: int, workers: int
     ) -> Iterator[Batch]:
-        """The batches of `micro_batches` in order; `prefetch` of them are asked for ahead.
+        """The batches of `micro_batches` in order; `prefetch` of them are asked for ahead, the first ones at once.
 
-        Raises: UserError with what a data task said.
+        Data tasks start while the caller goes on, to make its engine, say. Iterating raises: UserError with what a data
+        task said.
         """
         self.actor.start.remote(loader, micro_batches, prefetch, workers)
-        asked: deque[Any] = deque()
-        for number in range(len(micro_batches)):
-            while len(asked) < min(prefetch, len(micro_batches) - number):
-                asked.append(self.actor.next.remote())
+        asked = deque(self.actor.next.remote() for _ in range(min(prefetch, len(micro_batches))))
+        return self._taken(asked, len(micro_batches))
+
+    def _taken(self, asked: deque[Any], num: int) -> Iterator[Batch]:
+        """The batches asked for, as each is taken asking for another, `num` in all."""
+        left = num - len(asked)
+        while asked:
             tensors, rest, error = ray.get(asked.popleft())
             if error:
                 raise UserError(error)
+            if left:
+                asked.append(self.actor.next.remote())
+                left -= 1
             yield wire.loads(tensors, rest)
 
     def close(self) -> None:
