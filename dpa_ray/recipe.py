@@ -69,7 +69,7 @@ class SourceSection(Section):
     format: Literal["llava", "webdataset", "parquet"] | None = None
     fraction: float = Field(1.0, gt=0, le=1, description="share of the samples used, chosen by the seed")
     image_aspect: Literal["crop", "pad", "stretch"] | None = Field(
-        None, description="how an image becomes square; default: crop in pretrain, pad in instruct and eval"
+        None, description="how an image becomes square; default: crop in pretrain, pad in instruct"
     )
     options: SourceOptions | None = None
 
@@ -85,11 +85,26 @@ class SourceSection(Section):
         return self
 
 
+class HeldOutSection(SourceSection):
+    """A set that is never trained on."""
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> HeldOutSection:
+        if self.fraction != 1.0:
+            raise ValueError(
+                f"expected no fraction here (eval.max_samples bounds a held-out set), found {self.fraction}"
+            )
+        if self.image_aspect is not None:
+            found = f"found {self.image_aspect}"
+            raise ValueError(f"expected no image_aspect here (the finished model's is data.instruct's), {found}")
+        return self
+
+
 class DataSection(Section):
     pretrain: SourceSection
     instruct: SourceSection
-    eval: SourceSection | None = None
-    eval_extra: dict[str, SourceSection] = Field(default_factory=dict, description="further held-out sets, by name")
+    eval: HeldOutSection | None = None
+    eval_extra: dict[str, HeldOutSection] = Field(default_factory=dict, description="further held-out sets, by name")
     max_quarantined_fraction: float = Field(0.01, ge=0, le=1)
     shuffle_window: int = Field(
         65536, gt=0, description="samples that are shuffled together; shards are read about once"

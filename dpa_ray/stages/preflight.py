@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
+from dpa_ray.data.encode import Encoder
+from dpa_ray.data.sample import Sample, Turn
+from dpa_ray.errors import UserError
 from dpa_ray.model import lora, vlm
 from dpa_ray.model.export import processor_for
 from dpa_ray.model.tower import TowerSpec, tower_spec
@@ -28,9 +31,24 @@ def preflight(recipe: Recipe, llm: ModelRef, tower: ModelRef) -> Checked:
     vocabulary = build.vocabulary(llm, recipe)
     spec = tower_spec(tower, recipe.model.vision_layer, recipe.model.image_size)
     for stage in ("proxy_mllm", "instruct"):
-        build.encoder(recipe, stage, vocabulary, spec.num_image_tokens).check()
+        encoder = build.encoder(recipe, stage, vocabulary, spec.num_image_tokens)
+        encoder.check()
+        _check_rows(encoder, vocabulary)
     processor_for(vocabulary.tokenizer, build.stage_image_processor(recipe, "instruct", tower, spec), spec)
     return Checked(vocabulary, spec)
+
+
+def _check_rows(encoder: Encoder, vocabulary: build.Vocabulary) -> None:
+    """Raises: UserError where the template writes a token that the LLM's embedding has no row for."""
+    row = vocabulary.row
+    trial = Sample(None, "a trial conversation", [Turn("human", "Is it red?"), Turn("gpt", "Yes.")])
+    beyond = [i for i in encoder(trial).input_ids.tolist() if i >= row.num_base_rows and i != row.token_id]
+    if beyond:
+        raise UserError(
+            f"model.llm: its {encoder.template} template writes {vocabulary.tokenizer.convert_ids_to_tokens(beyond[0])!r}, "
+            f"token {beyond[0]}; expected a token below {row.num_base_rows}, the rows of the LLM's embedding. Change the "
+            "tokenizer's template, or give the LLM a trained row for it"
+        )
 
 
 def trainables(recipe: Recipe, llm: ModelRef, tower: ModelRef, stages: tuple[str, ...]) -> dict[str, TrainableSet]:

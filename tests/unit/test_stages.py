@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
 
 from dpa_ray.errors import UserError
 from dpa_ray.model import vlm
@@ -51,6 +53,23 @@ def test_stage_three_refuses_a_proxy(recipe: Callable[..., Recipe]) -> None:
     ):
         with pytest.raises(TypeError, match="takes the base LLM and a connector, never a proxy"):
             InstructTask(**{**common(recipe()), "base": base, "connector": connector, **wrong})  # type: ignore[arg-type]
+
+
+def test_a_template_that_writes_a_token_without_a_row_is_refused(
+    recipe: Callable[..., Recipe], llm_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its targets would index the head past its end, in the middle of a run."""
+    folder = tmp_path / "llm"
+    shutil.copytree(llm_folder("llama", reserved="none"), folder)
+    tokenizer, num_rows = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder).vocab_size
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|late|>"]})
+    assert tokenizer.convert_tokens_to_ids("<|late|>") == num_rows
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|eot_id|>", "<|late|>")
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(
+        UserError, match=rf"chat template writes '<\|late\|>', token {num_rows}; expected a token below"
+    ):
+        from_configs(recipe(f"model.llm={folder}"))
 
 
 def from_configs(made: Recipe) -> Any:
