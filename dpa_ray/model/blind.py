@@ -46,6 +46,13 @@ def drop_images(input_ids: Tensor, attention_mask: Tensor, image_mask: Tensor) -
     return TextOnly(short_ids, positions, mask, rank - keep.long())
 
 
+def sliding_window_of(config: Any) -> int | None:
+    """Positions that a sliding layer of the decoder sees, or None where no layer slides."""
+    layer_types = getattr(config, "layer_types", None)
+    slides = layer_types is None or "sliding_attention" in layer_types
+    return getattr(config, "sliding_window", None) if slides else None
+
+
 def attention_argument(text: TextOnly, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
     """The `attention_mask` to call a transformers decoder with: 2-D, or 4-D masks by position where a window matters.
 
@@ -53,11 +60,10 @@ def attention_argument(text: TextOnly, config: Any, dtype: torch.dtype) -> Tenso
         config: the decoder's config (`layer_types`, `sliding_window`).
         dtype: of the model; float masks are exact under sdpa and eager, bool ones only under sdpa.
     """
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    slides = layer_types is None or "sliding_attention" in layer_types
-    if window is None or not slides or int(text.position_ids.max()) < window:
+    window = sliding_window_of(config)
+    if window is None or int(text.position_ids.max()) < window:
         return text.attention_mask
+    layer_types = getattr(config, "layer_types", None)
     distance = text.position_ids.unsqueeze(2) - text.position_ids.unsqueeze(1)  # (B, S, S): query minus key
     index = torch.arange(text.input_ids.shape[1], device=distance.device)
     visible = (index.unsqueeze(0) <= index.unsqueeze(1)) & text.attention_mask.bool().unsqueeze(1)

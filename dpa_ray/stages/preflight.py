@@ -12,6 +12,7 @@ from dpa_ray.data.encode import Encoder
 from dpa_ray.data.sample import Sample, Turn
 from dpa_ray.errors import UserError
 from dpa_ray.model import lora, vlm
+from dpa_ray.model.blind import sliding_window_of
 from dpa_ray.model.export import processor_for
 from dpa_ray.model.tower import TowerSpec, tower_spec
 from dpa_ray.model.vlm import ModelRef
@@ -34,8 +35,24 @@ def preflight(recipe: Recipe, llm: ModelRef, tower: ModelRef) -> Checked:
         encoder = build.encoder(recipe, stage, vocabulary, spec.num_image_tokens)
         encoder.check()
         _check_rows(encoder, vocabulary)
+    _check_attention(recipe, llm)
     processor_for(vocabulary.tokenizer, build.stage_image_processor(recipe, "instruct", tower, spec), spec)
     return Checked(vocabulary, spec)
+
+
+def _check_attention(recipe: Recipe, llm: ModelRef) -> None:
+    """Raises: UserError where the blind pass needs masks by position, which flash attention does not take."""
+    window = sliding_window_of(vlm.load_llm_config(llm))
+    if window is None or recipe.model.attention != "flash_attention_2":
+        return
+    for stage in ("proxy_mllm", "instruct"):
+        max_length = getattr(recipe.stages, stage).max_length
+        if recipe.weights(stage) != "uniform" and max_length > window:
+            raise UserError(
+                f"model.attention: stages.{stage} has {recipe.weights(stage)} weights, whose pass without the image needs "
+                f"masks of its own where the LLM's sliding window ({window}) is shorter than max_length ({max_length}), and "
+                "flash_attention_2 takes none; expected sdpa, or a max_length of the window at most"
+            )
 
 
 def _check_rows(encoder: Encoder, vocabulary: build.Vocabulary) -> None:

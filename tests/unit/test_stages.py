@@ -72,6 +72,23 @@ def test_a_template_that_writes_a_token_without_a_row_is_refused(
         from_configs(recipe(f"model.llm={folder}"))
 
 
+def test_flash_attention_is_refused_where_the_blind_pass_needs_masks(
+    recipe: Callable[..., Recipe], llm_folder: Callable[..., Path]
+) -> None:
+    sliding = f"model.llm={llm_folder('mistral', sliding_window=16)}"
+    flash, short = (
+        "model.attention=flash_attention_2",
+        [f"stages.{s}.max_length=16" for s in ("proxy_mllm", "instruct")],
+    )
+    with pytest.raises(UserError, match=r"stages\.proxy_mllm has prob weights.*window \(16\).*expected sdpa"):
+        from_configs(recipe(sliding, flash))
+    with pytest.raises(UserError, match=r"stages\.instruct has prob weights.*max_length \(2048\)"):
+        from_configs(recipe(sliding, flash, short[0]))
+    for allowed in ([flash, *short], [flash, "method=pmo"], ["model.attention=sdpa"]):
+        from_configs(recipe(sliding, *allowed))
+    from_configs(recipe(flash))  # no layer slides
+
+
 def from_configs(made: Recipe) -> Any:
     stages = ("proxy_llm", "proxy_mllm", "instruct")
     return trainables(made, ModelRef(made.model.llm), ModelRef(made.model.vision), stages)
