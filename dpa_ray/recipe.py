@@ -150,6 +150,7 @@ class StageSection(Section):
 
 class ProxyLlmSection(StageSection):
     lr: float = Field(4.0e-5, ge=0)
+    packing: bool = Field(True, description="lay a micro-batch's samples into rows without padding; same result")
     llm: Literal["lora"] = "lora"
     lora: LoraSection = Field(default_factory=LoraSection)
     from_: str | None = Field(None, alias="from", description="PEFT adapter folder to take instead of training")

@@ -63,6 +63,7 @@ CHANGES: dict[str, tuple[Any, str | None]] = {
     "cmo.upper": (0.7, "proxy_mllm"),
     "cmo.window": (5, "proxy_mllm"),
     "cmo.blind": ("live", None),
+    "stages.proxy_llm.packing": (False, None),
     "stages.proxy_mllm.weights": ("uniform", "proxy_mllm"),
     "stages.instruct.weights": ("logit", "instruct"),
     "stages.instruct.llm": ("lora", "instruct"),
