@@ -169,6 +169,9 @@ class InstructSection(StageSection):
     max_length: int = Field(2048, gt=1)
     weights: Weights | None = None
     llm: Literal["full", "lora", "frozen"] = "full"
+    group_by_length: bool = Field(
+        True, description="steps all with or all without images where possible, passes of samples of like length"
+    )
     lora: LoraSection = Field(default_factory=LoraSection)
 
 

@@ -67,6 +67,7 @@ CHANGES: dict[str, tuple[Any, str | None]] = {
     "stages.proxy_mllm.weights": ("uniform", "proxy_mllm"),
     "stages.instruct.weights": ("logit", "instruct"),
     "stages.instruct.llm": ("lora", "instruct"),
+    "stages.instruct.group_by_length": (False, "instruct"),
     "eval.max_samples": (3, "eval"),
     "eval.batch_size": (3, None),
     "eval.max_new_tokens": (3, "eval"),
