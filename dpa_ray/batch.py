@@ -19,6 +19,9 @@ IGNORE_INDEX = -100
 NO_TURN = -1
 """`turn` of a position that is no target."""
 
+NO_SAMPLE = -1
+"""`sample` of padding."""
+
 
 @dataclass
 class Encoded:
@@ -34,7 +37,10 @@ class Encoded:
 
 @dataclass
 class Batch:
-    """One micro-batch, right-padded. Filler rows (`weight` 0) only keep ranks in step: no targets, in no count."""
+    """One micro-batch, right-padded: a sample a row, or (`sample` given) several, packed one behind the other.
+
+    Filler samples only keep ranks in step: no targets, in no count.
+    """
 
     input_ids: torch.Tensor  # (B, T) int64
     attention_mask: torch.Tensor  # (B, T) int64: 1 on real tokens, 0 on padding
@@ -48,6 +54,9 @@ class Batch:
     num_targets: int
     rows: list[tuple[str, int]] = field(default_factory=list)  # (data digest, row) of the real samples
     ids: list[str | None] = field(default_factory=list)  # their `id` in the source, which may repeat or be absent
+    sample: torch.Tensor | None = (
+        None  # (B, T) int32, packed: number of the position's sample in the batch, or NO_SAMPLE
+    )
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""

@@ -165,6 +165,7 @@ class StageSection(Section):
 
 class ProxyLlmSection(StageSection):
     lr: float = Field(4.0e-5, ge=0)
+    packing: bool = Field(True, description="lay a micro-batch's samples into rows without padding; same result")
     llm: Literal["lora"] = "lora"
     lora: LoraSection = Field(default_factory=LoraSection)
     from_: str | None = Field(None, alias="from", description="PEFT adapter folder to take instead of training")
@@ -183,6 +184,9 @@ class InstructSection(StageSection):
     max_length: int = Field(2048, gt=1)
     weights: Weights | None = None
     llm: Literal["full", "lora", "frozen"] = "full"
+    group_by_length: bool = Field(
+        True, description="steps all with or all without images where possible, passes of samples of like length"
+    )
     lora: LoraSection = Field(default_factory=LoraSection)
 
 

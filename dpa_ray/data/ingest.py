@@ -22,6 +22,7 @@ from dpa_ray.data import wire
 from dpa_ray.data.collate import collate
 from dpa_ray.data.encode import Encoder
 from dpa_ray.data.images import ImageError, decode, pixel_shape, pixels
+from dpa_ray.data.pack import pack
 from dpa_ray.data.prepare import quiet_ray_data
 from dpa_ray.data.prepared import Prepared, StoreLike
 from dpa_ray.data.sample import Sample
@@ -51,7 +52,8 @@ class Loader:
     """Micro-batches of one prepared source. Picklable; what it has read stays in its process.
 
     `image_processor` is a transformers image processor, None where `encoder` leaves images out (template "text").
-    Row numbers are those of the cursor: 0 to prepared.num_rows - 1.
+    Row numbers are those of the cursor: 0 to prepared.num_rows - 1. `packing` lays a micro-batch's samples into rows
+    without padding (see pack.py).
     """
 
     store: StoreLike
@@ -59,6 +61,7 @@ class Loader:
     encoder: Encoder
     image_processor: Any
     pad_token_id: int
+    packing: bool = False
     cache_bytes: int = CACHE_BYTES
     _reader: _Reader | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -90,6 +93,7 @@ class Loader:
             ids=[] if is_filler else [sample.id for sample in samples],
             num_filler=1 if is_filler else 0,
             image_shape=pixel_shape(self.image_processor),
+            layout=pack([len(e.input_ids) for e in encoded], self.encoder.max_length) if self.packing else None,
         )
 
     def _pixels(self, sample: Sample, encoded: Encoded) -> list[np.ndarray]:

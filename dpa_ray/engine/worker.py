@@ -18,6 +18,7 @@ import torch
 from dpa_ray.batch import Batch
 from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.ingest import Loader
+from dpa_ray.data.sizes import ONE_IMAGE, Sizes
 from dpa_ray.engine.evaluate import evaluate
 from dpa_ray.engine.feed import Feed
 from dpa_ray.engine.loop import Schedule, passes_of, train
@@ -116,7 +117,7 @@ class Worker:
         section = getattr(recipe.stages, stage)
         built = _build(task, self.store)
         trained = select_trainable(built.module.model, stage, built.llm_mode)
-        cursor = cursor_of(task)
+        cursor = cursor_of(task, self.store)
         plan = passes_of(
             cursor, task.num_steps, rank=rank(), world_size=world_size(), micro_batch_size=section.micro_batch_size
         )
@@ -126,7 +127,7 @@ class Worker:
         )  # fmt: skip
         loader = Loader(
             store=self.store, prepared=task.data, encoder=built.encoder, image_processor=built.image_processor,
-            pad_token_id=_pad_token(built.encoder.tokenizer),
+            pad_token_id=_pad_token(built.encoder.tokenizer), packing=getattr(section, "packing", False),
         )  # fmt: skip
         loader.check()
         batches = self.feed.batches(
@@ -252,14 +253,16 @@ def one_node_at_a_time() -> Iterator[None]:
             torch.distributed.barrier()
 
 
-def cursor_of(task: TrainTask) -> Cursor:
+def cursor_of(task: TrainTask, store: Store) -> Cursor:
     """The stage's order of samples."""
     recipe = task.recipe
+    section = getattr(recipe.stages, task.stage)
     source = recipe.data.instruct if task.stage == "instruct" else recipe.data.pretrain
+    grouped = getattr(section, "group_by_length", False)
     return Cursor(
         [n for _, groups in task.data.shards for n in groups], seed=recipe.seed,
-        global_batch_size=getattr(recipe.stages, task.stage).global_batch_size, window=recipe.data.shuffle_window,
-        fraction=source.fraction,
+        global_batch_size=section.global_batch_size, window=recipe.data.shuffle_window,
+        fraction=source.fraction, sizes=Sizes(store, task.data) if grouped else None, one_image=ONE_IMAGE,
     )  # fmt: skip
 
 

@@ -168,3 +168,66 @@ def test_a_global_batch_of_7_on_2_workers():
 
 def test_more_workers_than_samples_leaves_filler():
     assert [[p.tolist() for p in rank] for rank in shares(np.array([5, 9]), 4, 2)] == [[[5]], [[9]], [[]], [[]]]
+
+
+# Grouping
+
+
+def image_or_text(seed: int, share: float):
+    """Sizes as data/sizes.py gives them: 64 and more with an image."""
+
+    def sizes(rows: np.ndarray) -> np.ndarray:
+        mixed = (np.asarray(rows, np.uint64) * np.uint64(2654435761) + np.uint64(seed)) % np.uint64(2**32)
+        pictured = mixed % np.uint64(1000) < share * 1000
+        return (np.where(pictured, 64, 0) + (mixed // np.uint64(1000)) % np.uint64(64)).astype(np.uint8)
+
+    return sizes
+
+
+@settings(max_examples=150, deadline=None)
+@given(cursors(), st.integers(0, 5), st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
+def test_grouped_every_sample_once_and_any_step_alone(case, number, share):
+    groups, options = case
+    options = {**options, "sizes": image_or_text(number, share), "one_image": 64}
+    cursor = Cursor(groups, **options)
+    taken = epoch(cursor, number)
+    assert len(taken) == len(set(taken)) == cursor.num_samples
+    for step in range(cursor.steps_per_epoch):
+        rows = Cursor(groups, **options).rows(number, step)
+        assert rows.tolist() == cursor.rows(number, step).tolist()
+        assert (np.diff(options["sizes"](rows).astype(int)) <= 0).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(cursors(), st.integers(0, 5))
+def test_grouped_windows_hold_the_same_samples_as_ungrouped(case, number):
+    """Grouping reads nothing that a plain shuffle would not: windows keep their rows."""
+    groups, options = case
+    plain, grouped = Cursor(groups, **options), Cursor(groups, **options, sizes=image_or_text(0, 0.5), one_image=64)
+    for index in range(-(-plain.num_samples // options["window"])):
+        assert sorted(plain._window(number, index)) == sorted(grouped._window(number, index))
+
+
+def test_grouped_steps_are_all_with_or_all_without_images_but_one_a_window():
+    sizes = image_or_text(3, 0.7)
+    cursor = Cursor([64] * 64, seed=1, global_batch_size=32, window=1024, sizes=sizes, one_image=64)
+    kinds = []
+    for step in range(cursor.steps_per_epoch):
+        pictured = sizes(cursor.rows(0, step)) >= 64
+        kinds.append("mixed" if pictured.any() and not pictured.all() else "image" if pictured.all() else "text")
+    assert kinds.count("mixed") <= 4  # windows
+    assert 80 <= kinds.count("image") <= 96  # of 128
+    runs = sum(a != b for a, b in zip(kinds, kinds[1:], strict=False))
+    assert runs > 30  # in random order, not all images first
+
+
+def test_grouped_passes_hold_samples_of_like_size_on_all_ranks():
+    sizes = image_or_text(3, 1.0)
+    options = {"seed": 1, "global_batch_size": 64, "window": 1024}
+    grouped, plain = Cursor([64] * 16, **options, sizes=sizes, one_image=64), Cursor([64] * 16, **options)
+
+    def spread(cursor: Cursor) -> float:
+        layout = shares(cursor.rows(0, 2), world_size=2, micro_batch_size=4)
+        return max(float(np.ptp(sizes(rows).astype(int))) for ranks in layout for rows in ranks)
+
+    assert spread(grouped) <= 12 < 40 < spread(plain)

@@ -7,6 +7,7 @@ import os
 import pickle
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,29 @@ def test_stage_1_batches_have_no_images(tmp_path):
     batch = prepared_loader(tmp_path, [record(i) for i in range(3)], template="text").load(np.arange(3), 0)
     assert batch.pixel_values.shape == (0, 3, 0, 0)
     assert not batch.image_mask.any()
+
+
+def test_packed_batches_hold_the_same_samples_without_padding(tmp_path):
+    """Through the encoder: ids, targets, counts and identities; one sample is cut at max_length."""
+    captions = [f"A {'very ' * (7 * i % 23)}red square." for i in range(8)]
+    records = [
+        record(i, conversations=[{"from": "human", "value": "<image>"}, {"from": "gpt", "value": c}])
+        for i, c in enumerate(captions)
+    ]
+    unpacked = prepared_loader(tmp_path, records, template="text")
+    unpacked.encoder.max_length = 40
+    packed = replace(unpacked, packing=True)
+    one, two = (loader.load(np.arange(8), 0) for loader in (unpacked, packed))
+    assert two.sample is not None
+    assert two.input_ids.numel() < one.input_ids.numel()
+    assert one.attention_mask.sum(1).max() == 40
+    assert (one.num_tokens, one.num_targets, one.rows, one.ids) == (two.num_tokens, two.num_targets, two.rows, two.ids)
+    for number in range(8):
+        mine, theirs = two.sample == number, one.attention_mask[number].bool()
+        for name in ("input_ids", "labels", "turn"):
+            assert getattr(two, name)[mine].tolist() == getattr(one, name)[number][theirs].tolist()
+    filler = packed.load(np.array([], np.int64), 3)
+    assert (filler.num_tokens, filler.num_targets) == (0, 0)
 
 
 def test_an_image_that_truncation_drops_gives_no_pixels(tmp_path):
