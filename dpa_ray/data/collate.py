@@ -20,11 +20,13 @@ def collate(
     ids: Sequence[str | None],
     num_filler: int = 0,
     image_shape: tuple[int, int, int] = (3, 0, 0),
+    pixel_table: torch.Tensor | None = None,
 ) -> Batch:
     """Right-padded tensors of `encoded`; the last `num_filler` of them are filler: no targets, in no count.
 
-    `pixels`: one (C, H, W) float32 array for each image span, in the order of the spans, fillers' included; where
-    there is none, `pixel_values` has the shape (0, *image_shape). `rows` and `ids` are those of the real samples.
+    `pixels`: one (C, H, W) array for each image span, in the order of the spans, fillers' included: uint8 levels where
+    `pixel_table` says what they stand for, else float32; where there is none, `pixel_values` has the shape
+    (0, *image_shape). `rows` and `ids` are those of the real samples.
     Raises: ValueError where counts disagree.
     """
     num_real = len(encoded) - num_filler
@@ -50,7 +52,8 @@ def collate(
             target[b, :end] = sample.target
             turn[b, :end] = sample.turn
             grounded[b, :end] = sample.grounded
-    images = np.stack(pixels).astype(np.float32, copy=False) if pixels else np.zeros((0, *image_shape), np.float32)
+    dtype = np.float32 if pixel_table is None else np.uint8
+    images = np.stack(pixels).astype(dtype, copy=False) if pixels else np.zeros((0, *image_shape), dtype)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(attention_mask),
@@ -65,4 +68,5 @@ def collate(
         num_targets=int(target.sum()),
         rows=list(rows),
         ids=list(ids),
+        pixel_table=pixel_table,
     )

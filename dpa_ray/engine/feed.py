@@ -54,16 +54,22 @@ class Feed:
     def batches(
         self, loader: Loader, micro_batches: Sequence[tuple[np.ndarray, int]], *, prefetch: int, workers: int
     ) -> Iterator[Batch]:
-        """The batches of `micro_batches` in order; `prefetch` of them are asked for ahead.
+        """The batches of `micro_batches` in order; `prefetch` of them are asked for ahead, the first ones at once.
 
-        Raises: UserError with what a data task said.
+        Asked for before the model is put on its engine, the first batch is made meanwhile.
+        Raises: UserError with what a data task said, when a batch is taken.
         """
         self.actor.start.remote(loader, micro_batches, prefetch, workers)
-        asked: deque[Any] = deque()
-        for number in range(len(micro_batches)):
-            while len(asked) < min(prefetch, len(micro_batches) - number):
-                asked.append(self.actor.next.remote())
+        asked = deque(self.actor.next.remote() for _ in range(min(prefetch, len(micro_batches))))
+        return self._taken(asked, len(micro_batches))
+
+    def _taken(self, asked: deque[Any], num_batches: int) -> Iterator[Batch]:
+        num_asked = len(asked)
+        while asked:
             tensors, rest, error = ray.get(asked.popleft())
+            if num_asked < num_batches:
+                asked.append(self.actor.next.remote())
+                num_asked += 1
             if error:
                 raise UserError(error)
             yield wire.loads(tensors, rest)

@@ -131,16 +131,17 @@ class Worker:
             "stage_started", stage=stage, num_steps=task.num_steps, trainable=trained.description,
             num_parameters=trained.num_parameters, names=list(trained.names),
         )  # fmt: skip
-        engine = make_engine(built, task, self.device, accumulation_steps=max(len(passes) for passes in plan))
-        check_trainable(built.module.model, {id(p) for p in engine.parameters}, trained, stage, built.llm_mode)
         loader = Loader(
             store=self.store, prepared=task.data, encoder=built.encoder, image_processor=built.image_processor,
             pad_token_id=_pad_token(built.encoder.tokenizer),
         )  # fmt: skip
         loader.check()
+        # before the engine, so that the first batches are made while the model is put on it
         batches = self.feed.batches(
             loader, list(chain.from_iterable(plan)), prefetch=recipe.data.prefetch_batches, workers=recipe.data.workers
         )
+        engine = make_engine(built, task, self.device, accumulation_steps=max(len(passes) for passes in plan))
+        check_trainable(built.module.model, {id(p) for p in engine.parameters}, trained, stage, built.llm_mode)
         recorder = Recorder(self, task, cursor)
         train(
             engine, batches, plan, cursor, Schedule(task.num_steps, section.lr, section.warmup_fraction),
