@@ -21,13 +21,15 @@ def collate(
     num_filler: int = 0,
     image_shape: tuple[int, int, int] = (3, 0, 0),
     layout: Sequence[Sequence[int]] | None = None,
+    pixel_table: torch.Tensor | None = None,
 ) -> Batch:
     """Right-padded tensors of `encoded`; the last `num_filler` of them are filler: no targets, in no count.
 
     `layout` packs: the numbers of the samples in each row, each in one place.
 
-    `pixels`: one (C, H, W) float32 array for each image span, in the order of the spans, fillers' included; where
-    there is none, `pixel_values` has the shape (0, *image_shape). `rows` and `ids` are those of the real samples.
+    `pixels`: one (C, H, W) array for each image span, in the order of the spans, fillers' included: uint8 levels where
+    `pixel_table` says what they stand for, else float32; where there is none, `pixel_values` has the shape
+    (0, *image_shape). `rows` and `ids` are those of the real samples.
     Raises: ValueError where counts disagree.
     """
     num_real = len(encoded) - num_filler
@@ -67,7 +69,8 @@ def collate(
     if layout is not None:
         spans = np.split(np.arange(num_images), np.cumsum([e.num_images for e in encoded])[:-1])
         pixels = [pixels[i] for row in places for number in row for i in spans[number]]
-    images = np.stack(pixels).astype(np.float32, copy=False) if pixels else np.zeros((0, *image_shape), np.float32)
+    dtype = np.float32 if pixel_table is None else np.uint8
+    images = np.stack(pixels).astype(dtype, copy=False) if pixels else np.zeros((0, *image_shape), dtype)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(attention_mask),
@@ -83,4 +86,5 @@ def collate(
         rows=list(rows),
         ids=list(ids),
         sample=None if layout is None else torch.from_numpy(sample_number),
+        pixel_table=pixel_table,
     )

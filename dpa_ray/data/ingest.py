@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from dpa_ray.batch import Batch, Encoded
 from dpa_ray.data import wire
 from dpa_ray.data.collate import collate
 from dpa_ray.data.encode import Encoder
-from dpa_ray.data.images import ImageError, decode, pixel_shape, pixels
+from dpa_ray.data.images import ImageError, decode
 from dpa_ray.data.pack import pack
+from dpa_ray.data.pixels import levels, pixel_shape, table
 from dpa_ray.data.prepare import quiet_ray_data
 from dpa_ray.data.prepared import Prepared, StoreLike
 from dpa_ray.data.sample import Sample
@@ -64,9 +66,10 @@ class Loader:
     packing: bool = False
     cache_bytes: int = CACHE_BYTES
     _reader: _Reader | None = field(default=None, init=False, repr=False, compare=False)
+    _table: torch.Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_reader": None}
+        return {**vars(self), "_reader": None, "_table": None}
 
     def check(self) -> None:
         """Raises: UserError where the tokenizer's template cannot take data like this."""
@@ -94,6 +97,7 @@ class Loader:
             num_filler=1 if is_filler else 0,
             image_shape=pixel_shape(self.image_processor),
             layout=pack([len(e.input_ids) for e in encoded], self.encoder.max_length) if self.packing else None,
+            pixel_table=None if self.image_processor is None else self._pixel_table(),
         )
 
     def _pixels(self, sample: Sample, encoded: Encoded) -> list[np.ndarray]:
@@ -103,11 +107,16 @@ class Loader:
             images = [decode(image.data) for image in sample.images[: encoded.num_images]]
         except ImageError as err:
             raise UserError(f"{sample.place}: an image that was prepared does not decode: {err}") from None
-        return [pixels(image, self.image_processor) for image in images]
+        return [levels(image, self.image_processor) for image in images]
+
+    def _pixel_table(self) -> torch.Tensor:
+        if self._table is None:
+            self._table = table(self.image_processor)
+        return self._table
 
     def batch_bytes(self, num_rows: int) -> int:
         """About what a batch of `num_rows` samples of usual length with one image each takes."""
-        image = int(np.prod(pixel_shape(self.image_processor))) * 4
+        image = int(np.prod(pixel_shape(self.image_processor)))  # a byte a value
         return num_rows * (image + min(self.encoder.max_length, _USUAL_TOKENS) * _BYTES_PER_TOKEN)
 
 

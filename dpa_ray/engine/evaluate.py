@@ -12,8 +12,9 @@ import torch
 
 from dpa_ray.batch import IMAGE_TOKEN
 from dpa_ray.data.encode import Encoder
-from dpa_ray.data.images import decode, pixels
+from dpa_ray.data.images import decode
 from dpa_ray.data.ingest import Loader
+from dpa_ray.data.pixels import pixels
 from dpa_ray.engine.protocol import rank, world_size
 from dpa_ray.eval.exact_match import Answering, ExactMatch, Question, matches, score, with_shuffled_images
 from dpa_ray.model.export import load_exported

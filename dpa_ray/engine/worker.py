@@ -130,6 +130,7 @@ class Worker:
             pad_token_id=_pad_token(built.encoder.tokenizer), packing=getattr(section, "packing", False),
         )  # fmt: skip
         loader.check()
+        # before the engine, so that the first batches are made while the model is put on it
         batches = self.feed.batches(
             loader, list(chain.from_iterable(plan)), prefetch=recipe.data.prefetch_batches, workers=recipe.data.workers
         )

@@ -65,7 +65,6 @@ def attention_argument(text: TextOnly, config: Any, dtype: torch.dtype) -> Tenso
     window = sliding_window_of(config)
     if window is None or int(text.position_ids.max()) < window:
         return text.attention_mask
-    layer_types = getattr(config, "layer_types", None)
     distance = text.position_ids.unsqueeze(2) - text.position_ids.unsqueeze(1)  # (B, S, S): query minus key
     index = torch.arange(text.input_ids.shape[1], device=distance.device)
     visible = (index.unsqueeze(0) <= index.unsqueeze(1)) & text.attention_mask.bool().unsqueeze(1)

@@ -19,8 +19,9 @@ from transformers import LlavaImageProcessorPil
 from dpa_ray.batch import IGNORE_INDEX, Batch
 from dpa_ray.data import ingest, shards
 from dpa_ray.data.cursor import Cursor, shares
-from dpa_ray.data.images import decode, pixels
+from dpa_ray.data.images import decode
 from dpa_ray.data.ingest import Loader, stream
+from dpa_ray.data.pixels import levels, pixels
 from dpa_ray.data.prepare import prepare
 from dpa_ray.errors import UserError
 from dpa_ray.store import Store
@@ -78,7 +79,10 @@ def test_a_batch_is_its_rows_samples_in_their_order(loader):
         assert int(batch.image_mask[b].sum()) == NUM_IMAGE_TOKENS * len(sample.images)
     images = [image for sample in samples for image in sample.images]
     assert len(images) == 3
-    assert np.array_equal(batch.pixel_values.numpy(), [pixels(decode(i.data), PROCESSOR) for i in images])
+    assert np.array_equal(batch.pixel_values.numpy(), [levels(decode(i.data), PROCESSOR) for i in images])
+    shown = batch.to("cpu").pixel_values
+    assert shown.dtype == torch.float32
+    assert np.array_equal(shown.numpy(), [pixels(decode(i.data), PROCESSOR) for i in images])
     assert batch.num_samples == 4
     assert batch.num_tokens == int(batch.attention_mask.sum())
     assert batch.num_targets == int((batch.labels != IGNORE_INDEX).sum()) > 0
