@@ -213,7 +213,7 @@ class Pipeline:
         found = find_prepared(self.store, digest)
         if found is not None:
             return found
-        self.report(f"preparing data.{name}: {section.source}")
+        self.report(f"preparing data.{name}: {section.label}")
         return prepare(
             self.store, section, max_quarantined_fraction=self.plan.recipe.data.max_quarantined_fraction,
             report=self.report,

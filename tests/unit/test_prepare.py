@@ -20,6 +20,7 @@ import pytest
 
 from dpa_ray.data import prepare as module
 from dpa_ray.data import shapes, shards, sources
+from dpa_ray.data.catalog import open_source
 from dpa_ray.data.prepare import find_prepared, prepare
 from dpa_ray.data.sample import ImageFile, Sample, Turn
 from dpa_ray.data.shards import from_row, write_shard
@@ -303,7 +304,7 @@ def test_ray_tasks_make_the_same_bytes(tmp_path, store, small_parts, monkeypatch
 def test_an_error_in_a_ray_task_is_its_message_alone(tmp_path, store, small_parts, monkeypatch, local_ray):
     section = make(tmp_path, [record(i) for i in range(40)])
     monkeypatch.setattr(module, "IN_PROCESS_ROWS", 10)
-    source = sources.open_source(section)
+    source = open_source(section)
     scan = source.scan()
     (tmp_path / "set.json").unlink()
     with pytest.raises(UserError, match=r"^expected a file at .*set.json, found nothing$"):
@@ -343,7 +344,7 @@ def test_the_command_takes_options_of_the_builtin_source(tmp_path, main, capsys)
     ("arguments", "code", "message"),
     [
         (["none.json"], 1, "expected a file at"),
-        (["set.json", "--format", "parquet"], 1, "not supported yet"),
+        (["set.json", "--format", "parquet"], 1, "expected Parquet"),
         (["builtin:nothing"], 2, "expected builtin:shapes"),
         (["set.json", "--option", "size=5"], 2, "options belong to builtin sources only"),
         (["builtin:shapes", "--option", "colour=5"], 2, "options.colour"),
