@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -340,6 +341,15 @@ def test_the_command_takes_options_of_the_builtin_source(tmp_path, main, capsys)
     assert "5 samples in 1 shards" in capsys.readouterr().err
 
 
+def test_the_command_takes_columns_and_a_choice_of_rows(tmp_path, main, capsys):
+    rows = {"pic": [png(1), png(2), png(3)], "says": ["a", "b", "c"]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    command = [str(tmp_path / "a.parquet"), "--store", str(tmp_path / "store"), "--column", "image=pic"]
+    assert main([*command, "--column", "text=says", "--take", "last:2"]) == 0
+    folder = Path(capsys.readouterr().out.strip())
+    assert [row["place"] for row in pq.read_table(folder / "part-00000.parquet").to_pylist()] == ["#1", "#2"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -348,6 +358,10 @@ def test_the_command_takes_options_of_the_builtin_source(tmp_path, main, capsys)
         (["builtin:nothing"], 2, "expected builtin:shapes"),
         (["set.json", "--option", "size=5"], 2, "options belong to builtin sources only"),
         (["builtin:shapes", "--option", "colour=5"], 2, "options.colour"),
+        (["set.json", "--column", "text=x"], 2, "columns belong to parquet and webdataset only"),
+        (["set.parquet", "--column", "colour=x"], 2, "columns.colour"),
+        (["set.json", "--take", "some"], 2, "expected first:N, last:N or random:N"),
+        (["set.tar", "--images", "x"], 2, "images does not belong to webdataset"),
         (["set.json", "--max-quarantined-fraction", "2"], 2, "expected 0 to 1, found 2"),
         (["set.json", "--format", "zip"], 2, "invalid choice"),
         ([], 2, "required: SOURCE"),
