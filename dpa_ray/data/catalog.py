@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dpa_ray.data.known import NOTHING, Known
 from dpa_ray.data.mixture import Taken, entries, share
 from dpa_ray.data.parquet import Parquet
 from dpa_ray.data.sources import Llava, Scan, Shapes, Source, digest_of
@@ -36,14 +37,14 @@ def open_source(section: SourceEntry | SourceSection) -> Source:
     return Llava(uri, section.images)
 
 
-def pieces(section: SourceSection) -> list[Piece]:
+def pieces(section: SourceSection, known: Known = NOTHING) -> list[Piece]:
     """What `section` consists of, in order. Raises: UserError where a source is missing or cannot be read."""
     found = []
     for entry in entries(section):
         source = open_source(entry)
         if entry.take is not None:
             source = Taken(source, entry.take)
-        scan = source.scan()
+        scan = source.scan(known)
         times, rest = int(entry.weight), entry.weight - int(entry.weight)
         if times:
             found.append(Piece(entry, source, scan, times))
@@ -60,9 +61,9 @@ def digest(found: list[Piece]) -> str:
     return digest_of({"mixture": [[piece.scan.digest, piece.times] for piece in found]})
 
 
-def source_digest(section: SourceSection) -> str:
+def source_digest(section: SourceSection, known: Known = NOTHING) -> str:
     """What names the prepared data: the same for the same content, wherever it lies; reads no image.
 
     Raises: UserError where a source is missing or cannot be read.
     """
-    return digest(pieces(section))
+    return digest(pieces(section, known))

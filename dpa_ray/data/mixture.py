@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from dpa_ray.data.cursor import permutation
 from dpa_ray.data.files import absolute, chunks
+from dpa_ray.data.known import NOTHING, Known
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.sources import Part, Rejected, Scan, Source, digest_of
 from dpa_ray.errors import UserError
@@ -91,8 +92,8 @@ class Taken:
     def __init__(self, source: Source, take: str):
         self.source, self.take, self.name = source, take, source.name
 
-    def scan(self) -> Scan:
-        return self.scan_of(self.source.scan())
+    def scan(self, known: Known = NOTHING) -> Scan:
+        return self.scan_of(self.source.scan(known))
 
     def scan_of(self, whole: Scan) -> Scan:
         """What is taken of a source gone through; all of it is the source itself."""

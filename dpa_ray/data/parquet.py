@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from dpa_ray.data import llava, rows
 from dpa_ray.data.files import Folder, absolute, first_line, open_uri, unsafe_name
+from dpa_ray.data.known import NOTHING, Known
 from dpa_ray.data.listing import Files
 from dpa_ray.data.llava import Unusable
 from dpa_ray.data.sample import Sample
@@ -43,28 +44,19 @@ class Parquet:
         self.images = Folder(absolute(images) if images is not None else self.files.folder)
         self.name = self.files.name
 
-    def scan(self) -> Scan:
+    def scan(self, known: Known = NOTHING) -> Scan:
         """Reads the columns of text and the images' paths; of image bytes, how many there are in each row group."""
         content, cutter = hashlib.sha256(), PartCutter()
+        columns = self.columns.model_dump(exclude_none=True)
         paths: dict[str, None] = {}
         for uri in self.files.uris():
-            content.update(f"{self.files.label(uri)}\0".encode())
+            found = known.get(uri, self._scan_file, columns)
+            content.update(f"{self.files.label(uri)}\0{found['digest']}\n".encode())
             cutter.next_file(uri)
-            with _opened(uri) as file:
-                names = _Names(uri, file.schema_arrow, self.columns)
-                leaves = _Leaves(file, names)
-                for batch in file.iter_batches(_TEXT_ROWS, columns=leaves.read):
-                    for row in batch.to_pylist():
-                        content.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-                        if leaves.are_paths:
-                            paths.update(dict.fromkeys(_paths(row.get(names.image or ""))))
-                for group in range(file.num_row_groups):
-                    meta = file.metadata.row_group(group)
-                    if not meta.num_rows:
-                        continue
-                    size = sum(meta.column(i).total_uncompressed_size for i in leaves.data)
-                    content.update(f"{meta.num_rows} {size}\n".encode())
-                    cutter.add(group, group + 1, meta.total_byte_size, meta.num_rows)
+            for group, (num_rows, size) in enumerate(found["groups"]):
+                if num_rows:
+                    cutter.add(group, group + 1, size, num_rows)
+            paths.update(dict.fromkeys(found["paths"]))
         parts = cutter.finish()
         if not parts:
             raise UserError(f"{self.files.uri}: expected rows, found none")
@@ -72,8 +64,26 @@ class Parquet:
             self.images.check()
             sizes = self.images.sizes(paths)
             content.update("".join(f"{name}\0{sizes[name]}\n" for name in sorted(sizes)).encode())
-        columns = self.columns.model_dump(exclude_none=True)
         return Scan(digest_of({"parquet": content.hexdigest(), "columns": columns}), cutter.num_rows, parts)
+
+    def _scan_file(self, uri: str) -> dict[str, Any]:
+        """What names a file's content, (rows, bytes) of its row groups, and images that may have to be read beside it."""
+        content, groups = hashlib.sha256(), []
+        paths: dict[str, None] = {}
+        with _opened(uri) as file:
+            names = _Names(uri, file.schema_arrow, self.columns)
+            leaves = _Leaves(file, names)
+            for batch in file.iter_batches(_TEXT_ROWS, columns=leaves.read):
+                for row in batch.to_pylist():
+                    content.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+                    if leaves.are_paths:
+                        paths.update(dict.fromkeys(_paths(row.get(names.image or ""))))
+            for group in range(file.num_row_groups):
+                meta = file.metadata.row_group(group)
+                size = sum(meta.column(i).total_uncompressed_size for i in leaves.data)
+                content.update(f"{meta.num_rows} {size}\n".encode())
+                groups.append((meta.num_rows, meta.total_byte_size))
+        return {"digest": content.hexdigest(), "groups": groups, "paths": list(paths)}
 
     def read(self, part: Part) -> Iterator[tuple[int, Sample | Rejected]]:
         with _opened(part.file) as file:

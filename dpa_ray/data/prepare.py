@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dpa_ray.data.catalog import Piece, digest, pieces, source_digest
+from dpa_ray.data.known import Known
 from dpa_ray.data.prepared import SCHEMA_VERSION, Prepared, StoreLike, find_prepared
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.shards import write_shard
@@ -27,7 +28,7 @@ from dpa_ray.data.sources import Part, Rejected, Scan, Source
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import SourceSection
 
-__all__ = ["Prepared", "find_prepared", "prepare", "source_digest"]
+__all__ = ["Known", "Prepared", "find_prepared", "prepare", "source_digest"]
 
 IN_PROCESS_ROWS = 5_000
 """Up to so many rows are prepared in the calling process, without Ray."""
@@ -49,7 +50,7 @@ def prepare(
     same way); `ray_is_ready`, asked at that point only, may start it. `report` is given a line now and then. Raises: UserError where the source cannot be read, or more
     than `max_quarantined_fraction` of it cannot be used (what is done is kept, the manifest is not written).
     """
-    found = pieces(section)
+    found = pieces(section, Known(store))
     options = (max_quarantined_fraction, report, ray_is_ready or _ray_is_running)
     prepared = [_prepare(store, piece, *options) for piece in found]
     if len(found) == 1 and found[0].times == 1:

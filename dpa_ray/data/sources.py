@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from dpa_ray.data import llava, shapes
 from dpa_ray.data.files import Folder, absolute, chunks
 from dpa_ray.data.images import ImageError, check
+from dpa_ray.data.known import NOTHING, Known
 from dpa_ray.data.llava import Unusable
 from dpa_ray.data.records import NotRecords, scan, scan_part
 from dpa_ray.data.sample import ImageFile, Sample
@@ -86,7 +87,7 @@ class Source(Protocol):
 
     name: str
 
-    def scan(self) -> Scan: ...
+    def scan(self, known: Known = NOTHING) -> Scan: ...
 
     def read(self, part: Part) -> Iterator[tuple[int, Sample | Rejected]]: ...
 
@@ -160,7 +161,7 @@ class Shapes:
     def __init__(self, options: SourceOptions):
         self.options = options
 
-    def scan(self) -> Scan:
+    def scan(self, known: Known = NOTHING) -> Scan:
         digest = digest_of({"shapes": shapes.VERSION, "options": self.options.model_dump()})
         size = self.options.size
         starts = range(0, size, MAX_PART_ROWS)
@@ -181,7 +182,7 @@ class Llava:
         folder, _, self.name = self.uri.rpartition("/")
         self.images = Folder(absolute(images) if images is not None else folder or "/")
 
-    def scan(self) -> Scan:
+    def scan(self, known: Known = NOTHING) -> Scan:
         """Also checks that the image folder is there, if any record names an image."""
         content = hashlib.sha256()
         rows = _Rows()

@@ -18,6 +18,7 @@ from typing import Any
 from dpa_ray.data import llava, rows
 from dpa_ray.data.files import unsafe_name
 from dpa_ray.data.images import MAX_BYTES
+from dpa_ray.data.known import NOTHING, Known
 from dpa_ray.data.listing import Files
 from dpa_ray.data.llava import Unusable
 from dpa_ray.data.records import MAX_RECORD_BYTES, NotJson, from_json
@@ -57,32 +58,22 @@ class WebDataset:
         self.columns = columns or ColumnsSection()
         self.name = self.files.name
 
-    def scan(self) -> Scan:
-        """Reads headers and texts; of images, sizes alone."""
+    def scan(self, known: Known = NOTHING) -> Scan:
+        """Reads all members but images, of which sizes are enough."""
         content = hashlib.sha256()
         cutter = PartCutter()
         uris = self.files.uris()
-        for uri, (tar_digest, samples) in zip(uris, ordered_map(self._scan_tar, uris, THREADS), strict=True):
-            content.update(f"{self.files.label(uri)}\0{tar_digest}\n".encode("utf-8", "surrogateescape"))
+        scans = ordered_map(lambda uri: known.get(uri, _scan_tar), uris, THREADS)
+        for uri, found in zip(uris, scans, strict=True):
+            content.update(f"{self.files.label(uri)}\0{found['digest']}\n".encode("utf-8", "surrogateescape"))
             cutter.next_file(uri)
-            for start, stop in samples:
+            for start, stop in zip(found["starts"], found["stops"], strict=True):
                 cutter.add(start, stop, stop - start)
         parts = cutter.finish()
         if not parts:
             raise UserError(f"{self.files.uri}: expected samples like 0001.jpg and 0001.txt, found none")
         columns = self.columns.model_dump(exclude_none=True)
         return Scan(digest_of({"webdataset": content.hexdigest(), "columns": columns}), cutter.num_rows, parts)
-
-    def _scan_tar(self, uri: str) -> tuple[str, list[tuple[int, int]]]:
-        content, samples = hashlib.sha256(), []
-        with Tar(uri) as tar:
-            for group in _groups(tar.members()):
-                for ending, member in group.members:
-                    content.update(f"{member.name}\0{member.kind}\0{member.size}\n".encode("utf-8", "surrogateescape"))
-                    if _is_text(ending) and member.kind == "file" and member.size <= MAX_RECORD_BYTES:
-                        content.update(tar.read(member))
-                samples.append((group.start, group.stop))
-        return content.hexdigest(), samples
 
     def read(self, part: Part) -> Iterator[tuple[int, Sample | Rejected]]:
         with Tar(part.file) as tar:
@@ -153,6 +144,21 @@ class WebDataset:
                 f"found {len(names)} images alone",
             )
         return rows.caption_record(identity, meta[key], names)
+
+
+def _scan_tar(uri: str) -> dict[str, Any]:
+    """What names a tar's content, and the bytes where each sample starts and stops."""
+    content, starts, stops = hashlib.sha256(), [], []
+    with Tar(uri) as tar:
+        for group in _groups(tar.members()):
+            for ending, member in group.members:
+                content.update(f"{member.name}\0{member.kind}\0{member.size}\n".encode("utf-8", "surrogateescape"))
+                is_image = ending.rpartition(".")[2] in _IMAGES
+                if not is_image and member.kind == "file" and member.size <= MAX_RECORD_BYTES:
+                    content.update(tar.read(member))
+            starts.append(group.start)
+            stops.append(group.stop)
+    return {"digest": content.hexdigest(), "starts": starts, "stops": stops}
 
 
 @dataclass

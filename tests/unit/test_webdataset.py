@@ -5,14 +5,16 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dpa_ray.data import sources
+from dpa_ray.data import sources, webdataset
 from dpa_ray.data.catalog import open_source, source_digest
+from dpa_ray.data.known import Known
 from dpa_ray.data.listing import Files, expand_braces
 from dpa_ray.data.llava import REASONS
 from dpa_ray.data.prepare import prepare
@@ -242,6 +244,31 @@ def test_parts_hold_every_row_once_and_the_digest_shows_changes(tmp_path, monkey
     assert source_digest(section(path)) != digest, "a text of the same length"
     tar(path, pairs(0, 39))
     assert source_digest(section(path)) != digest
+
+
+def test_a_tar_is_gone_through_once_as_long_as_it_is_the_same(tmp_path, monkeypatch):
+    path, store = tar(tmp_path / "a.tar", pairs(0, 9)), Store(str(tmp_path / "store"))
+    scanned: list[str] = []
+    inner = webdataset._scan_tar
+    monkeypatch.setattr(webdataset, "_scan_tar", lambda uri: (scanned.append(uri), inner(uri))[1])
+
+    def digest(write: bool = True) -> tuple[str, int]:
+        scanned.clear()
+        return source_digest(section(path), Known(store, write=write)), len(scanned)
+
+    first = digest()
+    assert first == digest(), "changed just now: not to be trusted"
+    os.utime(path, (1e9, 1e9))
+    assert digest(write=False) == digest() == first
+    assert digest() == (first[0], 0)
+    assert read(section(path))[8].id == "0008"
+    os.utime(path, (1e9, 1e9 + 1))
+    assert digest() == first
+    tar(path, pairs(1, 10))
+    os.utime(path, (1e9, 1e9))
+    assert digest() == (first[0], 0), "of the same size and time: the same file, by what can be told of it"
+    os.utime(path, (1e9, 1e9 + 2))
+    assert digest()[0] != first[0]
 
 
 def test_from_s3_the_digest_and_the_samples_are_the_same(tmp_path, s3_server, monkeypatch):
