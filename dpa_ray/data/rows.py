@@ -44,15 +44,10 @@ def conversation_record(identity: Any, turns: Any, image_names: Sequence[str]) -
 
 def caption_record(identity: Any, caption: Any, image_names: Sequence[str], prompt: Any = None) -> dict[str, Any]:
     """A record of one caption, or one answer to `prompt`, behind all of its images."""
-    if caption is None:
-        caption = ""  # no words: the reason is the same
-    if isinstance(prompt, str) and IMAGE_TOKEN in prompt:
-        human: Any = prompt
-    else:
-        human = "\n".join(
-            [IMAGE_TOKEN] * len(image_names)
-            + ([] if prompt is None else [prompt] if isinstance(prompt, str) else [str(prompt)])
-        )
+    asked = [] if prompt is None else [str(prompt)]
+    places = [] if asked and IMAGE_TOKEN in asked[0] else [IMAGE_TOKEN] * len(image_names)
+    human = "\n".join([*places, *asked])
+    caption = "" if caption is None else caption  # no words: the reason is the same
     turns = [{"from": "human", "value": human}, {"from": "gpt", "value": caption}]
     return {"id": identity, "image": list(image_names), "conversations": turns}
 

@@ -26,10 +26,11 @@ from dpa_ray.data.prepare import find_prepared, prepare
 from dpa_ray.data.sample import ImageFile, Sample, Turn
 from dpa_ray.data.shards import from_row, write_shard
 from dpa_ray.errors import UserError
-from dpa_ray.recipe import SourceOptions, SourceSection
+from dpa_ray.recipe import SourceEntry, SourceOptions, SourceSection
 from dpa_ray.store import Store
 from tests.s3 import S3
 from tests.unit.test_sources import make, png, record, upload
+from tests.unit.test_webdataset import pairs, tar
 
 ROOT = Path(__file__).parents[2]
 
@@ -299,6 +300,20 @@ def test_ray_tasks_make_the_same_bytes(tmp_path, store, small_parts, monkeypatch
     distributed = run(store, section, 0.1)
     other = Store(str(tmp_path / "other"))
     assert run(other, section, 0.1, ray_is_ready=lambda: False) == distributed
+    assert tree(other) == tree(store)
+
+
+def test_ray_tasks_read_tars_and_what_is_taken_of_them(tmp_path, store, monkeypatch, local_ray):
+    monkeypatch.setattr(sources, "MAX_PART_ROWS", 8)
+    monkeypatch.setattr(module, "IN_PROCESS_ROWS", 10)
+    for i in range(2):
+        tar(tmp_path / f"s-{i}.tar", pairs(i * 20, i * 20 + 20))
+    entry = {"source": str(tmp_path / "s-{0..1}.tar"), "take": "last:30", "weight": 2.0}
+    section = SourceSection(source=[SourceEntry(**entry)])
+    distributed = run(store, section)
+    assert distributed.num_rows == 60
+    other = Store(str(tmp_path / "other"))
+    assert run(other, section, ray_is_ready=lambda: False) == distributed
     assert tree(other) == tree(store)
 
 
