@@ -11,8 +11,18 @@ import jsonschema
 import pytest
 import yaml
 
-from dpa_ray.recipe import METHOD_WEIGHTS, RECIPES_DIR, RecipeError, find_recipe, json_schema, load, parse
-from dpa_ray.recipe_yaml import from_yaml
+from dpa_ray.data.mixture import entries
+from dpa_ray.recipe import (
+    METHOD_WEIGHTS,
+    RECIPES_DIR,
+    RecipeError,
+    SourceSection,
+    find_recipe,
+    json_schema,
+    load,
+    parse,
+)
+from dpa_ray.recipe_yaml import from_yaml, read_yaml
 from tests.recipe_helpers import SMALLEST, errors_of, written
 
 
@@ -290,6 +300,14 @@ def test_recipes_in_the_readme_are_right_and_its_commands_are_the_promised_ones(
     examples = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert examples
     for example in examples:
-        load(written(tmp_path, example))
+        values = from_yaml(example)
+        if "datasets" in values:  # a mixture's file, not a recipe's
+            (tmp_path / "mix.yaml").write_text(example)
+            assert len(entries(SourceSection(source=str(tmp_path / "mix.yaml")))) == 2
+        elif set(values) <= {"pretrain", "instruct"}:  # a part of `data`
+            tiny_values = read_yaml(RECIPES_DIR / "tiny.yaml")
+            parse({**tiny_values, "data": {**tiny_values["data"], **values}})
+        else:
+            load(written(tmp_path, example))
     for command in ("pip install -e . && python jobs/run_dpa.py", "pip install -e '.[test]' && pytest"):
         assert f"\n{command}\n" in text
