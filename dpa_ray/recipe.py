@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from dpa_ray.recipe_errors import RecipeError, message, shown
+from dpa_ray.recipe_errors import RecipeError, key_path, message, shown
+from dpa_ray.recipe_sources import ColumnsSection, Section, SourceEntry, SourceOptions, SourceSection
 from dpa_ray.recipe_yaml import apply_override, read_yaml
 
-__all__ = ["Recipe", "RecipeError", "find_recipe", "json_schema", "load", "parse"]
+__all__ = [
+    "ColumnsSection", "Recipe", "RecipeError", "SourceEntry", "SourceOptions", "SourceSection", "find_recipe",
+    "json_schema", "load", "parse",
+]  # fmt: skip
 
 Method = Literal["vanilla", "pmo", "cmo", "cal", "dpa"]
 Weights = Literal["uniform", "prob", "logit"]
@@ -37,10 +41,6 @@ DEFAULT_STORE = "~/dpa_ray"
 RECIPES_DIR = Path(__file__).resolve().parent.parent / "jobs" / "recipes"
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
 class ModelSection(Section):
     llm: str = Field(min_length=1, description="decoder LLM: hub id, folder, s3:// folder, or builtin:tiny-llm")
     vision: str = Field(
@@ -52,37 +52,6 @@ class ModelSection(Section):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     image_size: int | None = Field(None, gt=0, description="pixels a side; default: the tower's image processor's")
     template_date: str = Field("26 Jul 2024", description="what a chat template that reads the clock is told")
-
-
-class SourceOptions(Section):
-    """Options of `builtin:shapes`."""
-
-    style: Literal["terse", "ornate", "qa"] = "ornate"
-    split: Literal["train", "heldout", "heldout_pairs"] = "train"
-    size: int = Field(2000, gt=0, description="number of scenes (samples)")
-    seed: int = Field(0, ge=0)
-
-
-class SourceSection(Section):
-    source: str = Field(min_length=1, description="URI of the data, or builtin:shapes")
-    images: str | None = Field(None, description="folder that image names are relative to; default: the source's own")
-    format: Literal["llava", "webdataset", "parquet"] | None = None
-    fraction: float = Field(1.0, gt=0, le=1, description="share of the samples used, chosen by the seed")
-    image_aspect: Literal["crop", "pad", "stretch"] | None = Field(
-        None, description="how an image becomes square; default: crop in pretrain, pad in instruct"
-    )
-    options: SourceOptions | None = None
-
-    @model_validator(mode="after")
-    def _builtin_or_uri(self) -> SourceSection:
-        if self.source.startswith("builtin:"):
-            if self.source != "builtin:shapes":
-                raise ValueError(f"expected builtin:shapes, found {self.source}")
-            if self.images is not None or self.format is not None:
-                raise ValueError("a builtin source takes options, not images or format")
-        elif self.options is not None:
-            raise ValueError("options belong to builtin sources only")
-        return self
 
 
 class HeldOutSection(SourceSection):
@@ -326,7 +295,7 @@ def parse(values: dict[str, Any], where: str = "recipe", extra_errors: list[tupl
         recipe = Recipe.model_validate(values)
     except ValidationError as err:
         for error in err.errors(include_url=False):
-            errors.append((".".join(str(part) for part in error["loc"]), message(error, Recipe)))
+            errors.append((key_path(error["loc"]), message(error, Recipe)))
     if recipe is not None:
         for weights, stage in {recipe.weights(stage): stage for stage in ("proxy_mllm", "instruct")}.items():
             lower, upper = recipe.bounds(stage)

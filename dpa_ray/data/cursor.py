@@ -32,7 +32,7 @@ def _key(*parts: int) -> np.uint64:
     return key[0]
 
 
-def _permutation(num: int, *key: int) -> np.ndarray:
+def permutation(num: int, *key: int) -> np.ndarray:
     """(num,) int64: a permutation of 0..num-1 that belongs to the key."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     return np.argsort(_mix(np.arange(1, num + 1, dtype=np.uint64) * golden ^ _key(*key)), kind="stable")
@@ -86,7 +86,7 @@ class Cursor:
         total = int(self._group_rows.sum())
         if num == total:
             return self._group_rows
-        order = _permutation(len(self._group_rows), self.seed, _SUBSET_GROUPS)
+        order = permutation(len(self._group_rows), self.seed, _SUBSET_GROUPS)
         ends = np.cumsum(self._group_rows[order])
         upto = np.array([int(end) * num // total for end in ends.tolist()], np.int64)  # Python: no overflow
         counts = np.empty_like(self._group_rows)
@@ -96,7 +96,7 @@ class Cursor:
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The row groups in the order of `epoch`, and where each one's samples end in it."""
         if self._epoch is None or self._epoch[0] != epoch:
-            groups = _permutation(len(self._group_rows), self.seed, _GROUPS, epoch)
+            groups = permutation(len(self._group_rows), self.seed, _GROUPS, epoch)
             self._epoch = (epoch, groups, np.cumsum(self._counts[groups]))
         return self._epoch[1], self._epoch[2]
 
@@ -105,7 +105,7 @@ class Cursor:
         size, count = int(self._group_rows[group]), int(self._counts[group])
         if count == size:
             return self._starts[group] + np.arange(size)
-        chosen = np.sort(_permutation(size, self.seed, _SUBSET_ROWS, group)[:count])
+        chosen = np.sort(permutation(size, self.seed, _SUBSET_ROWS, group)[:count])
         return self._starts[group] + chosen
 
     def _window(self, epoch: int, index: int) -> np.ndarray:
@@ -120,7 +120,7 @@ class Cursor:
         rows = np.concatenate([self._members(int(g)) for g in groups[first : last + 1]])
         before = int(ends[first] - self._counts[groups[first]])
         rows = rows[start - before : stop - before]
-        rows = rows[_permutation(len(rows), self.seed, _ROWS, epoch, index)]
+        rows = rows[permutation(len(rows), self.seed, _ROWS, epoch, index)]
         if self._size_of is not None:
             rows = self._by_modality(rows, start, self._size_of(rows) >= self._one_image, epoch, index)
         while len(self._windows) >= 2:  # a step may lie across two
@@ -140,13 +140,13 @@ class Cursor:
             whole = len(part) // size
             uniform += [part[i * size : (i + 1) * size] for i in range(whole)]
             rest.append(part[whole * size :])
-        order = _permutation(len(uniform), self.seed, _STEPS, epoch, index)
+        order = permutation(len(uniform), self.seed, _STEPS, epoch, index)
         rest += [uniform[i] for i in order[num_whole:]]
         left = np.concatenate(rest)
         steps = [uniform[i] for i in order[:num_whole]]
         mixed = num_whole - len(steps)
         steps += [left[head + i * size : head + (i + 1) * size] for i in range(mixed)]
-        steps = [steps[i] for i in _permutation(num_whole, self.seed, _STEPS, epoch, index, 1)]
+        steps = [steps[i] for i in permutation(num_whole, self.seed, _STEPS, epoch, index, 1)]
         return np.concatenate([left[:head], *steps, left[head + mixed * size :]])
 
     def rows(self, epoch: int, step: int) -> np.ndarray:

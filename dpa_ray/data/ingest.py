@@ -137,7 +137,8 @@ class _Reader:
         group = int(np.searchsorted(self._ends, row, side="right"))
         table = self._group(group)
         offset = row - int(self._ends[group] - table.num_rows)
-        return from_row(table.slice(offset, 1).to_pylist()[0], self._prepared.source_name)
+        source_name = self._prepared.shard_source(self._places[group][0])
+        return from_row(table.slice(offset, 1).to_pylist()[0], source_name)
 
     def _group(self, group: int) -> pa.Table:
         table = self._groups.get(group)
@@ -162,7 +163,7 @@ class _Reader:
         file = self._files.get(shard)
         if file is None:
             system, root = self._store.arrow()
-            path = f"{root}/{self._prepared.path}/{self._prepared.shards[shard][0]}"
+            path = f"{root}/{self._prepared.shard_folder(shard)}/{self._prepared.shards[shard][0]}"
             found, expected = system.get_file_info(path).size, self._prepared.sizes_bytes[shard]
             if found != expected:
                 raise self._broken(shard, f"expected {expected} bytes, found {'no file' if found is None else found}")
@@ -174,7 +175,7 @@ class _Reader:
         return file
 
     def _broken(self, shard: int, problem: str) -> UserError:
-        folder = self._prepared.path
+        folder = self._prepared.shard_folder(shard)
         url = self._store.url(f"{folder}/{self._prepared.shards[shard][0]}")
         return UserError(f"{url}: {problem}; delete {self._store.url(folder)} to have the data prepared again")
 

@@ -75,7 +75,8 @@ class Sizes:
 
     def _read(self, shard: int) -> tuple[int, np.ndarray]:
         system, root = self._store.arrow()
-        path = f"{self._prepared.path}/{self._prepared.shards[shard][0]}"
+        folder = self._prepared.shard_folder(shard)
+        path = f"{folder}/{self._prepared.shards[shard][0]}"
         try:
             with system.open_input_file(f"{root}/{path}") as file:
                 footer = pq.ParquetFile(file).metadata.metadata or {}
@@ -85,6 +86,6 @@ class Sizes:
         if len(sizes) != self._num_rows[shard]:
             raise UserError(
                 f"{self._store.url(path)}: expected the sizes of {self._num_rows[shard]} rows in its footer, found "
-                f"{len(sizes)}; delete {self._store.url(self._prepared.path)} to have the data prepared again"
+                f"{len(sizes)}; delete {self._store.url(folder)} to have the data prepared again"
             )
         return shard, sizes

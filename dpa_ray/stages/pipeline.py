@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpa_ray.data.cursor import Cursor
-from dpa_ray.data.prepare import Prepared, find_prepared, prepare, source_digest
+from dpa_ray.data.prepare import Known, Prepared, find_prepared, prepare, source_digest
 from dpa_ray.recipe import PROXY_METHODS, Recipe, SourceSection
 from dpa_ray.report.metrics import MetricsLog
 from dpa_ray.stages import imports, keys, weights
@@ -105,7 +105,9 @@ def make_plan(recipe: Recipe, store: Store, *, make: bool, report: Report) -> Pl
     sections = {"pretrain": recipe.data.pretrain, "instruct": recipe.data.instruct, **recipe.data.eval_extra}
     if recipe.data.eval is not None:
         sections[HELD_OUT] = recipe.data.eval
-    plan = Plan(recipe, llm, tower, {name: (section, source_digest(section)) for name, section in sections.items()})
+    known = Known(store, write=make)
+    data = {name: (section, source_digest(section, known)) for name, section in sections.items()}
+    plan = Plan(recipe, llm, tower, data)
     _add_stages(plan, store, make=make)
     if plan.held_out:
         order = sorted(plan.held_out, key=lambda name: name != HELD_OUT)
@@ -213,7 +215,7 @@ class Pipeline:
         found = find_prepared(self.store, digest)
         if found is not None:
             return found
-        self.report(f"preparing data.{name}: {section.source}")
+        self.report(f"preparing data.{name}: {section.label}")
         return prepare(
             self.store, section, max_quarantined_fraction=self.plan.recipe.data.max_quarantined_fraction,
             report=self.report,

@@ -92,7 +92,7 @@ ELSEWHERE = {
     "data.eval_extra": "test_further_held_out_sets_are_in_the_key_of_eval_alone",
     "data.eval.fraction": "held-out sets are cut by eval.max_samples",
     "data.eval.image_aspect": "the finished model's own processor",
-    **{f"data.{s}.{k}": "files: what lies there is in the digest" for s in ("pretrain", "instruct", "eval") for k in ("source", "images", "format")},
+    **{f"data.{s}.{k}": "files: what lies there is in the digest" for s in ("pretrain", "instruct", "eval") for k in ("source", "images", "format", "columns")},
 }  # fmt: skip
 
 
@@ -120,6 +120,21 @@ def test_each_key_changes_the_results_that_it_should(recipe: Callable[..., Recip
         if found != expected:
             wrong[key] = (sorted(found), sorted(expected))
     assert not wrong
+
+
+def test_a_mixture_counts_by_what_it_takes_of_what(recipe: Callable[..., Recipe]) -> None:
+    def keys(*entries: str) -> tuple[str, ...]:
+        return tuple(keys_of(recipe(f"data.pretrain={{source: [{', '.join(entries)}]}}")).values())
+
+    shapes = "{source: builtin:shapes, options: {size: 10}}"
+    assert keys(shapes) == tuple(
+        keys_of(recipe("data.pretrain={source: builtin:shapes, options: {size: 10}}")).values()
+    )
+    twice = shapes.replace("}}", "}, weight: 2}")
+    half = shapes.replace("}}", "}, take: 'first:5'}")
+    found = [keys(shapes), keys(shapes, shapes), keys(twice), keys(half), keys(shapes, half)]
+    assert len(set(found)) == 5
+    assert len({key[0] for key in found}) == 5, "from stage 1 on"
 
 
 def test_loras_of_stage_three_count_where_it_has_one(recipe: Callable[..., Recipe]) -> None:
