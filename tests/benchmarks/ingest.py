@@ -220,6 +220,7 @@ def litdata_batches(setup: dict[str, Any], decode: Decode) -> Batches:
             item = super().__getitem__(index)
             return item["name"], decode(item["jpg"])
 
+    os.environ["AWS_ALLOW_HTTP"] = "true"  # its client takes https alone by default
     with tempfile.TemporaryDirectory(prefix="litdata-") as cache:
         options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"], "region_name": "us-east-1"}
         data = Decoded(f"s3://{setup['bucket']}/chunks", cache_dir=cache, storage_options=options, shuffle=False)
