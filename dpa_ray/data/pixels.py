@@ -2,7 +2,7 @@
 
 The processor itself turns every image into an array, back into an image to resize it, and into float64 to normalise it.
 Here Pillow's own operations do the geometry on the decoded image, and a table of 3 x 256 values, made by the processor,
-does the rest, once the bytes are where the model is. A photo of 640 x 480 to 336: 3.8 ms of CPU instead of 6.
+does the rest, once the bytes are where the model is. A photo of 640 x 480 to 336: about 4 ms of CPU instead of 6.
 
 Measured and not used, because pixels would change. torch's resize (0.6 ms instead of 3.6) rounds weights otherwise and
 always filters rows first, which Pillow does not: on noise, up to 19 of 255 levels off. Pillow's `box`, to filter the

@@ -18,6 +18,7 @@ their private pages (RSS without shared), with the object store's pages where Ra
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -31,7 +32,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def picture(rng: np.random.Generator) -> Image.Image:
 
 def make_files(folder: Path, num_images: int) -> None:
     """The JPEG files, and the same in tars, in LitData chunks, and as LLaVA JSON."""
-    import litdata
+    from litdata.streaming.writer import BinaryWriter
 
     (folder / "images").mkdir(parents=True)
     (folder / "tars").mkdir()
@@ -91,14 +91,11 @@ def make_files(folder: Path, num_images: int) -> None:
         with tarfile.open(folder / "tars" / f"{start:06}.tar", "w") as tar:
             for name in names[start : start + SHARD_IMAGES]:
                 tar.add(folder / "images" / name, arcname=name)
-    litdata.optimize(
-        fn=partial(read_item, folder / "images"), inputs=names, output_dir=str(folder / "chunks"), num_workers=1,
-        chunk_bytes=4 * 2**20, verbose=False,
-    )  # fmt: skip
-
-
-def read_item(folder: Path, name: str) -> dict[str, Any]:
-    return {"name": name, "jpg": (folder / name).read_bytes()}
+    writer = BinaryWriter(str(folder / "chunks"), chunk_bytes=4 * 2**20)  # what litdata.optimize runs in processes
+    for index, name in enumerate(names):
+        writer[index] = {"name": name, "jpg": (folder / "images" / name).read_bytes()}
+    writer.done()
+    writer.merge(num_workers=1)
 
 
 def put_on_s3(folder: Path, server: S3) -> None:
@@ -223,6 +220,7 @@ def litdata_batches(setup: dict[str, Any], decode: Decode) -> Batches:
             item = super().__getitem__(index)
             return item["name"], decode(item["jpg"])
 
+    os.environ["AWS_ALLOW_HTTP"] = "true"  # its client takes https alone by default
     with tempfile.TemporaryDirectory(prefix="litdata-") as cache:
         options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"], "region_name": "us-east-1"}
         data = Decoded(f"s3://{setup['bucket']}/chunks", cache_dir=cache, storage_options=options, shuffle=False)
@@ -250,7 +248,7 @@ class Meter:
     """CPU seconds and peak memory of some processes and all their children, sampled; the ends are read exactly."""
 
     def __init__(self, pids: list[int], *, shared_of: Callable[[psutil.Process], bool]):
-        self.roots, self.shared_of = [psutil.Process(pid) for pid in pids], shared_of
+        self.pids, self.shared_of = pids, shared_of
         self.first: dict[int, float] = {}
         self.last: dict[int, float] = {}
         self.peak_bytes = 0
@@ -261,7 +259,7 @@ class Meter:
 
     def sample(self, *, start: bool = False) -> None:
         memory = 0
-        for process in {p.pid: p for root in self.roots for p in [root, *root.children(recursive=True)]}.values():
+        for process in _with_children(self.pids).values():
             try:
                 times, pages = process.cpu_times(), process.memory_info()
                 memory += pages.rss - (0 if self.shared_of(process) else pages.shared)
@@ -281,6 +279,15 @@ class Meter:
         self.thread.join()
         self.sample()
         return sum(self.last.values()) - sum(self.first.values())
+
+
+def _with_children(pids: list[int]) -> dict[int, psutil.Process]:
+    found: dict[int, psutil.Process] = {}
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):  # what Ray starts and ends by itself
+            root = psutil.Process(pid)
+            found |= {process.pid: process for process in [root, *root.children(recursive=True)]}
+    return found
 
 
 def measure(system: str, setup: dict[str, Any]) -> dict[str, Any]:
