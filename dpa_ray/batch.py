@@ -48,6 +48,9 @@ class Batch:
     num_targets: int
     rows: list[tuple[str, int]] = field(default_factory=list)  # (data digest, row) of the real samples
     ids: list[str | None] = field(default_factory=list)  # their `id` in the source, which may repeat or be absent
+    untaught: list[tuple[int, str | None, str]] = field(
+        default_factory=list
+    )  # (row, id, place) of those without target
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""

@@ -69,7 +69,7 @@ class SourceSection(Section):
     format: Literal["llava", "webdataset", "parquet"] | None = None
     fraction: float = Field(1.0, gt=0, le=1, description="share of the samples used, chosen by the seed")
     image_aspect: Literal["crop", "pad", "stretch"] | None = Field(
-        None, description="how an image becomes square; default: crop in pretrain, pad in instruct and eval"
+        None, description="how an image becomes square; default: crop in pretrain, pad in instruct"
     )
     options: SourceOptions | None = None
 
@@ -91,6 +91,10 @@ class DataSection(Section):
     eval: SourceSection | None = None
     eval_extra: dict[str, SourceSection] = Field(default_factory=dict, description="further held-out sets, by name")
     max_quarantined_fraction: float = Field(0.01, ge=0, le=1)
+    check_supervision: bool = Field(
+        True, description="refuse data of which hardly any text token is trained on, or (in a chat) nearly every one"
+    )
+    retry_s: float = Field(300, ge=0, description="how long an S3 outage may last before reading data gives up")
     shuffle_window: int = Field(
         65536, gt=0, description="samples that are shuffled together; shards are read about once"
     )
@@ -315,9 +319,26 @@ def parse(values: dict[str, Any], where: str = "recipe", extra_errors: list[tupl
                 defaults = "{} and {}".format(*WEIGHT_BOUNDS[weights])
                 found = f"expected lower <= upper, found lower {lower} > upper {upper}"
                 errors.append(("cmo", f"{found} (the defaults of {weights} weights are {defaults})"))
+        errors += _ignored_in_held_out(recipe)
     if errors or recipe is None:
         raise RecipeError(errors, where)
     return recipe
+
+
+def _ignored_in_held_out(recipe: Recipe) -> list[tuple[str, str]]:
+    """Settings of held-out sets that would be ignored: images are made square as in training, or scores mean nothing."""
+    sets = {f"data.eval_extra.{name}": section for name, section in recipe.data.eval_extra.items()}
+    if recipe.data.eval is not None:
+        sets["data.eval"] = recipe.data.eval
+    errors = []
+    for path, section in sets.items():
+        if section.fraction != 1.0:
+            found = f"expected 1.0 or no such key, found {section.fraction}; eval.max_samples bounds held-out sets"
+            errors.append((f"{path}.fraction", found))
+        if section.image_aspect is not None:
+            found = f"expected no such key, found {section.image_aspect}; held-out images follow data.instruct's"
+            errors.append((f"{path}.image_aspect", found))
+    return errors
 
 
 def load(

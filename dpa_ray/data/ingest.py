@@ -81,7 +81,7 @@ class Loader:
         samples = self.samples([filler_row] if is_filler else rows)
         encoded = [self.encoder(sample) for sample in samples]
         images = [array for s, e in zip(samples, encoded, strict=True) for array in self._pixels(s, e)]
-        return collate(
+        batch = collate(
             encoded,
             images,
             pad_token_id=self.pad_token_id,
@@ -91,6 +91,13 @@ class Loader:
             num_filler=1 if is_filler else 0,
             image_shape=pixel_shape(self.image_processor),
         )
+        if not is_filler:
+            batch.untaught = [
+                (int(row), sample.id, sample.place)
+                for row, sample, e in zip(rows, samples, encoded, strict=True)
+                if not e.target.any()
+            ]
+        return batch
 
     def _pixels(self, sample: Sample, encoded: Encoded) -> list[np.ndarray]:
         if encoded.num_images and self.image_processor is None:
