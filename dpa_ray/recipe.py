@@ -33,6 +33,9 @@ WEIGHT_BOUNDS: dict[Weights, tuple[float, float]] = {"uniform": (1.0, 1.0), "pro
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """Names become folders and object keys."""
 
+DEFAULT_RETRY_S = 300.0
+"""Servers restart and networks heal within minutes; a wrong endpoint is told before, when the source is listed."""
+
 DEFAULT_STORE = "~/dpa_ray"
 RECIPES_DIR = Path(__file__).resolve().parent.parent / "jobs" / "recipes"
 
@@ -94,7 +97,9 @@ class DataSection(Section):
     check_supervision: bool = Field(
         True, description="refuse data of which hardly any text token is trained on, or (in a chat) nearly every one"
     )
-    retry_s: float = Field(300, ge=0, description="how long an S3 outage may last before reading data gives up")
+    retry_s: float = Field(
+        DEFAULT_RETRY_S, ge=0, description="how long an S3 outage may last before reading data gives up"
+    )
     shuffle_window: int = Field(
         65536, gt=0, description="samples that are shuffled together; shards are read about once"
     )

@@ -78,14 +78,17 @@ class Source(Protocol):
     def read(self, part: Part) -> Iterator[tuple[int, Sample | Rejected]]: ...
 
 
-def open_source(section: SourceSection) -> Source:
-    """Raises: UserError for a source of a kind that is not supported."""
+def open_source(section: SourceSection, *, retry_s: float = 0.0) -> Source:
+    """An S3 outage of `retry_s` seconds only delays its `read`.
+
+    Raises: UserError for a source of a kind that is not supported.
+    """
     if section.source.startswith("builtin:"):
         return Shapes(section.options or SourceOptions())
     kind = section.format or _format_of(section.source)
     if kind != "llava":
         raise UserError(f"{section.source}: expected {SUPPORTED}; found format {kind}, which is not supported yet")
-    return Llava(section.source, section.images)
+    return Llava(section.source, section.images, retry_s)
 
 
 def source_digest(section: SourceSection) -> str:
@@ -129,10 +132,10 @@ class Shapes:
 class Llava:
     """LLaVA JSON or JSONL; image names are relative to `images`, which is the file's own folder unless given."""
 
-    def __init__(self, uri: str, images: str | None):
-        self.uri = absolute(uri)
+    def __init__(self, uri: str, images: str | None, retry_s: float = 0.0):
+        self.uri, self.retry_s = absolute(uri), retry_s
         folder, _, self.name = self.uri.rpartition("/")
-        self.images = Folder(absolute(images) if images is not None else folder or "/")
+        self.images = Folder(absolute(images) if images is not None else folder or "/", retry_s)
 
     def scan(self) -> Scan:
         """Also checks that the image folder is there, if any record names an image."""
@@ -156,7 +159,7 @@ class Llava:
         return Scan(digest, rows.num, tuple(rows.parts(sizes, found.lines)))
 
     def read(self, part: Part) -> Iterator[tuple[int, Sample | Rejected]]:
-        data = b"".join(chunks(self.uri, part.start, part.stop))
+        data = b"".join(chunks(self.uri, part.start, part.stop, retry_s=self.retry_s))
         cache = LruBytes(_CACHE_BYTES)
 
         def read_one(item: tuple[int, Any]) -> tuple[int, Sample | Rejected]:

@@ -138,7 +138,7 @@ class Worker:
         check_trainable(built.module.model, {id(p) for p in engine.parameters}, trained, stage, built.llm_mode)
         loader = Loader(
             store=self.store, prepared=task.data, encoder=built.encoder, image_processor=built.image_processor,
-            pad_token_id=_pad_token(built.encoder.tokenizer),
+            pad_token_id=_pad_token(built.encoder.tokenizer), retry_s=recipe.data.retry_s,
         )  # fmt: skip
         loader.check()
         batches = self.feed.batches(

@@ -196,7 +196,7 @@ class Pipeline:
                     self.plan.recipe, task.stage, checked.vocabulary, checked.tower.num_image_tokens
                 )
                 source = self.plan.data["instruct" if task.stage == "instruct" else "pretrain"][0].source
-                found = supervision.measure(self.store, task.data, encoder)
+                found = supervision.measure(self.store, task.data, encoder, self.plan.recipe.data.retry_s)
                 note = supervision.check(found, stage=task.stage, encoder=encoder, source=source)
                 if note is not None:
                     self.report(note)
@@ -235,7 +235,7 @@ class Pipeline:
         self.report(f"preparing data.{name}: {section.source}")
         return prepare(
             self.store, section, max_quarantined_fraction=self.plan.recipe.data.max_quarantined_fraction,
-            report=self.report,
+            report=self.report, retry_s=self.plan.recipe.data.retry_s,
         )  # fmt: skip
 
     def _copy_metrics(self, stage: str) -> None:

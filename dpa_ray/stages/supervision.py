@@ -44,9 +44,9 @@ def sampled_rows(row_groups: list[int]) -> list[int]:
     return [int(starts[g]) + i for g in chosen for i in range(min(ROWS_PER_GROUP, row_groups[g]))]
 
 
-def measure(store: StoreLike, prepared: Prepared, encoder: Encoder) -> Supervision:
+def measure(store: StoreLike, prepared: Prepared, encoder: Encoder, retry_s: float = 0.0) -> Supervision:
     """Encode a sample of `prepared` (images are not decoded). Raises: UserError where a sample cannot be encoded."""
-    loader = Loader(store, prepared, encoder, None, 0)
+    loader = Loader(store, prepared, encoder, None, 0, retry_s=retry_s)
     num_text = num_targets = 0
     nothing = []
     rows = sampled_rows(prepared.row_groups)
