@@ -35,7 +35,7 @@ def patiently(call: Callable[[], T], url: str, retry_s: float) -> T:
 
     Raises: UserError after that; what `call` raises where it is no outage.
     """
-    if not url.startswith("s3://"):
+    if not url.startswith("s3://") or retry_s == 0:
         return call()
     started, pause = time.monotonic(), FIRST_PAUSE_S
     while True:
