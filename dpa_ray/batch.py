@@ -59,6 +59,9 @@ class Batch:
         None  # (B, T) int32, packed: number of the position's sample in the batch, or NO_SAMPLE
     )
     pixel_table: torch.Tensor | None = None  # (C, 256) float32: the value of each level, where pixel_values are levels
+    untaught: list[tuple[int, str | None, str]] = field(
+        default_factory=list
+    )  # (row, id, place) of those without target
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`, and there with pixel values of float32."""

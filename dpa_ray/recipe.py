@@ -37,6 +37,9 @@ WEIGHT_BOUNDS: dict[Weights, tuple[float, float]] = {"uniform": (1.0, 1.0), "pro
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """Names become folders and object keys."""
 
+DEFAULT_RETRY_S = 300.0
+"""Servers restart and networks heal within minutes; a wrong endpoint is told before, when the source is listed."""
+
 DEFAULT_STORE = "~/dpa_ray"
 RECIPES_DIR = Path(__file__).resolve().parent.parent / "jobs" / "recipes"
 
@@ -54,27 +57,18 @@ class ModelSection(Section):
     template_date: str = Field("26 Jul 2024", description="what a chat template that reads the clock is told")
 
 
-class HeldOutSection(SourceSection):
-    """A set that is never trained on."""
-
-    @model_validator(mode="after")
-    def _nothing_ignored(self) -> HeldOutSection:
-        if self.fraction != 1.0:
-            raise ValueError(
-                f"expected no fraction here (eval.max_samples bounds a held-out set), found {self.fraction}"
-            )
-        if self.image_aspect is not None:
-            found = f"found {self.image_aspect}"
-            raise ValueError(f"expected no image_aspect here (the finished model's is data.instruct's), {found}")
-        return self
-
-
 class DataSection(Section):
     pretrain: SourceSection
     instruct: SourceSection
-    eval: HeldOutSection | None = None
-    eval_extra: dict[str, HeldOutSection] = Field(default_factory=dict, description="further held-out sets, by name")
+    eval: SourceSection | None = None
+    eval_extra: dict[str, SourceSection] = Field(default_factory=dict, description="further held-out sets, by name")
     max_quarantined_fraction: float = Field(0.01, ge=0, le=1)
+    check_supervision: bool = Field(
+        True, description="refuse data of which hardly any text token is trained on, or (in a chat) nearly every one"
+    )
+    retry_s: float = Field(
+        DEFAULT_RETRY_S, ge=0, description="how long an S3 outage may last before reading data gives up"
+    )
     shuffle_window: int = Field(
         65536, gt=0, description="samples that are shuffled together; shards are read about once"
     )
@@ -303,9 +297,26 @@ def parse(values: dict[str, Any], where: str = "recipe", extra_errors: list[tupl
                 defaults = "{} and {}".format(*WEIGHT_BOUNDS[weights])
                 found = f"expected lower <= upper, found lower {lower} > upper {upper}"
                 errors.append(("cmo", f"{found} (the defaults of {weights} weights are {defaults})"))
+        errors += _ignored_in_held_out(recipe)
     if errors or recipe is None:
         raise RecipeError(errors, where)
     return recipe
+
+
+def _ignored_in_held_out(recipe: Recipe) -> list[tuple[str, str]]:
+    """Settings of held-out sets that would be ignored: images are made square as in training, or scores mean nothing."""
+    sets = {f"data.eval_extra.{name}": section for name, section in recipe.data.eval_extra.items()}
+    if recipe.data.eval is not None:
+        sets["data.eval"] = recipe.data.eval
+    errors = []
+    for path, section in sets.items():
+        if section.fraction != 1.0:
+            found = f"expected 1.0 or no such key, found {section.fraction}; eval.max_samples bounds held-out sets"
+            errors.append((f"{path}.fraction", found))
+        if section.image_aspect is not None:
+            found = f"expected no such key, found {section.image_aspect}; held-out images follow data.instruct's"
+            errors.append((f"{path}.image_aspect", found))
+    return errors
 
 
 def load(

@@ -24,6 +24,7 @@ from dpa_ray.data.collate import collate
 from dpa_ray.data.encode import Encoder
 from dpa_ray.data.images import ImageError, decode
 from dpa_ray.data.pack import pack
+from dpa_ray.data.patience import patiently
 from dpa_ray.data.pixels import levels, pixel_shape, table
 from dpa_ray.data.prepare import quiet_ray_data
 from dpa_ray.data.prepared import Prepared, StoreLike
@@ -65,6 +66,7 @@ class Loader:
     pad_token_id: int
     packing: bool = False
     cache_bytes: int = CACHE_BYTES
+    retry_s: float = 0.0  # an S3 outage as long only delays
     _reader: _Reader | None = field(default=None, init=False, repr=False, compare=False)
     _table: torch.Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -78,7 +80,7 @@ class Loader:
     def samples(self, rows: Sequence[int] | np.ndarray) -> list[Sample]:
         """The samples of `rows`. Raises: UserError, naming shard and row, where one cannot be read."""
         if self._reader is None:
-            self._reader = _Reader(self.store, self.prepared, self.cache_bytes)
+            self._reader = _Reader(self.store, self.prepared, self.cache_bytes, self.retry_s)
         return [self._reader.sample(int(row)) for row in rows]
 
     def load(self, rows: np.ndarray, filler_row: int) -> Batch:
@@ -87,7 +89,7 @@ class Loader:
         samples = self.samples([filler_row] if is_filler else rows)
         encoded = [self.encoder(sample) for sample in samples]
         images = [array for s, e in zip(samples, encoded, strict=True) for array in self._pixels(s, e)]
-        return collate(
+        batch = collate(
             encoded,
             images,
             pad_token_id=self.pad_token_id,
@@ -99,6 +101,13 @@ class Loader:
             layout=pack([len(e.input_ids) for e in encoded], self.encoder.max_length) if self.packing else None,
             pixel_table=None if self.image_processor is None else self._pixel_table(),
         )
+        if not is_filler:
+            batch.untaught = [
+                (int(row), sample.id, sample.place)
+                for row, sample, e in zip(rows, samples, encoded, strict=True)
+                if not e.target.any()
+            ]
+        return batch
 
     def _pixels(self, sample: Sample, encoded: Encoded) -> list[np.ndarray]:
         if encoded.num_images and self.image_processor is None:
@@ -123,7 +132,8 @@ class Loader:
 class _Reader:
     """Rows of a prepared source, by row groups, of which it keeps the latest."""
 
-    def __init__(self, store: StoreLike, prepared: Prepared, cache_bytes: int):
+    def __init__(self, store: StoreLike, prepared: Prepared, cache_bytes: int, retry_s: float):
+        self._retry_s = retry_s
         self._store, self._prepared, self._cache_bytes = store, prepared, cache_bytes
         self._ends = np.cumsum(prepared.row_groups)
         self._places = [(s, g) for s, (_, groups) in enumerate(prepared.shards) for g in range(len(groups))]
@@ -148,7 +158,8 @@ class _Reader:
         shard, index = self._places[group]
         name, rows = self._prepared.shards[shard]
         try:
-            table = self._file(shard).read_row_group(index, use_threads=False)
+            url = self._store.url(f"{self._prepared.path}/{name}")
+            table = patiently(lambda: self._read(shard, index), url, self._retry_s)
         except (OSError, pa.ArrowException) as err:
             raise self._broken(shard, f"row group {index} cannot be read: {err}") from None
         if table.num_rows != rows[index]:
@@ -158,6 +169,13 @@ class _Reader:
         while self._size > self._cache_bytes and len(self._groups) > 1:
             self._size -= self._groups.popitem(last=False)[1].nbytes
         return table
+
+    def _read(self, shard: int, index: int) -> pa.Table:
+        try:
+            return self._file(shard).read_row_group(index, use_threads=False)
+        except OSError:
+            self._files.pop(shard, None)  # an open file may keep what failed
+            raise
 
     def _file(self, shard: int) -> pq.ParquetFile:
         file = self._files.get(shard)

@@ -38,10 +38,10 @@ _BUFFER_BYTES = 2**20  # else a whole column of a row group is read at once
 class Parquet:
     """Parquet files: one, a pattern, a glob or a folder of them."""
 
-    def __init__(self, uri: str, images: str | None, columns: ColumnsSection | None):
+    def __init__(self, uri: str, images: str | None, columns: ColumnsSection | None, retry_s: float = 0.0):
         self.files = Files(uri, ".parquet")
         self.columns = columns or ColumnsSection()
-        self.images = Folder(absolute(images) if images is not None else self.files.folder)
+        self.images = Folder(absolute(images) if images is not None else self.files.folder, retry_s)
         self.name = self.files.name
 
     def scan(self, known: Known = NOTHING) -> Scan:

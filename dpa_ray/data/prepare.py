@@ -26,7 +26,7 @@ from dpa_ray.data.sample import Sample
 from dpa_ray.data.shards import write_shard
 from dpa_ray.data.sources import Part, Rejected, Scan, Source
 from dpa_ray.errors import UserError
-from dpa_ray.recipe import SourceSection
+from dpa_ray.recipe import DEFAULT_RETRY_S, SourceSection
 
 __all__ = ["Known", "Prepared", "find_prepared", "prepare", "source_digest"]
 
@@ -43,14 +43,16 @@ def prepare(
     max_quarantined_fraction: float,
     report: Callable[[str], None] = lambda message: None,
     ray_is_ready: Callable[[], bool] | None = None,
+    retry_s: float = DEFAULT_RETRY_S,
 ) -> Prepared:
     """Prepare `section`'s data in `store`, unless it is there already; of a mixture, each source that is not.
 
     More than IN_PROCESS_ROWS rows go to Ray Data tasks, one a part, if Ray is running (else they are prepared here, the
-    same way); `ray_is_ready`, asked at that point only, may start it. `report` is given a line now and then. Raises: UserError where the source cannot be read, or more
+    same way); `ray_is_ready`, asked at that point only, may start it. `report` is given a line now and then; an S3 outage of `retry_s`
+    seconds only delays the reading of rows. Raises: UserError where the source cannot be read, or more
     than `max_quarantined_fraction` of it cannot be used (what is done is kept, the manifest is not written).
     """
-    found = pieces(section, Known(store))
+    found = pieces(section, Known(store), retry_s)
     options = (max_quarantined_fraction, report, ray_is_ready or _ray_is_running)
     prepared = [_prepare(store, piece, *options) for piece in found]
     if len(found) == 1 and found[0].times == 1:

@@ -177,10 +177,10 @@ class Shapes:
 class Llava:
     """LLaVA JSON or JSONL; image names are relative to `images`, which is the file's own folder unless given."""
 
-    def __init__(self, uri: str, images: str | None):
-        self.uri = absolute(uri)
+    def __init__(self, uri: str, images: str | None, retry_s: float = 0.0):
+        self.uri, self.retry_s = absolute(uri), retry_s
         folder, _, self.name = self.uri.rpartition("/")
-        self.images = Folder(absolute(images) if images is not None else folder or "/")
+        self.images = Folder(absolute(images) if images is not None else folder or "/", retry_s)
 
     def scan(self, known: Known = NOTHING) -> Scan:
         """Also checks that the image folder is there, if any record names an image."""
@@ -204,7 +204,7 @@ class Llava:
         return Scan(digest, rows.num, rows.parts(sizes, found.lines))
 
     def read(self, part: Part) -> Iterator[tuple[int, Sample | Rejected]]:
-        data = b"".join(chunks(self.uri, part.start, part.stop))
+        data = b"".join(chunks(self.uri, part.start, part.stop, retry_s=self.retry_s))
         cache = LruBytes(_CACHE_BYTES)
 
         def read_one(item: tuple[int, Any]) -> tuple[int, Sample | Rejected]:

@@ -51,8 +51,9 @@ def evaluate(task: EvalTask, store: Store, device: torch.device) -> EvalResult |
     answers: list[dict[str, Any]] = []
     for name, prepared in task.sets.items():
         loader = Loader(
-            store=store, prepared=prepared, encoder=encoder, image_processor=processor.image_processor, pad_token_id=0
-        )
+            store=store, prepared=prepared, encoder=encoder, image_processor=processor.image_processor, pad_token_id=0,
+            retry_s=task.recipe.data.retry_s,
+        )  # fmt: skip
         questions = collect(loader, encoder, min(prepared.num_rows, section.max_samples))[: section.max_samples]
         answer = Answering(
             model=model, tokenizer=processor.tokenizer, pixels=lambda data: pixels(decode(data), processor.image_processor),

@@ -148,6 +148,33 @@ def test_a_row_that_is_not_there_is_an_error(loader, row):
         loader.load(np.array([row]), 0)
 
 
+def test_seeking_to_a_step_reads_nothing_of_what_it_skips(loader, monkeypatch):
+    """Row groups of a step in the middle, asked for first, are those of its rows; a walk there opens more."""
+    import pyarrow.parquet as pq
+
+    taken: list[int] = []
+    inner = pq.ParquetFile.read_row_group
+
+    def counted(self, index, **options):
+        taken.append(index)
+        return inner(self, index, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    cursor = Cursor(loader.prepared.row_groups, seed=3, global_batch_size=5, window=10)
+    ends = np.cumsum(loader.prepared.row_groups)
+    costs = []
+    for step in (0, 11, cursor.steps_per_epoch - 1):
+        rows = cursor.rows(1, step)
+        pickle.loads(pickle.dumps(loader)).load(rows, 0)  # a new process
+        assert len(taken) == len(set(np.searchsorted(ends, rows, side="right").tolist()))
+        costs.append(len(taken))
+        taken.clear()
+    walker = pickle.loads(pickle.dumps(loader))
+    for step in range(cursor.steps_per_epoch):
+        walker.load(cursor.rows(1, step), 0)
+    assert len(taken) > max(costs)
+
+
 def test_only_the_row_groups_needed_are_read_and_kept_within_bounds(loader, monkeypatch):
     import pyarrow.parquet as pq
 

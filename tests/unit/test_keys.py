@@ -59,6 +59,8 @@ CHANGES: dict[str, tuple[Any, str | None]] = {
     "data.shuffle_window": (7, "proxy_llm"),
     "data.prefetch_batches": (3, None),
     "data.workers": (3, None),
+    "data.retry_s": (3.0, None),
+    "data.check_supervision": (False, None),
     "cmo.lower": (0.1, "proxy_mllm"),
     "cmo.upper": (0.7, "proxy_mllm"),
     "cmo.window": (5, "proxy_mllm"),

@@ -400,3 +400,13 @@ def test_preparing_is_done_before_it_is_slow(tmp_path, store):
     start = time.process_time()
     run(store, section)
     assert time.process_time() - start < 10
+
+
+@pytest.mark.ci
+def test_memory_does_not_grow_with_the_source_and_the_rate_is_shown():
+    """20,000 samples; tests/benchmarks/prepare.py does 100,000. 2 GB a worker is what the data plane promises."""
+    from tests.benchmarks.prepare import measure
+
+    result = measure(20_000)
+    assert result["peak_bytes"] < 2e9
+    assert result["rates_shown"] >= 2
