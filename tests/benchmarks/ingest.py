@@ -1,4 +1,4 @@
-"""How fast do images get from an S3 server to a training loop, and at what cost? This project beside three others.
+"""How fast do images get from an S3 server to a training loop, and at what cost? This project beside two others.
 
     pip install -e '.[test,bench]' && python -m tests.benchmarks.ingest --out ingest.json
 
@@ -6,7 +6,7 @@ The same JPEG files (mixed sizes around 640 x 480, made here), the same rclone S
 processes, batches of 32 float32 images of 336 x 336 (shorter edge, centre crop); systems take turns, round by round,
 each time in a fresh process. dpa_ray reads its prepared shards through engine.feed, on a Ray that has been running since
 the first round (warm: one more run before it is thrown away), and tokenises captions beside; torch fetches each file by
-boto3; WebDataset and LitData read tars and chunks of the same files. Each rival has two rows: with Pillow and the
+boto3; WebDataset reads tars of the same files. Each rival has two rows: with Pillow and the
 transformers image processor (what its users write), and "+ours", with dpa_ray's decode and pixels. All rows must give
 every image once and the same float32 pixels, with tolerance 0.
 
@@ -44,7 +44,7 @@ from tests.s3 import S3, fresh_bucket, running_rclone
 SIZE = 336
 BATCH = 32
 SHARD_IMAGES = 64
-RIVALS = ("torch", "webdataset", "litdata")
+RIVALS = ("torch", "webdataset")
 SYSTEMS = ("dpa_ray", *(f"{name}{suffix}" for name in RIVALS for suffix in ("", "+ours")))
 Item = tuple[str, np.ndarray]
 Batches = Iterator[tuple[list[str], np.ndarray]]
@@ -74,9 +74,7 @@ def picture(rng: np.random.Generator) -> Image.Image:
 
 
 def make_files(folder: Path, num_images: int) -> None:
-    """The JPEG files, and the same in tars, in LitData chunks, and as LLaVA JSON."""
-    from litdata.streaming.writer import BinaryWriter
-
+    """The JPEG files, and the same in tars and as LLaVA JSON."""
     (folder / "images").mkdir(parents=True)
     (folder / "tars").mkdir()
     rng, records = np.random.default_rng(0), []
@@ -91,11 +89,6 @@ def make_files(folder: Path, num_images: int) -> None:
         with tarfile.open(folder / "tars" / f"{start:06}.tar", "w") as tar:
             for name in names[start : start + SHARD_IMAGES]:
                 tar.add(folder / "images" / name, arcname=name)
-    writer = BinaryWriter(str(folder / "chunks"), chunk_bytes=4 * 2**20)  # what litdata.optimize runs in processes
-    for index, name in enumerate(names):
-        writer[index] = {"name": name, "jpg": (folder / "images" / name).read_bytes()}
-    writer.done()
-    writer.merge(num_workers=1)
 
 
 def put_on_s3(folder: Path, server: S3) -> None:
@@ -212,32 +205,12 @@ def webdataset_batches(setup: dict[str, Any], decode: Decode) -> Batches:
         yield list(names), images.numpy()
 
 
-def litdata_batches(setup: dict[str, Any], decode: Decode) -> Batches:
-    import litdata
-
-    class Decoded(litdata.StreamingDataset):
-        def __getitem__(self, index: Any) -> Item:
-            item = super().__getitem__(index)
-            return item["name"], decode(item["jpg"])
-
-    os.environ["AWS_ALLOW_HTTP"] = "true"  # its client takes https alone by default
-    with tempfile.TemporaryDirectory(prefix="litdata-") as cache:
-        options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"], "region_name": "us-east-1"}
-        data = Decoded(f"s3://{setup['bucket']}/chunks", cache_dir=cache, storage_options=options, shuffle=False)
-        loader = litdata.StreamingDataLoader(
-            data, batch_size=BATCH, num_workers=setup["workers"], collate_fn=collate, prefetch_factor=2
-        )
-        yield [], np.empty(0)
-        for names, images in loader:
-            yield names, images.numpy()
-
-
 def batches_of(system: str, setup: dict[str, Any]) -> Batches:
     """Batches of `system`; before the first one, when all is imported, an empty one."""
     if system == "dpa_ray":
         return dpa_ray_batches(setup)
     name, _, ours = system.partition("+")
-    make = {"torch": torch_batches, "webdataset": webdataset_batches, "litdata": litdata_batches}[name]
+    make = {"torch": torch_batches, "webdataset": webdataset_batches}[name]
     return make(setup, Decode(bool(ours)))
 
 
