@@ -24,7 +24,10 @@ MISSING = -1
 
 _CHUNK_BYTES = 4 * 2**20
 _LIST_FROM = 64  # names in one S3 folder from which listing it takes fewer calls than asking for each
-_ABSENT = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+_ABSENT = (
+    errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL,
+    errno.ENXIO,  # a socket
+)  # fmt: skip
 
 
 def open_uri(uri: str) -> tuple[Any, str]:
@@ -110,7 +113,7 @@ def first_line(err: BaseException) -> str:
 
 def unsafe_name(name: str) -> str | None:
     """Why `name` may not name an image of a folder, or None where it may."""
-    if name.startswith("/") or re.match(r"[A-Za-z]:[\\/]|[A-Za-z][A-Za-z0-9+.-]*://|\\", name):
+    if name.startswith("/") or re.match(r"[A-Za-z]:[\\/]|[A-Za-z][A-Za-z0-9+.-]*://|data:|\\", name):
         return "expected a path relative to the image folder, found an absolute one"
     if ".." in re.split(r"[\\/]", name):
         return "expected a path inside the image folder, found '..'"

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dpa_ray.data.image_ends import is_cut, is_image
+
 MAX_PIXELS = 89_478_485
 """Largest width times height: Pillow's own bound for a suspected decompression bomb (256 MiB as RGB)."""
 
@@ -31,7 +33,6 @@ MAX_BYTES = 256 * 2**20
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
 # not what Pillow opens with help from outside (EPS: ghostscript), nor what it knows by no signature (TGA)
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # in others (MPO, TIFF) further frames are previews or pages
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
 
 
 class ImageError(Exception):
@@ -74,13 +75,14 @@ def _load(data: bytes, *, small: bool = False) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
             _check_size(image)
             if small and image.format == "JPEG":
-                image.draft(image.mode, (image.width // 8, image.height // 8))
+                image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
     except Image.DecompressionBombError as err:
         raise ImageError("image_bomb", str(err)) from None
     except UnidentifiedImageError:
-        if data.startswith(_SIGNATURES):
-            raise ImageError("image_truncated", f"an image's first bytes, but no header in all {len(data)}") from None
+        if is_image(data):
+            reason = "image_corrupt" if is_cut(data) is False else "image_truncated"
+            raise ImageError(reason, f"an image's first bytes, but no header in all {len(data)}") from None
         raise ImageError("image_not_an_image", f"{len(data)} bytes that begin with {data[:16]!r}") from None
     except MemoryError as err:
         raise ImageError("image_bomb", f"not enough memory to decode it {err}") from None
@@ -88,9 +90,10 @@ def _load(data: bytes, *, small: bool = False) -> Image.Image:
         if isinstance(err, ImageError):
             raise
         text = f"{type(err).__name__}: {err}"
-        cut = any(word in text.lower() for word in ("truncat", "unexpected end", "eof", "incomplete", "not enough"))
-        if data.startswith(b"RIFF"):  # WebP's decoder gives no reason
-            cut = len(data) < 8 + int.from_bytes(data[4:8], "little")
+        if data.startswith(b"RIFF") or data[4:8] in (b"ftyp", b"jP  "):  # decoders that give no reason
+            cut = is_cut(data)
+        else:
+            cut = any(w in text.lower() for w in ("truncat", "unexpected end", "eof", "incomplete", "not enough"))
         raise ImageError("image_truncated" if cut else "image_corrupt", text) from None
     return image
 

@@ -80,7 +80,7 @@ def parse(record: Any) -> Parsed:
     talk = roles[1:] if roles[0] == "system" else roles
     if any(role != ("human", "gpt")[i % 2] for i, role in enumerate(talk)):
         raise Unusable("roles", f"expected human and gpt by turns, found {', '.join(roles[:12])}")
-    if not any(turn.text.strip() for turn in turns if turn.role == "gpt"):
+    if not any(_has_words(turn.text) for turn in turns if turn.role == "gpt"):
         raise Unusable("no_assistant_text", f"expected a gpt turn with words in it, found {len(turns)} turns without")
     for name in names:
         problem = unsafe_name(name)
@@ -120,6 +120,11 @@ def _names(value: Any) -> list[str]:
     if "" in names:
         raise Unusable("image_missing", "expected an image name, found an empty one")
     return names
+
+
+def _has_words(text: str) -> bool:
+    """Is there anything to see beside images? Zero-width and control characters are nothing."""
+    return any(c.isprintable() and not c.isspace() for c in text.replace(IMAGE_TOKEN, ""))
 
 
 def _is_utf8(text: str) -> bool:
