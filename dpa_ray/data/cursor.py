@@ -107,7 +107,10 @@ class Cursor:
         return self._epoch[1], self._epoch[2]
 
     def _members(self, groups: np.ndarray) -> np.ndarray:
-        """The rows that `groups` give, by their global numbers: one group after the other, in order inside each."""
+        """The rows that `groups` give, by their global numbers: one group after the other, in order inside each.
+
+        Works on len(groups) x the largest group, which is small: prepared shards bound both rows and bytes of a group.
+        """
         sizes, counts = self._sizes[groups, None], self._counts[groups, None]
         rows = np.arange(sizes.max())
         taken = rows < sizes
