@@ -19,6 +19,9 @@ IGNORE_INDEX = -100
 NO_TURN = -1
 """`turn` of a position that is no target."""
 
+NO_SAMPLE = -1
+"""`sample` of padding."""
+
 
 @dataclass
 class Encoded:
@@ -34,7 +37,10 @@ class Encoded:
 
 @dataclass
 class Batch:
-    """One micro-batch, right-padded. Filler rows (`weight` 0) only keep ranks in step: no targets, in no count."""
+    """One micro-batch, right-padded: a sample a row, or (`sample` given) several, packed one behind the other.
+
+    Filler samples only keep ranks in step: no targets, in no count.
+    """
 
     input_ids: torch.Tensor  # (B, T) int64
     attention_mask: torch.Tensor  # (B, T) int64: 1 on real tokens, 0 on padding
@@ -42,14 +48,33 @@ class Batch:
     turn: torch.Tensor  # (B, T) int32
     grounded: torch.Tensor  # (B, T) bool
     image_mask: torch.Tensor  # (B, T) bool: positions that an image feature fills
-    pixel_values: torch.Tensor  # (I, C, H, W) float32, in the order of their spans; I = 0 in a text-only batch
+    pixel_values: torch.Tensor  # (I, C, H, W), in the order of their spans, I = 0 in a text-only batch: float32, or
+    # on their way uint8 levels, which `to` makes float32 by pixel_table
     num_samples: int  # real samples, filler left out
     num_tokens: int  # real tokens, image tokens included; filler and padding left out
     num_targets: int
     rows: list[tuple[str, int]] = field(default_factory=list)  # (data digest, row) of the real samples
     ids: list[str | None] = field(default_factory=list)  # their `id` in the source, which may repeat or be absent
+    sample: torch.Tensor | None = (
+        None  # (B, T) int32, packed: number of the position's sample in the batch, or NO_SAMPLE
+    )
+    pixel_table: torch.Tensor | None = None  # (C, 256) float32: the value of each level, where pixel_values are levels
+    untaught: list[tuple[int, str | None, str]] = field(
+        default_factory=list
+    )  # (row, id, place) of those without target
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """The same batch with its tensors on `device`, and there with pixel values of float32."""
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return Batch(**{**vars(self), **moved})
+        if self.pixel_table is not None:  # a quarter of the bytes have crossed processes and the bus
+            moved["pixel_values"] = apply_table(moved["pixel_values"], moved.pop("pixel_table"))
+        return Batch(**{**vars(self), "pixel_table": None, **moved})
+
+
+def apply_table(levels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """(I, C, H, W) float32: the entries of `table` (C, 256) float32 for `levels` (I, C, H, W) uint8."""
+    values = torch.empty(levels.shape, dtype=torch.float32, device=levels.device)
+    for channel, entries in enumerate(table):
+        chosen = entries.index_select(0, levels[:, channel].reshape(-1).int())
+        values[:, channel] = chosen.view(values[:, channel].shape)
+    return values

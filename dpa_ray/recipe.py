@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from dpa_ray.recipe_errors import RecipeError, message, shown
+from dpa_ray.recipe_errors import RecipeError, key_path, message, shown
+from dpa_ray.recipe_sources import ColumnsSection, Section, SourceEntry, SourceOptions, SourceSection
 from dpa_ray.recipe_yaml import apply_override, read_yaml
 
-__all__ = ["Recipe", "RecipeError", "find_recipe", "json_schema", "load", "parse"]
+__all__ = [
+    "ColumnsSection", "Recipe", "RecipeError", "SourceEntry", "SourceOptions", "SourceSection", "find_recipe",
+    "json_schema", "load", "parse",
+]  # fmt: skip
 
 Method = Literal["vanilla", "pmo", "cmo", "cal", "dpa"]
 Weights = Literal["uniform", "prob", "logit"]
@@ -33,12 +37,11 @@ WEIGHT_BOUNDS: dict[Weights, tuple[float, float]] = {"uniform": (1.0, 1.0), "pro
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """Names become folders and object keys."""
 
+DEFAULT_RETRY_S = 300.0
+"""Servers restart and networks heal within minutes; a wrong endpoint is told before, when the source is listed."""
+
 DEFAULT_STORE = "~/dpa_ray"
 RECIPES_DIR = Path(__file__).resolve().parent.parent / "jobs" / "recipes"
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -54,58 +57,18 @@ class ModelSection(Section):
     template_date: str = Field("26 Jul 2024", description="what a chat template that reads the clock is told")
 
 
-class SourceOptions(Section):
-    """Options of `builtin:shapes`."""
-
-    style: Literal["terse", "ornate", "qa"] = "ornate"
-    split: Literal["train", "heldout", "heldout_pairs"] = "train"
-    size: int = Field(2000, gt=0, description="number of scenes (samples)")
-    seed: int = Field(0, ge=0)
-
-
-class SourceSection(Section):
-    source: str = Field(min_length=1, description="URI of the data, or builtin:shapes")
-    images: str | None = Field(None, description="folder that image names are relative to; default: the source's own")
-    format: Literal["llava", "webdataset", "parquet"] | None = None
-    fraction: float = Field(1.0, gt=0, le=1, description="share of the samples used, chosen by the seed")
-    image_aspect: Literal["crop", "pad", "stretch"] | None = Field(
-        None, description="how an image becomes square; default: crop in pretrain, pad in instruct"
-    )
-    options: SourceOptions | None = None
-
-    @model_validator(mode="after")
-    def _builtin_or_uri(self) -> SourceSection:
-        if self.source.startswith("builtin:"):
-            if self.source != "builtin:shapes":
-                raise ValueError(f"expected builtin:shapes, found {self.source}")
-            if self.images is not None or self.format is not None:
-                raise ValueError("a builtin source takes options, not images or format")
-        elif self.options is not None:
-            raise ValueError("options belong to builtin sources only")
-        return self
-
-
-class HeldOutSection(SourceSection):
-    """A set that is never trained on."""
-
-    @model_validator(mode="after")
-    def _nothing_ignored(self) -> HeldOutSection:
-        if self.fraction != 1.0:
-            raise ValueError(
-                f"expected no fraction here (eval.max_samples bounds a held-out set), found {self.fraction}"
-            )
-        if self.image_aspect is not None:
-            found = f"found {self.image_aspect}"
-            raise ValueError(f"expected no image_aspect here (the finished model's is data.instruct's), {found}")
-        return self
-
-
 class DataSection(Section):
     pretrain: SourceSection
     instruct: SourceSection
-    eval: HeldOutSection | None = None
-    eval_extra: dict[str, HeldOutSection] = Field(default_factory=dict, description="further held-out sets, by name")
+    eval: SourceSection | None = None
+    eval_extra: dict[str, SourceSection] = Field(default_factory=dict, description="further held-out sets, by name")
     max_quarantined_fraction: float = Field(0.01, ge=0, le=1)
+    check_supervision: bool = Field(
+        True, description="refuse data of which hardly any text token is trained on, or (in a chat) nearly every one"
+    )
+    retry_s: float = Field(
+        DEFAULT_RETRY_S, ge=0, description="how long an S3 outage may last before reading data gives up"
+    )
     shuffle_window: int = Field(
         65536, gt=0, description="samples that are shuffled together; shards are read about once"
     )
@@ -165,6 +128,7 @@ class StageSection(Section):
 
 class ProxyLlmSection(StageSection):
     lr: float = Field(4.0e-5, ge=0)
+    packing: bool = Field(True, description="lay a micro-batch's samples into rows without padding; same result")
     llm: Literal["lora"] = "lora"
     lora: LoraSection = Field(default_factory=LoraSection)
     from_: str | None = Field(None, alias="from", description="PEFT adapter folder to take instead of training")
@@ -183,6 +147,9 @@ class InstructSection(StageSection):
     max_length: int = Field(2048, gt=1)
     weights: Weights | None = None
     llm: Literal["full", "lora", "frozen"] = "full"
+    group_by_length: bool = Field(
+        True, description="steps all with or all without images where possible, passes of samples of like length"
+    )
     lora: LoraSection = Field(default_factory=LoraSection)
 
 
@@ -322,7 +289,7 @@ def parse(values: dict[str, Any], where: str = "recipe", extra_errors: list[tupl
         recipe = Recipe.model_validate(values)
     except ValidationError as err:
         for error in err.errors(include_url=False):
-            errors.append((".".join(str(part) for part in error["loc"]), message(error, Recipe)))
+            errors.append((key_path(error["loc"]), message(error, Recipe)))
     if recipe is not None:
         for weights, stage in {recipe.weights(stage): stage for stage in ("proxy_mllm", "instruct")}.items():
             lower, upper = recipe.bounds(stage)
@@ -330,9 +297,26 @@ def parse(values: dict[str, Any], where: str = "recipe", extra_errors: list[tupl
                 defaults = "{} and {}".format(*WEIGHT_BOUNDS[weights])
                 found = f"expected lower <= upper, found lower {lower} > upper {upper}"
                 errors.append(("cmo", f"{found} (the defaults of {weights} weights are {defaults})"))
+        errors += _ignored_in_held_out(recipe)
     if errors or recipe is None:
         raise RecipeError(errors, where)
     return recipe
+
+
+def _ignored_in_held_out(recipe: Recipe) -> list[tuple[str, str]]:
+    """Settings of held-out sets that would be ignored: images are made square as in training, or scores mean nothing."""
+    sets = {f"data.eval_extra.{name}": section for name, section in recipe.data.eval_extra.items()}
+    if recipe.data.eval is not None:
+        sets["data.eval"] = recipe.data.eval
+    errors = []
+    for path, section in sets.items():
+        if section.fraction != 1.0:
+            found = f"expected 1.0 or no such key, found {section.fraction}; eval.max_samples bounds held-out sets"
+            errors.append((f"{path}.fraction", found))
+        if section.image_aspect is not None:
+            found = f"expected no such key, found {section.image_aspect}; held-out images follow data.instruct's"
+            errors.append((f"{path}.image_aspect", found))
+    return errors
 
 
 def load(

@@ -62,6 +62,7 @@ EXPECTED = {
     "string_too_long": "at most {max_length} characters",
     "string_pattern_mismatch": "letters, digits, '.', '_' and '-', a letter or digit first",
     "too_long": "{max_length} values",
+    "too_short": "a list that is not empty",
 }
 """What was expected, by pydantic's error type, with its context filled in."""
 
@@ -83,17 +84,34 @@ def message(error: Any, recipe: type[BaseModel]) -> str:
     return f"expected {expected}, found {shown(value)}{hint}"
 
 
+def key_path(loc: tuple[Any, ...]) -> str:
+    """A pydantic error's place as a user writes it: without the tags of the alternatives (`<uri>`) of a key."""
+    return ".".join(str(part) for part in loc if not _is_tag(part))
+
+
+def _is_tag(part: Any) -> bool:
+    return isinstance(part, str) and part.startswith("<")
+
+
 def _known_keys(loc: tuple[Any, ...], recipe: type[BaseModel]) -> list[str]:
     """The keys of the section that the last key of `loc` (a pydantic error's) was looked for in."""
     here: Any = recipe
     for key in loc[:-1]:
+        if isinstance(key, int) or _is_tag(key):  # an entry of a list: `here` is the entries' section already
+            continue
         if get_origin(here) is dict:
             here = get_args(here)[1]
             continue
         annotation = {f.alias or n: f.annotation for n, f in here.model_fields.items()}[key]
-        here = next((a for a in get_args(annotation) if _is_section(a)), annotation)  # X out of X | None
-        here = annotation if get_origin(annotation) is dict else here
+        here = annotation if get_origin(annotation) is dict else _section_in(annotation) or annotation
     return [f.alias or n for n, f in here.model_fields.items()] if _is_section(here) else []
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """X out of X, X | None or str | list[X]."""
+    if _is_section(annotation):
+        return annotation
+    return next((found for a in get_args(annotation) if (found := _section_in(a))), None)
 
 
 def _is_section(annotation: Any) -> bool:

@@ -1,6 +1,9 @@
 """Prepare a source: check every sample, and write what can be used as shards into the store.
 
-    python jobs/prepare_data.py SOURCE --store URI [--format llava] [--images URI]
+    python jobs/prepare_data.py SOURCE --store URI [--format llava|webdataset|parquet] [--images URI]
+    python jobs/prepare_data.py 's3://bucket/cc3m-{0000..0331}.tar' --store URI --take first:10000
+    python jobs/prepare_data.py train.parquet --store URI --column image=picture --column text=description
+    python jobs/prepare_data.py mixture.yaml --store URI --images URI
     python jobs/prepare_data.py builtin:shapes --store URI [--option style=qa --option size=8000 --option seed=1]
 
 A run does the same on first use, and then finds the data prepared. Exit 0 done, 1 failed, 2 wrong arguments.
@@ -24,6 +27,7 @@ if str(ROOT) not in sys.path:  # a working directory that `ray job submit` broug
 from dpa_ray.data.prepare import prepare  # noqa: E402
 from dpa_ray.errors import UserError  # noqa: E402
 from dpa_ray.recipe import DEFAULT_STORE, SourceSection  # noqa: E402
+from dpa_ray.recipe_errors import key_path  # noqa: E402
 from dpa_ray.store.fs import Store  # noqa: E402
 
 
@@ -32,10 +36,22 @@ def main(argv: list[str] | None = None) -> int:
         description="Check a source and write it as shards into the store.",
         epilog="Exit 0 done, 1 failed, 2 wrong arguments.",
     )
-    parser.add_argument("source", metavar="SOURCE", help="local path or s3:// URI of the data, or builtin:shapes")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="local path or s3:// URI of a file, folder, glob or {00..12} pattern; a .yaml mixture; or builtin:shapes",
+    )
     parser.add_argument("--store", metavar="URI", default=DEFAULT_STORE, help="local folder or s3://bucket/prefix")
     parser.add_argument("--format", choices=["llava", "webdataset", "parquet"], help="default: by the file's name")
     parser.add_argument("--images", metavar="URI", help="folder of the images; default: the source's own")
+    parser.add_argument(
+        "--column",
+        metavar="KEY=NAME",
+        action="append",
+        default=[],
+        help="image, text, prompt, conversations or id: the column of a Parquet file, or what it is in a tar",
+    )
+    parser.add_argument("--take", metavar="HOW", help="first:N, last:N or random:N of the rows; N or a percentage")
     parser.add_argument("--option", metavar="KEY=VALUE", action="append", default=[], help="of builtin:shapes")
     parser.add_argument("--max-quarantined-fraction", metavar="F", type=float, default=0.01, help="default: 0.01")
     arguments = parser.parse_args(argv)
@@ -43,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         section = _section(arguments)
     except ValidationError as err:
         for error in err.errors(include_url=False):
-            place = ".".join(str(part) for part in error["loc"]) or "SOURCE"
+            place = key_path(error["loc"]) or "SOURCE"
             print(f"{place}: {error['msg']}, found {error['input']!r}", file=sys.stderr)
         return 2
     if not 0 <= arguments.max_quarantined_fraction <= 1:
@@ -63,13 +79,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def _section(arguments: argparse.Namespace) -> SourceSection:
     """Raises: ValidationError."""
-    options: dict[str, Any] | None = None
-    if arguments.option:
-        pairs = (option.partition("=") for option in arguments.option)
-        options = {key: yaml.safe_load(value) for key, _, value in pairs}
-    return SourceSection.model_validate(
-        {"source": arguments.source, "images": arguments.images, "format": arguments.format, "options": options}
-    )
+    pairs = (option.partition("=") for option in arguments.option)
+    options = {key: yaml.safe_load(value) for key, _, value in pairs}
+    columns = {key: value for key, _, value in (column.partition("=") for column in arguments.column)}
+    values: dict[str, Any] = {
+        "source": arguments.source,
+        "images": arguments.images,
+        "format": arguments.format,
+        "columns": columns or None,
+        "options": options or None,
+    }
+    if arguments.take is not None:
+        values = {"source": [{**values, "take": arguments.take}]}
+    return SourceSection.model_validate(values)
 
 
 def _prepare(arguments: argparse.Namespace, section: SourceSection) -> None:

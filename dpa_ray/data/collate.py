@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dpa_ray.batch import IGNORE_INDEX, NO_TURN, Batch, Encoded
+from dpa_ray.batch import IGNORE_INDEX, NO_SAMPLE, NO_TURN, Batch, Encoded
 
 
 def collate(
@@ -20,11 +20,16 @@ def collate(
     ids: Sequence[str | None],
     num_filler: int = 0,
     image_shape: tuple[int, int, int] = (3, 0, 0),
+    layout: Sequence[Sequence[int]] | None = None,
+    pixel_table: torch.Tensor | None = None,
 ) -> Batch:
     """Right-padded tensors of `encoded`; the last `num_filler` of them are filler: no targets, in no count.
 
-    `pixels`: one (C, H, W) float32 array for each image span, in the order of the spans, fillers' included; where
-    there is none, `pixel_values` has the shape (0, *image_shape). `rows` and `ids` are those of the real samples.
+    `layout` packs: the numbers of the samples in each row, each in one place.
+
+    `pixels`: one (C, H, W) array for each image span, in the order of the spans, fillers' included: uint8 levels where
+    `pixel_table` says what they stand for, else float32; where there is none, `pixel_values` has the shape
+    (0, *image_shape). `rows` and `ids` are those of the real samples.
     Raises: ValueError where counts disagree.
     """
     num_real = len(encoded) - num_filler
@@ -36,21 +41,36 @@ def collate(
     num_images = sum(e.num_images for e in encoded)
     if num_images != len(pixels):
         raise ValueError(f"expected pixels of {num_images} images, as many as spans, found {len(pixels)}")
-    size, length = len(encoded), max(len(e.input_ids) for e in encoded)
+    places = layout if layout is not None else [[b] for b in range(len(encoded))]
+    if sorted(i for row in places for i in row) != list(range(len(encoded))):
+        raise ValueError(f"expected each of {len(encoded)} samples in one place of the layout, found {places}")
+    size, length = len(places), max(sum(len(encoded[i].input_ids) for i in row) for row in places)
     input_ids = np.full((size, length), pad_token_id, np.int64)
     attention_mask = np.zeros((size, length), np.int64)
     target = np.zeros((size, length), bool)
     turn = np.full((size, length), NO_TURN, np.int32)
     grounded = np.zeros((size, length), bool)
-    for b, sample in enumerate(encoded):
-        end = len(sample.input_ids)
-        input_ids[b, :end] = sample.input_ids
-        attention_mask[b, :end] = 1
-        if b < num_real:
-            target[b, :end] = sample.target
-            turn[b, :end] = sample.turn
-            grounded[b, :end] = sample.grounded
-    images = np.stack(pixels).astype(np.float32, copy=False) if pixels else np.zeros((0, *image_shape), np.float32)
+    sample_number = np.full((size, length), NO_SAMPLE, np.int32)
+    num_tokens = 0
+    for b, row in enumerate(places):
+        start = 0
+        for number in row:
+            sample = encoded[number]
+            place = slice(start, start + len(sample.input_ids))
+            start = place.stop
+            input_ids[b, place] = sample.input_ids
+            attention_mask[b, place] = 1
+            sample_number[b, place] = number
+            if number < num_real:
+                target[b, place] = sample.target
+                turn[b, place] = sample.turn
+                grounded[b, place] = sample.grounded
+                num_tokens += len(sample.input_ids)
+    if layout is not None:
+        spans = np.split(np.arange(num_images), np.cumsum([e.num_images for e in encoded])[:-1])
+        pixels = [pixels[i] for row in places for number in row for i in spans[number]]
+    dtype = np.float32 if pixel_table is None else np.uint8
+    images = np.stack(pixels).astype(dtype, copy=False) if pixels else np.zeros((0, *image_shape), dtype)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(attention_mask),
@@ -61,8 +81,10 @@ def collate(
         image_mask=torch.from_numpy((input_ids == image_token_id) & (attention_mask == 1)),
         pixel_values=torch.from_numpy(images),
         num_samples=num_real,
-        num_tokens=int(attention_mask[:num_real].sum()),
+        num_tokens=num_tokens,
         num_targets=int(target.sum()),
         rows=list(rows),
         ids=list(ids),
+        sample=None if layout is None else torch.from_numpy(sample_number),
+        pixel_table=pixel_table,
     )

@@ -9,14 +9,14 @@ Permutations sort by an integer hash, so that the order depends on no library's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 _MASK = (1 << 64) - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _BLOCK = 1024  # row groups looked into at once: of few samples in each, a window holds many
-_GROUPS, _ROWS, _SUBSET_GROUPS, _SUBSET_ROWS = range(4)  # what a hash is for, so that no two uses share one
+_GROUPS, _ROWS, _SUBSET_GROUPS, _SUBSET_ROWS, _STEPS = range(5)  # what a hash is for, so that no two uses share one
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -47,7 +47,7 @@ def _hashes(num: int, key: np.ndarray) -> np.ndarray:
     return _mix(numbers ^ key)
 
 
-def _permutation(num: int, *key: int) -> np.ndarray:
+def permutation(num: int, *key: int) -> np.ndarray:
     """(num,) int64: a permutation of 0..num-1 that belongs to the key."""
     return np.argsort(_hashes(num, _keys(*key)))  # no two hashes are equal: any way of sorting gives the same
 
@@ -58,36 +58,52 @@ class Cursor:
     `row_groups` holds the number of rows of each row group of the prepared shards, in order; rows are numbered through
     all of them. `fraction` keeps round(fraction * rows) samples, at least one: a subset that the seed chooses, spread
     evenly over the row groups, the same in every epoch. Memory is a few numbers per row group.
+
+    `sizes` (rows to numbers, from `one_image` on with an image) groups: inside a window, steps are as far as possible
+    all with or all without images, and the rows of a step come largest first, so that `shares` puts like beside like
+    in a pass and on all ranks at once. That is LLaVA's `group_by_modality_length`, whose megabatch is the global batch:
+    lengths lay a step out, they do not choose its samples.
     """
 
     def __init__(
-        self, row_groups: Sequence[int], *, seed: int, global_batch_size: int, window: int, fraction: float = 1.0
+        self,
+        row_groups: Sequence[int],
+        *,
+        seed: int,
+        global_batch_size: int,
+        window: int,
+        fraction: float = 1.0,
+        sizes: Callable[[np.ndarray], np.ndarray] | None = None,
+        one_image: int = 0,
     ):
-        sizes = np.asarray(row_groups, dtype=np.int64)
-        num_rows = int(sizes.sum())
-        if num_rows <= 0 or (sizes <= 0).any():
-            raise ValueError(f"expected row groups of at least one row each, found {num_rows} rows in {len(sizes)}")
+        num_of = np.asarray(row_groups, dtype=np.int64)
+        num_rows = int(num_of.sum())
+        if num_rows <= 0 or (num_of <= 0).any():
+            raise ValueError(f"expected row groups of at least one row each, found {num_rows} rows in {len(num_of)}")
         if global_batch_size < 1 or window < 1 or not 0 < fraction <= 1:
             raise ValueError(
                 f"expected global_batch_size >= 1, window >= 1 and fraction in (0, 1], found {global_batch_size}, "
                 f"{window} and {fraction}"
             )
         self.seed, self.global_batch_size, self.window = seed, global_batch_size, window
+        self._size_of, self._one_image = sizes, one_image
         self.num_samples = max(1, round(fraction * num_rows))
         self.steps_per_epoch = -(-self.num_samples // global_batch_size)
-        self._sizes = sizes
-        self._starts = np.cumsum(sizes) - sizes
+        self._group_rows = num_of
+        self._starts = np.cumsum(num_of) - num_of
         self._counts = self._spread(self.num_samples)
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None  # epoch, permuted groups, their ends in samples
         self._windows: dict[tuple[int, int], np.ndarray] = {}
 
     def _spread(self, num: int) -> np.ndarray:
         """How many samples each row group gives, `num` in all, in proportion to its rows."""
-        total = int(self._sizes.sum())
+        total = int(self._group_rows.sum())
         if num == total:
-            return self._sizes
-        order = _permutation(len(self._sizes), self.seed, _SUBSET_GROUPS)
-        upto = np.cumsum(self._sizes[order])  # then in place: an array of 100 million samples' row groups is 12.5 MB
+            return self._group_rows
+        order = permutation(len(self._group_rows), self.seed, _SUBSET_GROUPS)
+        upto = np.cumsum(
+            self._group_rows[order]
+        )  # then in place: an array of 100 million samples' row groups is 12.5 MB
         if total * num < 2**63:
             upto *= num
             upto //= total
@@ -102,7 +118,7 @@ class Cursor:
         """The row groups in the order of `epoch`, and where each one's samples end in it."""
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = None  # before memory is taken for the next
-            groups = _permutation(len(self._sizes), self.seed, _GROUPS, epoch)
+            groups = permutation(len(self._group_rows), self.seed, _GROUPS, epoch)
             self._epoch = (epoch, groups, np.cumsum(self._counts[groups]))
         return self._epoch[1], self._epoch[2]
 
@@ -111,7 +127,7 @@ class Cursor:
 
         Works on len(groups) x the largest group, which is small: prepared shards bound both rows and bytes of a group.
         """
-        sizes, counts = self._sizes[groups, None], self._counts[groups, None]
+        sizes, counts = self._group_rows[groups, None], self._counts[groups, None]
         rows = np.arange(sizes.max())
         taken = rows < sizes
         if (counts < sizes).any():
@@ -135,14 +151,37 @@ class Cursor:
         within = within[self._counts[within] > 0]
         rows = np.concatenate([self._members(within[i : i + _BLOCK]) for i in range(0, len(within), _BLOCK)])
         rows = rows[start - before : stop - before]
-        rows = rows[_permutation(len(rows), self.seed, _ROWS, epoch, index)]
+        rows = rows[permutation(len(rows), self.seed, _ROWS, epoch, index)]
+        if self._size_of is not None:
+            rows = self._by_modality(rows, start, self._size_of(rows) >= self._one_image, epoch, index)
         while len(self._windows) >= 2:  # a step may lie across two
             del self._windows[next(iter(self._windows))]
         self._windows[epoch, index] = rows
         return rows
 
+    def _by_modality(self, rows: np.ndarray, start: int, pictured: np.ndarray, epoch: int, index: int) -> np.ndarray:
+        """Window `index`, which begins at sample `start` of the epoch, with its whole steps all with or all without
+        images; what is left over fills one step and the parts of steps that neighbouring windows share."""
+        size = self.global_batch_size
+        head = min(-start % size, len(rows))
+        num_whole = (len(rows) - head) // size
+        uniform: list[np.ndarray] = []
+        rest: list[np.ndarray] = []
+        for part in (rows[pictured], rows[~pictured]):
+            whole = len(part) // size
+            uniform += [part[i * size : (i + 1) * size] for i in range(whole)]
+            rest.append(part[whole * size :])
+        order = permutation(len(uniform), self.seed, _STEPS, epoch, index)
+        rest += [uniform[i] for i in order[num_whole:]]
+        left = np.concatenate(rest)
+        steps = [uniform[i] for i in order[:num_whole]]
+        mixed = num_whole - len(steps)
+        steps += [left[head + i * size : head + (i + 1) * size] for i in range(mixed)]
+        steps = [steps[i] for i in permutation(num_whole, self.seed, _STEPS, epoch, index, 1)]
+        return np.concatenate([left[:head], *steps, left[head + mixed * size :]])
+
     def rows(self, epoch: int, step: int) -> np.ndarray:
-        """(b,) int64: the rows of step `step` (0-based) of `epoch`; the last step of an epoch may be short."""
+        """(b,) int64: the rows of step `step` (0-based) of `epoch`, grouped: largest first; the last may be short."""
         if epoch < 0 or not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"expected a step in 0..{self.steps_per_epoch - 1}, found step {step} of epoch {epoch}")
         start = step * self.global_batch_size
@@ -153,7 +192,10 @@ class Cursor:
             part = self._window(epoch, index)[offset : offset + stop - start]
             parts.append(part)
             start += len(part)
-        return np.concatenate(parts)
+        rows = np.concatenate(parts)
+        if self._size_of is None:
+            return rows
+        return rows[np.argsort(-self._size_of(rows).astype(np.int64), kind="stable")]
 
 
 def shares(rows: np.ndarray, world_size: int, micro_batch_size: int) -> list[list[np.ndarray]]:

@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 from pyarrow import fs
 
+from dpa_ray.data.patience import patiently
 from dpa_ray.errors import UserError
 
 MISSING = -1
@@ -81,19 +82,22 @@ def _s3(bucket: str, _pid: int, s3_url: str | None, url: str | None, *rest: str 
     )
 
 
-def chunks(uri: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-    """The bytes [start, stop) of a file, a few MiB at a time. Raises: UserError where there is no such file."""
+def chunks(uri: str, start: int = 0, stop: int | None = None, *, retry_s: float = 0.0) -> Iterator[bytes]:
+    """The bytes [start, stop) of a file, a few MiB at a time; an S3 outage of `retry_s` seconds only delays.
+
+    Raises: UserError where there is no such file, or it cannot be read.
+    """
     system, path = open_uri(uri)
     try:
-        info = system.get_file_info(path)
+        info = patiently(lambda: system.get_file_info(path), uri, retry_s)
         if info.type != fs.FileType.File:
             found = "a folder" if info.type == fs.FileType.Directory else "nothing"
             raise UserError(f"expected a file at {uri}, found {found}")
         stop = info.size if stop is None else stop
-        with system.open_input_file(path) as file:
-            file.seek(start)
+        with patiently(lambda: system.open_input_file(path), uri, retry_s) as file:
             while start < stop:
-                data = file.read(min(_CHUNK_BYTES, stop - start))
+                read = functools.partial(file.read_at, min(_CHUNK_BYTES, stop - start), start)
+                data = patiently(read, uri, retry_s)
                 if not data:
                     raise UserError(f"{uri}: expected {stop} bytes, found {start}: it changed while it was read")
                 start += len(data)
@@ -119,10 +123,13 @@ def unsafe_name(name: str) -> str | None:
 
 
 class Folder:
-    """Images by their names relative to `uri`. Picklable: clients are made where they are needed."""
+    """Images by their names relative to `uri`. Picklable: clients are made where they are needed.
 
-    def __init__(self, uri: str):
-        self.uri = uri
+    An S3 outage of `retry_s` seconds only delays `read`.
+    """
+
+    def __init__(self, uri: str, retry_s: float = 0.0):
+        self.uri, self.retry_s = uri, retry_s
 
     def check(self) -> None:
         """Raises: UserError where there is no such folder."""
@@ -142,9 +149,7 @@ class Folder:
         try:
             if isinstance(system, fs.LocalFileSystem):
                 return _read_local(path)
-            with system.open_input_stream(path) as file:
-                data: bytes = file.read()
-                return data
+            return patiently(lambda: _read_stream(system, path), f"{self.uri}/{name}", self.retry_s)
         except OSError as err:
             if isinstance(err, FileNotFoundError) or err.errno in _ABSENT:
                 raise FileNotFoundError(first_line(err)) from None
@@ -162,6 +167,12 @@ class Folder:
             return _s3_sizes(system, root, names)
         except OSError as err:
             raise UserError(f"{self.uri} cannot be listed: {first_line(err)}") from None
+
+
+def _read_stream(system: Any, path: str) -> bytes:
+    with system.open_input_stream(path) as file:
+        data: bytes = file.read()
+        return data
 
 
 def _read_local(path: str) -> bytes:

@@ -1,8 +1,8 @@
-"""How do encoded image bytes become pixels, and which bytes are refused?
+"""How do encoded bytes become an RGB image, and which bytes are refused?
 
-What transformers does on its own way from a file to pixels, and nothing else: the EXIF orientation is applied (its
+What transformers does on its own way from a file to RGB, and nothing else: the EXIF orientation is applied (its
 `load_image` does, as every viewer does: who wrote the caption saw the picture upright), transparency is put on white and
-everything is made RGB (as its image processors do with PIL images), then the given image processor takes over. Only
+everything is made RGB (as its image processors do with PIL images); pixels.py takes over from there. Only
 16-bit, 32-bit and float greyscale differ: plain conversion clips them to white, so they are scaled to 8 bits.
 """
 
@@ -61,25 +61,6 @@ def check(data: bytes) -> None:
     corner = image.crop((0, 0, 1, 1))
     corner.info = {}
     _rgb(corner, image.format)
-
-
-def pixels(image: Image.Image, image_processor: Any) -> np.ndarray:
-    """(C, H, W) float32: an RGB image through a transformers image processor, which is given a PIL image.
-
-    (Given an array, it guesses where the channels are, and takes an image of 1 or 3 pixels a side for channels first.)
-    """
-    out = image_processor(images=image, return_tensors="np")["pixel_values"][0]
-    return np.ascontiguousarray(out, dtype=np.float32)
-
-
-def pixel_shape(image_processor: Any) -> tuple[int, int, int]:
-    """(C, H, W) of what `pixels` gives, known without an image; (3, 0, 0) without an image processor."""
-    if image_processor is None:
-        return (3, 0, 0)
-    size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
-    if not isinstance(size, dict):
-        size = {"height": size.height, "width": size.width}
-    return (3, int(size["height"]), int(size["width"]))
 
 
 def _load(data: bytes, *, small: bool = False) -> Image.Image:

@@ -16,12 +16,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from dpa_ray.batch import Batch, Encoded
 from dpa_ray.data import wire
 from dpa_ray.data.collate import collate
 from dpa_ray.data.encode import Encoder
-from dpa_ray.data.images import ImageError, decode, pixel_shape, pixels
+from dpa_ray.data.images import ImageError, decode
+from dpa_ray.data.pack import pack
+from dpa_ray.data.patience import patiently
+from dpa_ray.data.pixels import levels, pixel_shape, table
 from dpa_ray.data.prepare import quiet_ray_data
 from dpa_ray.data.prepared import Prepared, StoreLike
 from dpa_ray.data.sample import Sample
@@ -51,7 +55,8 @@ class Loader:
     """Micro-batches of one prepared source. Picklable; what it has read stays in its process.
 
     `image_processor` is a transformers image processor, None where `encoder` leaves images out (template "text").
-    Row numbers are those of the cursor: 0 to prepared.num_rows - 1.
+    Row numbers are those of the cursor: 0 to prepared.num_rows - 1. `packing` lays a micro-batch's samples into rows
+    without padding (see pack.py).
     """
 
     store: StoreLike
@@ -59,11 +64,14 @@ class Loader:
     encoder: Encoder
     image_processor: Any
     pad_token_id: int
+    packing: bool = False
     cache_bytes: int = CACHE_BYTES
+    retry_s: float = 0.0  # an S3 outage as long only delays
     _reader: _Reader | None = field(default=None, init=False, repr=False, compare=False)
+    _table: torch.Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_reader": None}
+        return {**vars(self), "_reader": None, "_table": None}
 
     def check(self) -> None:
         """Raises: UserError where the tokenizer's template cannot take data like this."""
@@ -72,7 +80,7 @@ class Loader:
     def samples(self, rows: Sequence[int] | np.ndarray) -> list[Sample]:
         """The samples of `rows`. Raises: UserError, naming shard and row, where one cannot be read."""
         if self._reader is None:
-            self._reader = _Reader(self.store, self.prepared, self.cache_bytes)
+            self._reader = _Reader(self.store, self.prepared, self.cache_bytes, self.retry_s)
         return [self._reader.sample(int(row)) for row in rows]
 
     def load(self, rows: np.ndarray, filler_row: int) -> Batch:
@@ -81,7 +89,7 @@ class Loader:
         samples = self.samples([filler_row] if is_filler else rows)
         encoded = [self.encoder(sample) for sample in samples]
         images = [array for s, e in zip(samples, encoded, strict=True) for array in self._pixels(s, e)]
-        return collate(
+        batch = collate(
             encoded,
             images,
             pad_token_id=self.pad_token_id,
@@ -90,7 +98,16 @@ class Loader:
             ids=[] if is_filler else [sample.id for sample in samples],
             num_filler=1 if is_filler else 0,
             image_shape=pixel_shape(self.image_processor),
+            layout=pack([len(e.input_ids) for e in encoded], self.encoder.max_length) if self.packing else None,
+            pixel_table=None if self.image_processor is None else self._pixel_table(),
         )
+        if not is_filler:
+            batch.untaught = [
+                (int(row), sample.id, sample.place)
+                for row, sample, e in zip(rows, samples, encoded, strict=True)
+                if not e.target.any()
+            ]
+        return batch
 
     def _pixels(self, sample: Sample, encoded: Encoded) -> list[np.ndarray]:
         if encoded.num_images and self.image_processor is None:
@@ -99,18 +116,24 @@ class Loader:
             images = [decode(image.data) for image in sample.images[: encoded.num_images]]
         except ImageError as err:
             raise UserError(f"{sample.place}: an image that was prepared does not decode: {err}") from None
-        return [pixels(image, self.image_processor) for image in images]
+        return [levels(image, self.image_processor) for image in images]
+
+    def _pixel_table(self) -> torch.Tensor:
+        if self._table is None:
+            self._table = table(self.image_processor)
+        return self._table
 
     def batch_bytes(self, num_rows: int) -> int:
         """About what a batch of `num_rows` samples of usual length with one image each takes."""
-        image = int(np.prod(pixel_shape(self.image_processor))) * 4
+        image = int(np.prod(pixel_shape(self.image_processor)))  # a byte a value
         return num_rows * (image + min(self.encoder.max_length, _USUAL_TOKENS) * _BYTES_PER_TOKEN)
 
 
 class _Reader:
     """Rows of a prepared source, by row groups, of which it keeps the latest."""
 
-    def __init__(self, store: StoreLike, prepared: Prepared, cache_bytes: int):
+    def __init__(self, store: StoreLike, prepared: Prepared, cache_bytes: int, retry_s: float):
+        self._retry_s = retry_s
         self._store, self._prepared, self._cache_bytes = store, prepared, cache_bytes
         self._ends = np.cumsum(prepared.row_groups)
         self._places = [(s, g) for s, (_, groups) in enumerate(prepared.shards) for g in range(len(groups))]
@@ -124,7 +147,8 @@ class _Reader:
         group = int(np.searchsorted(self._ends, row, side="right"))
         table = self._group(group)
         offset = row - int(self._ends[group] - table.num_rows)
-        return from_row(table.slice(offset, 1).to_pylist()[0], self._prepared.source_name)
+        source_name = self._prepared.shard_source(self._places[group][0])
+        return from_row(table.slice(offset, 1).to_pylist()[0], source_name)
 
     def _group(self, group: int) -> pa.Table:
         table = self._groups.get(group)
@@ -134,7 +158,8 @@ class _Reader:
         shard, index = self._places[group]
         name, rows = self._prepared.shards[shard]
         try:
-            table = self._file(shard).read_row_group(index, use_threads=False)
+            url = self._store.url(f"{self._prepared.path}/{name}")
+            table = patiently(lambda: self._read(shard, index), url, self._retry_s)
         except (OSError, pa.ArrowException) as err:
             raise self._broken(shard, f"row group {index} cannot be read: {err}") from None
         if table.num_rows != rows[index]:
@@ -145,11 +170,18 @@ class _Reader:
             self._size -= self._groups.popitem(last=False)[1].nbytes
         return table
 
+    def _read(self, shard: int, index: int) -> pa.Table:
+        try:
+            return self._file(shard).read_row_group(index, use_threads=False)
+        except OSError:
+            self._files.pop(shard, None)  # an open file may keep what failed
+            raise
+
     def _file(self, shard: int) -> pq.ParquetFile:
         file = self._files.get(shard)
         if file is None:
             system, root = self._store.arrow()
-            path = f"{root}/{self._prepared.path}/{self._prepared.shards[shard][0]}"
+            path = f"{root}/{self._prepared.shard_folder(shard)}/{self._prepared.shards[shard][0]}"
             found, expected = system.get_file_info(path).size, self._prepared.sizes_bytes[shard]
             if found != expected:
                 raise self._broken(shard, f"expected {expected} bytes, found {'no file' if found is None else found}")
@@ -161,7 +193,7 @@ class _Reader:
         return file
 
     def _broken(self, shard: int, problem: str) -> UserError:
-        folder = self._prepared.path
+        folder = self._prepared.shard_folder(shard)
         url = self._store.url(f"{folder}/{self._prepared.shards[shard][0]}")
         return UserError(f"{url}: {problem}; delete {self._store.url(folder)} to have the data prepared again")
 

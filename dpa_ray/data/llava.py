@@ -21,6 +21,7 @@ REASONS = {
     "roles": "turns that are not: system (at most one, first), then human and gpt by turns",
     "no_assistant_text": "no assistant turn with words in it",
     "unsafe_image_name": "an image name that is absolute, a URL, or leads out of the image folder",
+    "unsafe_member": "a tar member that is no plain file, or whose name is absolute or leads out of the tar",
     "image_count": f"as many {IMAGE_TOKEN} in the turns as images was expected",
     "image_missing": "no such image file",
     "image_empty": "an image file of 0 bytes",

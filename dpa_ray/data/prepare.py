@@ -4,6 +4,8 @@ data/<digest>/part-00000.parquet ...   one shard a part (none where all of its r
 data/<digest>/parts/00000.json ...     what is done, until the manifest is there: a killed attempt goes on from it
 data/<digest>/quarantine.jsonl         {id, place, reason, detail} of the rows that cannot be used
 data/<digest>/manifest.json            no manifest, no data
+
+Each source of a mixture is prepared so, under its own digest; the mixture's folder has a manifest alone, which names them.
 """
 
 from __future__ import annotations
@@ -17,14 +19,16 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dpa_ray.data.catalog import Piece, digest, pieces, source_digest
+from dpa_ray.data.known import Known
 from dpa_ray.data.prepared import SCHEMA_VERSION, Prepared, StoreLike, find_prepared
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.shards import write_shard
-from dpa_ray.data.sources import Part, Rejected, Scan, Source, open_source, source_digest
+from dpa_ray.data.sources import Part, Rejected, Scan, Source
 from dpa_ray.errors import UserError
-from dpa_ray.recipe import SourceSection
+from dpa_ray.recipe import DEFAULT_RETRY_S, SourceSection
 
-__all__ = ["Prepared", "find_prepared", "prepare", "source_digest"]
+__all__ = ["Known", "Prepared", "find_prepared", "prepare", "source_digest"]
 
 IN_PROCESS_ROWS = 5_000
 """Up to so many rows are prepared in the calling process, without Ray."""
@@ -39,15 +43,46 @@ def prepare(
     max_quarantined_fraction: float,
     report: Callable[[str], None] = lambda message: None,
     ray_is_ready: Callable[[], bool] | None = None,
+    retry_s: float = DEFAULT_RETRY_S,
 ) -> Prepared:
-    """Prepare `section`'s data in `store`, unless it is there already.
+    """Prepare `section`'s data in `store`, unless it is there already; of a mixture, each source that is not.
 
     More than IN_PROCESS_ROWS rows go to Ray Data tasks, one a part, if Ray is running (else they are prepared here, the
-    same way); `ray_is_ready`, asked at that point only, may start it. `report` is given a line now and then. Raises: UserError where the source cannot be read, or more
+    same way); `ray_is_ready`, asked at that point only, may start it. `report` is given a line now and then; an S3 outage of `retry_s`
+    seconds only delays the reading of rows. Raises: UserError where the source cannot be read, or more
     than `max_quarantined_fraction` of it cannot be used (what is done is kept, the manifest is not written).
     """
-    source = open_source(section)
-    scan = source.scan()
+    found = pieces(section, Known(store), retry_s)
+    options = (max_quarantined_fraction, report, ray_is_ready or _ray_is_running)
+    prepared = [_prepare(store, piece, *options) for piece in found]
+    if len(found) == 1 and found[0].times == 1:
+        return prepared[0]
+    name = digest(found)
+    manifest = {
+        "schema": SCHEMA_VERSION,
+        "digest": name,
+        "mixture": [
+            {"digest": piece.scan.digest, "times": piece.times, "source": piece.entry.model_dump(mode="json")}
+            for piece in found
+        ],
+    }
+    if not store.exists(f"data/{name}/manifest.json"):
+        store.write_json(f"data/{name}/manifest.json", manifest)
+    mixture = find_prepared(store, name)
+    assert mixture is not None
+    report(f"data {name}: {mixture.num_rows:,} samples an epoch, mixed of {len(found)} sources")
+    return mixture
+
+
+def _prepare(
+    store: StoreLike,
+    piece: Piece,
+    max_quarantined_fraction: float,
+    report: Callable[[str], None],
+    ray_is_ready: Callable[[], bool],
+) -> Prepared:
+    """One source. Raises: UserError."""
+    source, scan = piece.source, piece.scan
     folder = f"data/{scan.digest}"
     found = find_prepared(store, scan.digest)
     if found is not None:
@@ -55,9 +90,9 @@ def prepare(
         _check_quarantine(store, folder, Counter(manifest["quarantined"]), scan.num_rows, max_quarantined_fraction)
         report(f"data {scan.digest}: {found.num_rows:,} samples, prepared before")
         return found
-    report(f"data {scan.digest}: preparing {scan.num_rows:,} samples of {section.source}")
+    report(f"data {scan.digest}: preparing {scan.num_rows:,} samples of {piece.entry.source}")
     started, results = time.monotonic(), []
-    for result in _results(store, source, scan, report, ray_is_ready or _ray_is_running):
+    for result in _results(store, source, scan, report, ray_is_ready):
         results.append(result)
         done = sum(r["num_source_rows"] for r in results)
         rate = done / max(1e-3, time.monotonic() - started)
@@ -76,7 +111,7 @@ def prepare(
     manifest = {
         "schema": SCHEMA_VERSION,
         "digest": scan.digest,
-        "source": section.model_dump(mode="json", include={"source", "images", "format", "options"}),
+        "source": piece.entry.model_dump(mode="json", exclude={"weight"}),
         "source_name": source.name,
         "num_source_rows": scan.num_rows,
         "num_rows": sum(sum(shard["rows"]) for shard in shards),
@@ -153,7 +188,7 @@ def prepare_part(
             shard = {"name": name, "rows": groups, "size_bytes": path.stat().st_size, "sha256": _sha256(path)}
     result = {
         "index": part.index,
-        "num_source_rows": part.num_rows,
+        "num_source_rows": part.num_chosen,
         "num_with_system": counts["system"],
         "shard": shard,
         "quarantine": [
@@ -187,7 +222,7 @@ def _timed(
             last = now
             where = f"rows {part.first_row:,} to {part.first_row + part.num_rows:,}"
             report(
-                f"{name or 'builtin'}: {done:,} of {part.num_rows:,} samples ({where}), {done / (now - started):,.0f}/s"
+                f"{name or 'builtin'}: {done:,} of {part.num_chosen:,} samples ({where}), {done / (now - started):,.0f}/s"
             )
 
 

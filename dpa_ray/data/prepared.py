@@ -29,7 +29,8 @@ class StoreLike(Protocol):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared source. Rows are numbered through all shards, in order, without the quarantined ones."""
+    """A prepared source, or a mixture of some. Rows are numbered through all shards, in order, without the quarantined
+    ones; a source that a mixture takes twice has its shards here twice, and its rows two numbers."""
 
     digest: str
     num_rows: int
@@ -38,11 +39,20 @@ class Prepared:
     sizes_bytes: tuple[int, ...] = ()  # of each shard
     source_name: str = ""  # comes before the place of a sample
     num_with_system: int = 0  # samples that have a system turn
+    homes: tuple[tuple[str, str], ...] = ()  # of a mixture, for each shard: the digest and name of its source
 
     @property
     def path(self) -> str:
         """The folder in the store."""
         return f"data/{self.digest}"
+
+    def shard_folder(self, shard: int) -> str:
+        """The folder in the store in which a shard lies."""
+        return f"data/{self.homes[shard][0]}" if self.homes else self.path
+
+    def shard_source(self, shard: int) -> str:
+        """What comes before the place of a shard's samples."""
+        return self.homes[shard][1] if self.homes else self.source_name
 
     @property
     def row_groups(self) -> list[int]:
@@ -51,7 +61,7 @@ class Prepared:
 
 
 def find_prepared(store: StoreLike, digest: str) -> Prepared | None:
-    """The data under `digest`, or None where it is not prepared.
+    """The data under `digest`, or None where it, or a source of the mixture that it is, is not prepared.
 
     Raises: UserError where its manifest is not one that this version reads.
     """
@@ -62,6 +72,11 @@ def find_prepared(store: StoreLike, digest: str) -> Prepared | None:
     try:
         if manifest["schema"] != SCHEMA_VERSION or manifest["digest"] != digest:
             raise ValueError(f"schema {manifest['schema']}, digest {manifest['digest']}")
+        if "mixture" in manifest:
+            pieces = manifest["mixture"]
+            found = [(find_prepared(store, piece["digest"]), piece["times"]) for piece in pieces]
+            parts = [(part, times) for part, times in found if part is not None]
+            return mixed(digest, parts) if len(parts) == len(pieces) else None
         return Prepared(
             digest=digest,
             num_rows=manifest["num_rows"],
@@ -77,3 +92,17 @@ def find_prepared(store: StoreLike, digest: str) -> Prepared | None:
             f"{store.url(path)}: expected a manifest of schema {SCHEMA_VERSION} for {digest}, found another ({err}); "
             f"delete the folder {folder} to have the data prepared again"
         ) from None
+
+
+def mixed(digest: str, parts: Sequence[tuple[Prepared, int]]) -> Prepared:
+    """The mixture of prepared sources, each taken so many times."""
+    each = [part for part, times in parts for _ in range(times)]
+    return Prepared(
+        digest=digest,
+        num_rows=sum(part.num_rows for part in each),
+        shards=tuple(shard for part in each for shard in part.shards),
+        num_quarantined=sum(part.num_quarantined for part, _ in parts),
+        sizes_bytes=tuple(size for part in each for size in part.sizes_bytes),
+        num_with_system=sum(part.num_with_system for part in each),
+        homes=tuple((part.digest, part.source_name) for part in each for _ in part.shards),
+    )

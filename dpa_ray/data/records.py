@@ -32,6 +32,14 @@ class Record:
     stop: int
 
 
+def from_json(text: str) -> Any:
+    """The value of one JSON text, NotJson where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as err:
+        return NotJson(str(err))
+
+
 class NotRecords(UserError):
     """A file that holds no records; the message does not name the file."""
 

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpa_ray.data.sample import ImageFile, Sample, Turn
+from dpa_ray.data.sizes import size_of, to_footer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_GROUP_ROWS = 64
 """A reader takes in whole row groups: these bound what it reads beside the row it wants."""
 MAX_GROUP_BYTES = 4 * 2**20
@@ -66,6 +67,7 @@ def write_shard(path: Path, samples: Iterable[tuple[int, Sample]]) -> list[int]:
     """
     groups: list[int] = []
     rows: list[dict[str, Any]] = []
+    sizes: list[int] = []
     size = 0
     writer: pq.ParquetWriter | None = None
     try:
@@ -75,9 +77,12 @@ def write_shard(path: Path, samples: Iterable[tuple[int, Sample]]) -> list[int]:
                 writer = _flush(writer, path, rows, groups)
                 rows, size = [], 0
             rows.append(to_row(row, sample))
+            sizes.append(size_of(sample))
             size += extra
         if rows:
             writer = _flush(writer, path, rows, groups)
+        if writer is not None:
+            writer.add_key_value_metadata(to_footer(sizes))
     finally:
         if writer is not None:
             writer.close()

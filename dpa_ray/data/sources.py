@@ -1,7 +1,8 @@
-"""What can data come from? LLaVA JSON or JSONL with a folder of images, and the built-in shapes; more will join.
+"""What is a source? Here: what all have in common, LLaVA JSON or JSONL with a folder of images, the built-in shapes.
 
 A source is gone through once without its images (`scan`), which gives the digest that names the data, and cuts it into
-parts that can be read apart: each becomes one shard, whoever makes it and when.
+parts that can be read apart: each becomes one shard, whoever makes it and when. Tars are in webdataset.py, Parquet in
+parquet.py; catalog.py says which of them a recipe means.
 """
 
 from __future__ import annotations
@@ -10,21 +11,21 @@ import hashlib
 import itertools
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 from dpa_ray.data import llava, shapes
 from dpa_ray.data.files import Folder, absolute, chunks
 from dpa_ray.data.images import ImageError, check
+from dpa_ray.data.known import NOTHING, Known
 from dpa_ray.data.llava import Unusable
 from dpa_ray.data.records import NotRecords, scan, scan_part
 from dpa_ray.data.sample import ImageFile, Sample
 from dpa_ray.data.shards import FORMAT_VERSION
 from dpa_ray.data.threads import LruBytes, ordered_map
 from dpa_ray.errors import UserError
-from dpa_ray.recipe import SourceOptions, SourceSection
+from dpa_ray.recipe import SourceOptions
 
 RULES_VERSION = 2
 """Of what is accepted and how it is written down: a change of that must change this, which is part of every digest."""
@@ -32,14 +33,17 @@ RULES_VERSION = 2
 TARGET_PART_BYTES = 128 * 2**20
 MAX_PART_ROWS = 16_384
 
-SUPPORTED = "LLaVA JSON or JSONL (format: llava) with a folder of images, and builtin:shapes"
-_THREADS = 8  # images fetched and checked at once in a part: S3 answers late, decoders release the GIL
+THREADS = 8  # images fetched and checked at once in a part: S3 answers late, decoders release the GIL
 _CACHE_BYTES = 64 * 2**20  # of images that several samples name
 
 
 @dataclass(frozen=True)
 class Part:
-    """A run of a source's rows, which becomes one shard; [start, stop) are bytes of the source's file, if it has one."""
+    """A run of a source's rows, which becomes one shard.
+
+    [start, stop) are bytes of the source's file (row groups of a Parquet one), if it has one; `file` is its URI where
+    a source has several.
+    """
 
     index: int
     first_row: int
@@ -47,11 +51,21 @@ class Part:
     start: int = 0
     stop: int = 0
     lines: bool = False  # JSONL
+    file: str = ""
+    chosen: frozenset[int] | None = None  # of its rows, where not all are taken
+
+    @property
+    def num_chosen(self) -> int:
+        return self.num_rows if self.chosen is None else len(self.chosen)
+
+    def wants(self, row: int) -> bool:
+        """Is this row, counted through the source, to be read?"""
+        return self.chosen is None or row in self.chosen
 
 
 @dataclass(frozen=True)
 class Scan:
-    """A source gone through: its digest (16 hex digits), its rows, and the parts it is cut into."""
+    """A source gone through: its digest (16 hex digits), its (chosen) rows, and the parts it is cut into."""
 
     digest: str
     num_rows: int
@@ -73,37 +87,70 @@ class Source(Protocol):
 
     name: str
 
-    def scan(self) -> Scan: ...
+    def scan(self, known: Known = NOTHING) -> Scan: ...
 
     def read(self, part: Part) -> Iterator[tuple[int, Sample | Rejected]]: ...
 
 
-def open_source(section: SourceSection) -> Source:
-    """Raises: UserError for a source of a kind that is not supported."""
-    if section.source.startswith("builtin:"):
-        return Shapes(section.options or SourceOptions())
-    kind = section.format or _format_of(section.source)
-    if kind != "llava":
-        raise UserError(f"{section.source}: expected {SUPPORTED}; found format {kind}, which is not supported yet")
-    return Llava(section.source, section.images)
-
-
-def source_digest(section: SourceSection) -> str:
-    """What names the prepared data: the same for the same content, wherever it lies; reads no image.
-
-    Raises: UserError where the source is missing or cannot be read.
-    """
-    return open_source(section).scan().digest
-
-
-def _format_of(uri: str) -> str:
-    suffix = PurePosixPath(uri).suffix.lower()
-    return {".tar": "webdataset", ".tgz": "webdataset", ".parquet": "parquet"}.get(suffix, "llava")
-
-
-def _digest(content: dict[str, Any]) -> str:
+def digest_of(content: dict[str, Any]) -> str:
+    """16 hex digits of what a source holds, under the rules by which it is prepared."""
     content = {"rules": RULES_VERSION, "format": FORMAT_VERSION, **content}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def to_sample(record: Any, place: str, image: Callable[[int, str], bytes]) -> Sample | Rejected:
+    """The sample of a LLaVA record; `image` gives the bytes of an image by its index and name, or raises Unusable."""
+    try:
+        parsed = llava.parse(record)
+        images = [ImageFile(name, image(index, name)) for index, name in enumerate(parsed.image_names)]
+    except Unusable as err:
+        return Rejected(llava.record_id(record), place, err.reason, err.detail)
+    return Sample(llava.record_id(record), place, parsed.turns, images)
+
+
+def checked(name: str, data: bytes) -> bytes:
+    """`data`, if it is an image that can be used. Raises: Unusable."""
+    try:
+        check(data)
+    except ImageError as err:
+        raise Unusable(err.reason, f"{name}: {err.detail}") from None
+    return data
+
+
+class PartCutter:
+    """Parts of about TARGET_PART_BYTES and of MAX_PART_ROWS at most, each within one file, as rows are added."""
+
+    def __init__(self, *, lines: bool = False) -> None:
+        self.num_rows = 0
+        self._lines, self._file = lines, ""
+        self._parts: list[Part] = []
+        self._first, self._start, self._stop, self._size = 0, 0, 0, 0
+
+    def next_file(self, uri: str) -> None:
+        self._cut()
+        self._file = uri
+
+    def add(self, start: int, stop: int, size_bytes: int, num_rows: int = 1) -> None:
+        """Rows that stand at [start, stop) of the file and take about `size_bytes`."""
+        held = self.num_rows - self._first
+        if held and (self._size + size_bytes > TARGET_PART_BYTES or held + num_rows > MAX_PART_ROWS):
+            self._cut()
+        if self.num_rows == self._first:
+            self._start = start
+        self.num_rows += num_rows
+        self._stop = stop
+        self._size += size_bytes
+
+    def finish(self) -> tuple[Part, ...]:
+        self._cut()
+        return tuple(self._parts)
+
+    def _cut(self) -> None:
+        if self.num_rows > self._first:
+            num = self.num_rows - self._first
+            part = Part(len(self._parts), self._first, num, self._start, self._stop, self._lines, self._file)
+            self._parts.append(part)
+        self._first, self._size = self.num_rows, 0
 
 
 class Shapes:
@@ -114,8 +161,8 @@ class Shapes:
     def __init__(self, options: SourceOptions):
         self.options = options
 
-    def scan(self) -> Scan:
-        digest = _digest({"shapes": shapes.VERSION, "options": self.options.model_dump()})
+    def scan(self, known: Known = NOTHING) -> Scan:
+        digest = digest_of({"shapes": shapes.VERSION, "options": self.options.model_dump()})
         size = self.options.size
         starts = range(0, size, MAX_PART_ROWS)
         parts = tuple(Part(i, start, min(MAX_PART_ROWS, size - start)) for i, start in enumerate(starts))
@@ -123,18 +170,19 @@ class Shapes:
 
     def read(self, part: Part) -> Iterator[tuple[int, Sample | Rejected]]:
         samples = itertools.islice(shapes.generate(self.options), part.first_row, part.first_row + part.num_rows)
-        return zip(itertools.count(part.first_row), samples, strict=False)
+        rows = zip(itertools.count(part.first_row), samples, strict=False)
+        return (item for item in rows if part.wants(item[0]))
 
 
 class Llava:
     """LLaVA JSON or JSONL; image names are relative to `images`, which is the file's own folder unless given."""
 
-    def __init__(self, uri: str, images: str | None):
-        self.uri = absolute(uri)
+    def __init__(self, uri: str, images: str | None, retry_s: float = 0.0):
+        self.uri, self.retry_s = absolute(uri), retry_s
         folder, _, self.name = self.uri.rpartition("/")
-        self.images = Folder(absolute(images) if images is not None else folder or "/")
+        self.images = Folder(absolute(images) if images is not None else folder or "/", retry_s)
 
-    def scan(self) -> Scan:
+    def scan(self, known: Known = NOTHING) -> Scan:
         """Also checks that the image folder is there, if any record names an image."""
         content = hashlib.sha256()
         rows = _Rows()
@@ -152,25 +200,19 @@ class Llava:
         listing = hashlib.sha256()
         for name in sorted(sizes):
             listing.update(f"{name}\0{sizes[name]}\n".encode())
-        digest = _digest({"llava": content.hexdigest(), "images": listing.hexdigest()})
-        return Scan(digest, rows.num, tuple(rows.parts(sizes, found.lines)))
+        digest = digest_of({"llava": content.hexdigest(), "images": listing.hexdigest()})
+        return Scan(digest, rows.num, rows.parts(sizes, found.lines))
 
     def read(self, part: Part) -> Iterator[tuple[int, Sample | Rejected]]:
-        data = b"".join(chunks(self.uri, part.start, part.stop))
+        data = b"".join(chunks(self.uri, part.start, part.stop, retry_s=self.retry_s))
         cache = LruBytes(_CACHE_BYTES)
 
         def read_one(item: tuple[int, Any]) -> tuple[int, Sample | Rejected]:
             row, value = item
-            place, identity = f"#{row}", llava.record_id(value)
-            try:
-                parsed = llava.parse(value)
-                images = [ImageFile(name, self._image(name, cache)) for name in parsed.image_names]
-            except Unusable as err:
-                return row, Rejected(identity, place, err.reason, err.detail)
-            return row, Sample(identity, place, parsed.turns, images)
+            return row, to_sample(value, f"#{row}", lambda _, name: self._image(name, cache))
 
         records = ((part.first_row + i, r.value) for i, r in enumerate(scan_part(data, part.start, lines=part.lines)))
-        return ordered_map(read_one, records, _THREADS)
+        return ordered_map(read_one, (item for item in records if part.wants(item[0])), THREADS)
 
     def _image(self, name: str, cache: LruBytes) -> bytes:
         """The bytes of an image that decodes. Raises: Unusable."""
@@ -178,12 +220,9 @@ class Llava:
         if data is not None:
             return data
         try:
-            data = self.images.read(name)
-            check(data)
+            data = checked(name, self.images.read(name))
         except FileNotFoundError:
             raise Unusable("image_missing", f"expected an image at {self.images.uri}/{name}, found none") from None
-        except ImageError as err:
-            raise Unusable(err.reason, f"{name}: {err.detail}") from None
         cache.put(name, data)
         return data
 
@@ -211,16 +250,13 @@ class _Rows:
         self._images.extend(self.names.setdefault(name, len(self.names)) for name in names)
         self._images_end.append(len(self._images))
 
-    def parts(self, sizes: dict[str, int], lines: bool) -> Iterator[Part]:
-        """Parts of about TARGET_PART_BYTES, and of MAX_PART_ROWS at most."""
+    def parts(self, sizes: dict[str, int], lines: bool) -> tuple[Part, ...]:
+        """Where the rows are cut, the images counted."""
         bytes_of = array("q", (max(sizes[name], 0) for name in self.names))  # a missing one takes nothing
-        first, size, index, images_end = 0, 0, 0, 0
+        cutter, images_end = PartCutter(lines=lines), 0
         for row in range(self.num):
             images = self._images[images_end : self._images_end[row]]
             images_end = self._images_end[row]
-            extra = self._stops[row] - self._starts[row] + sum(bytes_of[i] for i in images)
-            if row > first and (size + extra > TARGET_PART_BYTES or row - first >= MAX_PART_ROWS):
-                yield Part(index, first, row - first, self._starts[first], self._stops[row - 1], lines)
-                index, first, size = index + 1, row, 0
-            size += extra
-        yield Part(index, first, self.num - first, self._starts[first], self._stops[-1], lines)
+            size = self._stops[row] - self._starts[row] + sum(bytes_of[i] for i in images)
+            cutter.add(self._starts[row], self._stops[row], size)
+        return cutter.finish()

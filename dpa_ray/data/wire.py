@@ -29,4 +29,5 @@ def loads(tensors: bytes, rest: str) -> Batch:
     """The batch that `dumps` was given."""
     values: dict[str, Any] = {**load(tensors), **json.loads(rest)}
     values["rows"] = [(digest, row) for digest, row in values["rows"]]
+    values["untaught"] = [(row, name, place) for row, name, place in values["untaught"]]
     return Batch(**values)

@@ -12,8 +12,9 @@ import torch
 
 from dpa_ray.batch import IMAGE_TOKEN
 from dpa_ray.data.encode import Encoder
-from dpa_ray.data.images import decode, pixels
+from dpa_ray.data.images import decode
 from dpa_ray.data.ingest import Loader
+from dpa_ray.data.pixels import pixels
 from dpa_ray.engine.protocol import rank, world_size
 from dpa_ray.eval.exact_match import Answering, ExactMatch, Question, matches, score, with_shuffled_images
 from dpa_ray.model.export import load_exported
@@ -50,8 +51,9 @@ def evaluate(task: EvalTask, store: Store, device: torch.device) -> EvalResult |
     answers: list[dict[str, Any]] = []
     for name, prepared in task.sets.items():
         loader = Loader(
-            store=store, prepared=prepared, encoder=encoder, image_processor=processor.image_processor, pad_token_id=0
-        )
+            store=store, prepared=prepared, encoder=encoder, image_processor=processor.image_processor, pad_token_id=0,
+            retry_s=task.recipe.data.retry_s,
+        )  # fmt: skip
         questions = collect(loader, encoder, min(prepared.num_rows, section.max_samples))[: section.max_samples]
         answer = Answering(
             model=model, tokenizer=processor.tokenizer, pixels=lambda data: pixels(decode(data), processor.image_processor),

@@ -178,7 +178,7 @@ def dry_run(recipe: Recipe) -> None:
         steps = num_steps(recipe, stage, prepared) if prepared is not None else None
         if steps is None:
             steps = getattr(recipe.stages, stage).max_steps
-            notes.append(f"{stage}: {source.source} is not prepared yet; steps are shown as max_steps says, or as ?")
+            notes.append(f"{stage}: {source.label} is not prepared yet; steps are shown as max_steps says, or as ?")
         rows.append(console.PlanRow(stage, plan.refs[stage].key, stage in plan.found, steps, counts.get(stage, {})))
     console.plan(rows, recipe=recipe, ignored=ignored_sections(recipe))
     for name in builtin_missing:

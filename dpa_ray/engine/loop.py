@@ -77,8 +77,9 @@ def train(
         start = time.perf_counter()
         mine = [next(batches) for _ in plan[step - 1]]
         waited = time.perf_counter() - start
-        counts = all_sum(torch.tensor(_counts(mine), dtype=torch.float64, device=device))
-        num_samples, num_tokens, num_targets = (int(x) for x in counts)
+        num_slots = sum(map(engine.module.num_slots, mine))
+        counts = all_sum(torch.tensor([*_counts(mine), num_slots], dtype=torch.float64, device=device))
+        num_samples, num_tokens, num_targets, num_untaught, num_slots = (int(x) for x in counts)
 
         total = torch.zeros(len(StepSums.names()), dtype=torch.float64, device=device)
         weight_sum = math.nan
@@ -104,9 +105,10 @@ def train(
         record(
             {
                 "stage": stage, "step": step, "epoch": epoch, "num_samples": num_samples, "num_tokens": num_tokens,
-                "num_targets": num_targets, **ratios(sums_by_name, num_targets), "lr": lr,
+                "num_targets": num_targets, "num_untaught": num_untaught, **ratios(sums_by_name, num_targets), "lr": lr,
                 "grad_norm": norm if weight_sum else 0.0, "updated": bool(weight_sum), "step_time_s": seconds,
                 "data_wait_s": waited, "tokens_per_s": num_tokens / seconds,
+                "packing_efficiency": num_tokens / max(1, num_slots),
             },
             mine,
         )  # fmt: skip
@@ -133,7 +135,8 @@ def ratios(sums: dict[str, float], num_targets: int) -> dict[str, float]:
 
 
 def _counts(batches: list[Batch]) -> list[int]:
-    return [sum(getattr(b, name) for b in batches) for name in ("num_samples", "num_tokens", "num_targets")]
+    sums = [sum(getattr(b, name) for b in batches) for name in ("num_samples", "num_tokens", "num_targets")]
+    return [*sums, sum(len(b.untaught) for b in batches)]
 
 
 def _not_finite(stage: str, step: int, what: str, batches: list[Batch]) -> str:

@@ -18,6 +18,7 @@ import torch
 from dpa_ray.batch import Batch
 from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.ingest import Loader
+from dpa_ray.data.sizes import ONE_IMAGE, Sizes
 from dpa_ray.engine.evaluate import evaluate
 from dpa_ray.engine.feed import Feed
 from dpa_ray.engine.loop import Schedule, passes_of, train
@@ -30,6 +31,9 @@ from dpa_ray.stages.spec import EvalTask, MergeTask, Task, TrainTask
 from dpa_ray.stages.trainable import TrainableSet, check_trainable, select_trainable
 from dpa_ray.store.artifacts import commit, find
 from dpa_ray.store.fs import Store
+
+NOTHING_TO_LEARN = "nothing_to_learn"
+"""Reason of a run's own quarantine: known only with a tokenizer, when the data has long been prepared."""
 
 STAGE_METRICS = "metrics.jsonl"
 """In an artifact: the metrics of the stage that made it, for runs that reuse it."""
@@ -116,7 +120,7 @@ class Worker:
         section = getattr(recipe.stages, stage)
         built = _build(task, self.store)
         trained = select_trainable(built.module.model, stage, built.llm_mode)
-        cursor = cursor_of(task)
+        cursor = cursor_of(task, self.store)
         plan = passes_of(
             cursor, task.num_steps, rank=rank(), world_size=world_size(), micro_batch_size=section.micro_batch_size
         )
@@ -126,9 +130,11 @@ class Worker:
         )  # fmt: skip
         loader = Loader(
             store=self.store, prepared=task.data, encoder=built.encoder, image_processor=built.image_processor,
-            pad_token_id=_pad_token(built.encoder.tokenizer),
+            pad_token_id=_pad_token(built.encoder.tokenizer), packing=getattr(section, "packing", False),
+            retry_s=recipe.data.retry_s,
         )  # fmt: skip
         loader.check()
+        # before the engine, so that the first batches are made while the model is put on it
         batches = self.feed.batches(
             loader, list(chain.from_iterable(plan)), prefetch=recipe.data.prefetch_batches, workers=recipe.data.workers
         )
@@ -177,11 +183,13 @@ class Recorder:
         self.first: float | None = None
         self.last: float | None = None
         self.log = MetricsLog(worker.store, task.run_path)
+        self.untaught = UntaughtLog(worker.store, task)
         self.samples = SampleLog(worker.store, task, cursor) if task.recipe.debug.record_samples else None
         if rank() == 0:
             self.log.start(task.stage)
 
     def record(self, metrics: dict[str, Any], batches: list[Batch]) -> None:
+        self.untaught.add(batches)
         if self.samples is not None:
             self.samples.add(metrics["step"], batches)
         if rank() != 0:
@@ -193,10 +201,49 @@ class Recorder:
         self.worker.tell("step", **metrics)
 
     def close(self) -> None:
+        self.untaught.close()
         if rank() == 0:
             self.log.flush()
             if self.samples is not None:
                 self.samples.flush()
+
+
+class UntaughtLog:
+    """runs/<name>/quarantine.jsonl: the samples that a stage took and that had nothing to learn (all targets cut off).
+
+    They pass through the model without weight, so that neither the cursor nor the ranks' passes depend on the template.
+    """
+
+    def __init__(self, store: Store, task: TrainTask):
+        self.store = store
+        self.stage = task.stage
+        self.digest = task.data.digest
+        self.max_length = getattr(task.recipe.stages, task.stage).max_length
+        self.path = f"{task.run_path}/quarantine.jsonl"
+        self.found: dict[int, tuple[str | None, str]] = {}  # (id, place) by row
+
+    def add(self, batches: list[Batch]) -> None:
+        self.found.update({row: (name, place) for b in batches for row, name, place in b.untaught})
+
+    def close(self) -> None:
+        """Gather from all ranks, and write this stage's lines behind those of the other stages."""
+        every: list[Any] = [self.found]
+        if world_size() > 1:
+            every = [None] * world_size()
+            torch.distributed.all_gather_object(every, self.found)
+        if rank() != 0:
+            return
+        whole = {row: sample for found in every for row, sample in found.items()}
+        detail = f"no target left within stages.{self.stage}.max_length={self.max_length}"
+        lines = [
+            json.dumps(
+                {"stage": self.stage, "data": self.digest, "row": row, "id": name, "place": place,
+                 "reason": NOTHING_TO_LEARN, "detail": detail},
+                ensure_ascii=False,
+            ) + "\n"
+            for row, (name, place) in sorted(whole.items())
+        ]  # fmt: skip
+        rewrite_stage(self.store, self.path, self.stage, lines)
 
 
 class SampleLog:
@@ -226,11 +273,15 @@ class SampleLog:
 
     def flush(self) -> None:
         """Write this stage's lines behind those of the other stages."""
-        old = (
-            self.store.read_bytes(self.path).decode().splitlines(keepends=True) if self.store.exists(self.path) else []
-        )
-        kept = [line for line in old if json.loads(line)["stage"] != self.stage]
-        self.store.write_bytes(self.path, "".join([*kept, *self.lines]).encode())
+        rewrite_stage(self.store, self.path, self.stage, self.lines)
+
+
+def rewrite_stage(store: Store, path: str, stage: str, lines: list[str]) -> None:
+    """Put `lines` in place of `stage`'s in a JSONL file of several stages, at its end; an empty file is not made."""
+    old = store.read_bytes(path).decode().split("\n") if store.exists(path) else []
+    kept = [f"{line}\n" for line in old if line and json.loads(line)["stage"] != stage]
+    if old or lines:
+        store.write_bytes(path, "".join([*kept, *lines]).encode())
 
 
 def _build(task: TrainTask, store: Store) -> Built:
@@ -252,14 +303,16 @@ def one_node_at_a_time() -> Iterator[None]:
             torch.distributed.barrier()
 
 
-def cursor_of(task: TrainTask) -> Cursor:
+def cursor_of(task: TrainTask, store: Store) -> Cursor:
     """The stage's order of samples."""
     recipe = task.recipe
+    section = getattr(recipe.stages, task.stage)
     source = recipe.data.instruct if task.stage == "instruct" else recipe.data.pretrain
+    grouped = getattr(section, "group_by_length", False)
     return Cursor(
         [n for _, groups in task.data.shards for n in groups], seed=recipe.seed,
-        global_batch_size=getattr(recipe.stages, task.stage).global_batch_size, window=recipe.data.shuffle_window,
-        fraction=source.fraction,
+        global_batch_size=section.global_batch_size, window=recipe.data.shuffle_window,
+        fraction=source.fraction, sizes=Sizes(store, task.data) if grouped else None, one_image=ONE_IMAGE,
     )  # fmt: skip
 
 

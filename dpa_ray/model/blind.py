@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpa_ray.model.packed import by_layer_type
+
 
 @dataclass
 class TextOnly:
@@ -58,23 +60,14 @@ def attention_argument(text: TextOnly, config: Any, dtype: torch.dtype) -> Tenso
 
     Args:
         config: the decoder's config (`layer_types`, `sliding_window`).
-        dtype: of the model; float masks are exact under sdpa and eager, bool ones only under sdpa.
+        dtype: of the model.
     """
     window = sliding_window_of(config)
     if window is None or int(text.position_ids.max()) < window:
         return text.attention_mask
-    layer_types = getattr(config, "layer_types", None)
     distance = text.position_ids.unsqueeze(2) - text.position_ids.unsqueeze(1)  # (B, S, S): query minus key
     index = torch.arange(text.input_ids.shape[1], device=distance.device)
     visible = (index.unsqueeze(0) <= index.unsqueeze(1)) & text.attention_mask.bool().unsqueeze(1)
-
-    def as_float(allowed: Tensor) -> Tensor:
-        mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-        return mask.masked_fill_(~allowed, torch.finfo(dtype).min).unsqueeze(1)
-
     # A padding row sees itself, so that no row is masked whole.
     own = torch.eye(len(index), dtype=torch.bool, device=distance.device)
-    sliding = as_float((visible & (distance < window)) | own)
-    if layer_types is None:
-        return sliding
-    return {"sliding_attention": sliding, "full_attention": as_float(visible | own)}
+    return by_layer_type(config, visible | own, lambda size: (visible & (distance < size)) | own, dtype)

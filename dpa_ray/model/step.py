@@ -1,6 +1,6 @@
 """One micro-batch through the model: sums and statistics of the weighted loss, for every stage and method.
 
-Shape letters: B samples, T positions, S text positions, D width, V vocabulary, N targets, I images, P patches.
+Shape letters: B rows (of a sample each, or packed), R samples, T positions, S text positions, D width, V vocabulary, N targets, I images, P patches.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from transformers import LlavaForConditionalGeneration
 from dpa_ray.batch import IGNORE_INDEX, Batch
 from dpa_ray.model.blind import attention_argument, drop_images
 from dpa_ray.model.cmo import TargetScores, Weighting, raw_weights, score_targets, smooth_within_turn
+from dpa_ray.model.packed import apart, block_masks, in_one_row, num_slots, positions_of, takes_one_row
 
 
 @dataclass
@@ -73,31 +74,42 @@ class StepModule(nn.Module):
     def decoder(self) -> Any:
         return self.model.model.language_model if self.is_vlm else self.model.base_model
 
+    def num_slots(self, batch: Batch) -> int:
+        """Positions that the decoder computes for `batch`, padding and filler included."""
+        return num_slots(batch, self.decoder.config)
+
     def forward(self, batch: Batch) -> StepSums:
-        sample, position = (batch.labels != IGNORE_INDEX).nonzero(as_tuple=True)  # (N,) each
-        target = batch.labels[sample, position]
+        packed = batch.sample is not None
+        if packed and takes_one_row(self.decoder.config):
+            batch = in_one_row(batch)
+        row, column = (batch.labels != IGNORE_INDEX).nonzero(as_tuple=True)  # (N,) each
+        target = batch.labels[row, column]
         embeds = self._embed(batch)
-        positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
+        positions = positions_of(batch)
         hidden = self.decoder(
-            inputs_embeds=embeds, attention_mask=batch.attention_mask, position_ids=positions, use_cache=False
+            inputs_embeds=embeds,
+            attention_mask=block_masks(batch, self.decoder.config, embeds.dtype) if packed else batch.attention_mask,
+            position_ids=positions,
+            use_cache=False,
         ).last_hidden_state
-        seen = self._score(hidden, sample, position - 1, target)
+        seen = self._score(hidden, row, column - 1, target)  # the first of a sample is no target
 
         if self.weighting.kind == "uniform":
             raw = torch.ones_like(seen.log_prob)
             weight = raw
         else:
-            blind, has_blind = self._blind(batch, sample, position, target)
+            sample = row if batch.sample is None else batch.sample[row, column].long()
+            blind, has_blind = self._blind(batch, sample, positions[row, column], target)
             # Without an image p and q are the same number: the weight is the clamp of 0, not of rounding noise.
-            pictured = batch.image_mask.any(1)[sample]
+            pictured = apart(batch)[2].any(1)[sample]
             blind.log_prob = torch.where(pictured, blind.log_prob, seen.log_prob.detach())
             blind.logit = torch.where(pictured, blind.logit, seen.logit.detach())
             raw = raw_weights(seen, blind, has_blind, self.weighting)
-            turn = sample * (int(batch.turn.max()) + 1) + batch.turn[sample, position]
+            turn = sample * (int(batch.turn.max()) + 1) + batch.turn[row, column]
             weight = smooth_within_turn(raw, turn, self.weighting.window)
 
         nll = -seen.log_prob
-        grounded = batch.grounded[sample, position]
+        grounded = batch.grounded[row, column]
         # hidden's zero keeps the graph whole in a micro-batch without targets.
         loss = (weight * nll).sum() + 0.0 * hidden[:, 0].float().sum()
         with torch.no_grad():
@@ -133,21 +145,22 @@ class StepModule(nn.Module):
             return embeds + 0.0 * features.sum().to(embeds.dtype)
         return embeds.masked_scatter(batch.image_mask.unsqueeze(-1), features.to(embeds.dtype))
 
-    def _score(self, hidden: Tensor, sample: Tensor, position: Tensor, target: Tensor) -> TargetScores:
-        """Scores of `target` (N,) from `hidden` (B, S, D) at (sample, position); the head never sees another row."""
+    def _score(self, hidden: Tensor, row: Tensor, column: Tensor, target: Tensor) -> TargetScores:
+        """Scores of `target` (N,) from `hidden` (B, T, D) at (row, column); the head never sees another row."""
         if target.numel() == 0:  # the head is called all the same: under ZeRO-3 every rank must gather it
             logits = self.model.get_output_embeddings()(hidden[:1, 0])[:0]
         else:
-            logits = self.model.get_output_embeddings()(hidden[sample, position])
+            logits = self.model.get_output_embeddings()(hidden[row, column])
         return score_targets(logits, target, softcap=self.softcap, num_rows=self.num_softmax_rows)
 
     @torch.no_grad()
     def _blind(self, batch: Batch, sample: Tensor, position: Tensor, target: Tensor) -> tuple[TargetScores, Tensor]:
-        """Scores without the image, from the last text token before each target, and whether there is one."""
+        """Scores of the target at `position` of `sample` without the image, from the last text token before it, and
+        whether there is one."""
         training = self.training
         self.eval()  # q is the model's answer, not one under dropout
         try:
-            text = drop_images(batch.input_ids, batch.attention_mask, batch.image_mask)
+            text = drop_images(*apart(batch))
             embeds = self.model.get_input_embeddings()(text.input_ids)
             hidden = self.decoder(
                 inputs_embeds=embeds,

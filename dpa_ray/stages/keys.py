@@ -8,7 +8,7 @@ from dpa_ray.recipe import PROXY_METHODS, Recipe, SourceSection
 from dpa_ray.stages import build, instruct, proxy_llm, proxy_mllm
 from dpa_ray.stages.spec import Weights
 
-NOT_IN_KEYS = ("micro_batch_size", "gradient_checkpointing", "weights", "from")
+NOT_IN_KEYS = ("micro_batch_size", "packing", "gradient_checkpointing", "weights", "from")
 """Of a stage's section: how it is computed, not what; weights are in the key as what they resolve to."""
 
 MERGE_VERSION = EVAL_VERSION = 1

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpa_ray.data.cursor import Cursor
-from dpa_ray.data.prepare import Prepared, find_prepared, prepare, source_digest
+from dpa_ray.data.prepare import Known, Prepared, find_prepared, prepare, source_digest
 from dpa_ray.recipe import PROXY_METHODS, Recipe, SourceSection
 from dpa_ray.report.metrics import MetricsLog
-from dpa_ray.stages import imports, keys, weights
-from dpa_ray.stages.preflight import preflight
+from dpa_ray.stages import build, imports, keys, supervision, weights
+from dpa_ray.stages.preflight import Checked, preflight
 from dpa_ray.stages.runs import Run
 from dpa_ray.stages.spec import (
     ArtifactRef,
@@ -29,6 +29,7 @@ from dpa_ray.stages.spec import (
     ProxyLlmTask,
     ProxyMllmTask,
     Task,
+    TrainTask,
     Weights,
 )  # fmt: skip
 from dpa_ray.store.artifacts import Artifact, content_key, find
@@ -105,7 +106,9 @@ def make_plan(recipe: Recipe, store: Store, *, make: bool, report: Report) -> Pl
     sections = {"pretrain": recipe.data.pretrain, "instruct": recipe.data.instruct, **recipe.data.eval_extra}
     if recipe.data.eval is not None:
         sections[HELD_OUT] = recipe.data.eval
-    plan = Plan(recipe, llm, tower, {name: (section, source_digest(section)) for name, section in sections.items()})
+    known = Known(store, write=make)
+    data = {name: (section, source_digest(section, known)) for name, section in sections.items()}
+    plan = Plan(recipe, llm, tower, data)
     _add_stages(plan, store, make=make)
     if plan.held_out:
         order = sorted(plan.held_out, key=lambda name: name != HELD_OUT)
@@ -169,18 +172,36 @@ class Pipeline:
         all where everything is there already.
         """
         needed = self.plan.needed
+        checked = None
         if needed:
-            preflight(self.plan.recipe, self.plan.llm.located(self.store), self.plan.tower.located(self.store))
+            checked = preflight(
+                self.plan.recipe, self.plan.llm.located(self.store), self.plan.tower.located(self.store)
+            )
         self.run.write("running", artifacts=self._artifacts())
         for stage in self.plan.stages:
             if stage in self.plan.found:
                 self._copy_metrics(stage)
         if needed:
             start()
-            launch([self._task(name) for name in needed])
+            tasks = [self._task(name) for name in needed]
+            if checked is not None and self.plan.recipe.data.check_supervision:
+                self._check_supervision(checked, tasks)
+            launch(tasks)
         for name in needed:
             self.plan.found[name] = self.plan.refs[name].found(self.store)
         self._place_model()
+
+    def _check_supervision(self, checked: Checked, tasks: list[Task]) -> None:
+        for task in tasks:
+            if isinstance(task, TrainTask):
+                encoder = build.encoder(
+                    self.plan.recipe, task.stage, checked.vocabulary, checked.tower.num_image_tokens
+                )
+                source = self.plan.data["instruct" if task.stage == "instruct" else "pretrain"][0].label
+                found = supervision.measure(self.store, task.data, encoder, self.plan.recipe.data.retry_s)
+                note = supervision.check(found, stage=task.stage, encoder=encoder, source=source)
+                if note is not None:
+                    self.report(note)
 
     def _task(self, name: str) -> Task:
         plan, recipe = self.plan, self.plan.recipe
@@ -213,10 +234,10 @@ class Pipeline:
         found = find_prepared(self.store, digest)
         if found is not None:
             return found
-        self.report(f"preparing data.{name}: {section.source}")
+        self.report(f"preparing data.{name}: {section.label}")
         return prepare(
             self.store, section, max_quarantined_fraction=self.plan.recipe.data.max_quarantined_fraction,
-            report=self.report,
+            report=self.report, retry_s=self.plan.recipe.data.retry_s,
         )  # fmt: skip
 
     def _copy_metrics(self, stage: str) -> None:

@@ -17,13 +17,16 @@ RUN_FILE = "run.json"
 HOW_ONLY = ("name", "store", "cluster", "engine", "deepspeed", "checkpoint", "trackers", "debug")
 """Sections that say how a run is done, not what it is: the same name may go on with others."""
 
+DATA_HOW_ONLY = ("prefetch_batches", "workers", "retry_s", "check_supervision")
+"""The same of `data`."""
+
 
 def identity(recipe: Recipe) -> str:
     """12 hex digits of what a run is; equal for recipes that differ only in how it is done."""
     content = {k: v for k, v in recipe.to_dict().items() if k not in HOW_ONLY}
     content["model"] = {k: v for k, v in content["model"].items() if k != "attention"}
     content["cmo"] = {k: v for k, v in content["cmo"].items() if k != "blind"}
-    content["data"] = {k: v for k, v in content["data"].items() if k not in ("prefetch_batches", "workers")}
+    content["data"] = {k: v for k, v in content["data"].items() if k not in DATA_HOW_ONLY}
     content["stages"] = {
         name: {k: v for k, v in section.items() if k in ("weights", "from") or k not in NOT_IN_KEYS}
         for name, section in content["stages"].items()

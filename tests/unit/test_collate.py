@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dpa_ray.batch import IGNORE_INDEX, NO_TURN, Encoded
+from dpa_ray.batch import IGNORE_INDEX, NO_SAMPLE, NO_TURN, Encoded
 from dpa_ray.data import wire
 from dpa_ray.data.collate import collate
 
@@ -83,3 +83,34 @@ def test_a_batch_crosses_the_wire_unchanged(samples):
         found = getattr(back, name)
         assert (found.dtype, found.shape) == (value.dtype, value.shape) if hasattr(value, "dtype") else found == value
         assert not hasattr(value, "dtype") or found.equal(value)
+
+
+def test_a_layout_packs_samples_and_their_images_into_rows():
+    """Numbers, rows, ids and the order of images: a row's images come in the order of its spans."""
+    samples = [encoded([1, 9, 5], [2], 1), encoded([1, 7, 8, 6], [1, 3]), encoded([9, 4], [1], 1)]
+    images = [np.full((3, 2, 2), i, np.float32) for i in (10, 20)]
+    out = batch(samples, images, layout=[[2, 0], [1]])
+    assert out.input_ids.tolist() == [[9, 4, 1, 9, 5], [1, 7, 8, 6, PAD]]
+    assert out.sample.tolist() == [[2, 2, 0, 0, 0], [1, 1, 1, 1, NO_SAMPLE]]
+    assert (out.labels != IGNORE_INDEX).tolist() == [
+        [False, True, False, False, True],
+        [False, True, False, True, False],
+    ]
+    assert out.attention_mask.tolist() == [[1] * 5, [1, 1, 1, 1, 0]]
+    assert out.pixel_values[:, 0, 0, 0].tolist() == [20, 10]
+    assert (out.num_samples, out.num_tokens, out.num_targets) == (3, 9, 4)
+    assert out.rows == [("d", 0), ("d", 1), ("d", 2)]
+    back = wire.loads(*wire.dumps(out))
+    assert back.sample.tolist() == out.sample.tolist()
+
+
+def test_packed_filler_has_no_targets_and_no_count():
+    filler = batch([encoded([1, 7], [1])], rows=[], ids=[], num_filler=1, layout=[[0]])
+    assert (filler.num_samples, filler.num_tokens, filler.num_targets) == (0, 0, 0)
+    assert filler.sample.tolist() == [[0, 0]]
+
+
+def test_a_layout_that_loses_or_repeats_a_sample_is_refused():
+    for layout in ([[0]], [[0, 1], [1]]):
+        with pytest.raises(ValueError, match="each of 2 samples in one place"):
+            batch([encoded([1]), encoded([2])], layout=layout)

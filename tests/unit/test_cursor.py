@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import tracemalloc
 
 import numpy as np
@@ -121,6 +120,7 @@ def test_a_fraction_takes_from_all_parts_of_the_data():
 
 @pytest.mark.parametrize("fraction", [1.0, 0.3])
 def test_100_million_samples_take_less_than_100_mb_while_built_and_in_any_epoch(fraction):
+    """All that is allocated on the way, not only what is kept. (tests/benchmarks/cursor.py shows the time of a step.)"""
     tracemalloc.start()
     try:
         cursor = Cursor([64] * 1_562_500, seed=0, global_batch_size=256, window=65_536, fraction=fraction)
@@ -131,16 +131,6 @@ def test_100_million_samples_take_less_than_100_mb_while_built_and_in_any_epoch(
     finally:
         tracemalloc.stop()
     assert peak < 100e6
-
-
-@pytest.mark.parametrize("fraction", [1.0, 0.3])
-def test_100_million_samples_take_a_millisecond_a_step(fraction):
-    cursor = Cursor([64] * 1_562_500, seed=0, global_batch_size=256, window=65_536, fraction=fraction)
-    cursor.rows(0, 100_000)
-    start = time.process_time()
-    for step in range(100_000, 100_256):  # a window is 256 steps: one permutation of it is in here
-        cursor.rows(0, step)
-    assert (time.process_time() - start) / 256 < 1e-3
 
 
 def test_a_fraction_of_rows_beyond_64_bit_products_is_spread_exactly():
@@ -192,3 +182,89 @@ def test_a_global_batch_of_7_on_2_workers():
 
 def test_more_workers_than_samples_leaves_filler():
     assert [[p.tolist() for p in rank] for rank in shares(np.array([5, 9]), 4, 2)] == [[[5]], [[9]], [[]], [[]]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    cursors(),
+    st.lists(st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(1, 9)), min_size=1, max_size=5),
+)
+def test_any_change_of_workers_between_any_two_steps_keeps_each_sample_once(case, attempts):
+    """Attempts of (workers, micro-batch, steps) follow each other over two epochs, the last one to the end."""
+    groups, options = case
+    whole = Cursor(groups, **options)
+    total = 2 * whole.steps_per_epoch
+    taken: list[list[int]] = []
+    for number, (world_size, micro, num_steps) in enumerate(attempts):
+        cursor = Cursor(groups, **options)  # as a process that starts again makes it
+        last = number == len(attempts) - 1
+        for step in range(len(taken), total if last else min(total, len(taken) + num_steps)):
+            layout = shares(cursor.rows(*divmod(step, cursor.steps_per_epoch)), world_size, micro)
+            taken.append(sorted(int(r) for rank in layout for part in rank for r in part))
+    assert taken == [sorted(whole.rows(*divmod(s, whole.steps_per_epoch)).tolist()) for s in range(total)]
+    for number in (0, 1):
+        rows = [r for s in taken[number * whole.steps_per_epoch :][: whole.steps_per_epoch] for r in s]
+        assert len(rows) == len(set(rows)) == whole.num_samples
+
+
+# Grouping
+
+
+def image_or_text(seed: int, share: float):
+    """Sizes as data/sizes.py gives them: 64 and more with an image."""
+
+    def sizes(rows: np.ndarray) -> np.ndarray:
+        mixed = (np.asarray(rows, np.uint64) * np.uint64(2654435761) + np.uint64(seed)) % np.uint64(2**32)
+        pictured = mixed % np.uint64(1000) < share * 1000
+        return (np.where(pictured, 64, 0) + (mixed // np.uint64(1000)) % np.uint64(64)).astype(np.uint8)
+
+    return sizes
+
+
+@settings(max_examples=150, deadline=None)
+@given(cursors(), st.integers(0, 5), st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
+def test_grouped_every_sample_once_and_any_step_alone(case, number, share):
+    groups, options = case
+    options = {**options, "sizes": image_or_text(number, share), "one_image": 64}
+    cursor = Cursor(groups, **options)
+    taken = epoch(cursor, number)
+    assert len(taken) == len(set(taken)) == cursor.num_samples
+    for step in range(cursor.steps_per_epoch):
+        rows = Cursor(groups, **options).rows(number, step)
+        assert rows.tolist() == cursor.rows(number, step).tolist()
+        assert (np.diff(options["sizes"](rows).astype(int)) <= 0).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(cursors(), st.integers(0, 5))
+def test_grouped_windows_hold_the_same_samples_as_ungrouped(case, number):
+    """Grouping reads nothing that a plain shuffle would not: windows keep their rows."""
+    groups, options = case
+    plain, grouped = Cursor(groups, **options), Cursor(groups, **options, sizes=image_or_text(0, 0.5), one_image=64)
+    for index in range(-(-plain.num_samples // options["window"])):
+        assert sorted(plain._window(number, index)) == sorted(grouped._window(number, index))
+
+
+def test_grouped_steps_are_all_with_or_all_without_images_but_one_a_window():
+    sizes = image_or_text(3, 0.7)
+    cursor = Cursor([64] * 64, seed=1, global_batch_size=32, window=1024, sizes=sizes, one_image=64)
+    kinds = []
+    for step in range(cursor.steps_per_epoch):
+        pictured = sizes(cursor.rows(0, step)) >= 64
+        kinds.append("mixed" if pictured.any() and not pictured.all() else "image" if pictured.all() else "text")
+    assert kinds.count("mixed") <= 4  # windows
+    assert 80 <= kinds.count("image") <= 96  # of 128
+    runs = sum(a != b for a, b in zip(kinds, kinds[1:], strict=False))
+    assert runs > 30  # in random order, not all images first
+
+
+def test_grouped_passes_hold_samples_of_like_size_on_all_ranks():
+    sizes = image_or_text(3, 1.0)
+    options = {"seed": 1, "global_batch_size": 64, "window": 1024}
+    grouped, plain = Cursor([64] * 16, **options, sizes=sizes, one_image=64), Cursor([64] * 16, **options)
+
+    def spread(cursor: Cursor) -> float:
+        layout = shares(cursor.rows(0, 2), world_size=2, micro_batch_size=4)
+        return max(float(np.ptp(sizes(rows).astype(int))) for ranks in layout for rows in ranks)
+
+    assert spread(grouped) <= 12 < 40 < spread(plain)

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from dpa_ray.batch import Batch
 from dpa_ray.data.cursor import Cursor
+from dpa_ray.data.pack import pack
 from dpa_ray.engine.loop import Schedule, passes_of, train
 from dpa_ray.engine.plain import PlainEngine
 from dpa_ray.engine.protocol import OptimizerSettings
 from dpa_ray.errors import UserError
 from tests.engine_worker import BROKEN, LEARNING_RATES, SETTINGS, STEPS, Case, Outcome, cases, make_module
-from tests.random_models import batch_of, make_step, make_vlm
+from tests.random_models import batch_of, make_step, make_vlm, packed_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 400
@@ -233,7 +234,7 @@ NOTATIONS = ["s1 I t6", "s2 t4", "I t5", "s2 I s1 t4 s1 u3", "s3 I g2 t3", "s1 t
 
 
 def run_loop(
-    engine: PlainEngine, *, micro_batch_size: int = 8, notations: list[str] | None = None
+    engine: PlainEngine, *, micro_batch_size: int = 8, notations: list[str] | None = None, packing: bool = False
 ) -> list[dict[str, Any]]:
     """Two epochs of two steps of 4 over eight samples; gives the recorded metrics."""
     samples = notations or NOTATIONS
@@ -244,6 +245,8 @@ def run_loop(
         for rows, filler in (one for step in plan for one in step):
             chosen = [samples[row] for row in rows] or [samples[filler]]
             batch = batch_of(chosen, num_filler=0 if len(rows) else 1)
+            if packing:
+                batch = packed_of(batch, pack(batch.attention_mask.sum(1).tolist(), 64))
             batch.ids, batch.rows = [f"id{row}" for row in rows], [("data", int(row)) for row in rows]
             yield batch
 
@@ -265,10 +268,22 @@ def test_micro_batch_size_does_not_change_the_loop() -> None:
     assert [line["epoch"] for line in logs[0]] == [0, 0, 1, 1]
     for log, engine in zip(logs[1:], engines[1:], strict=True):
         for first, line in zip(logs[0], log, strict=True):
-            for key in set(line) - {"stage", "step_time_s", "data_wait_s", "tokens_per_s"}:
+            for key in set(line) - {"stage", "step_time_s", "data_wait_s", "tokens_per_s", "packing_efficiency"}:
                 assert line[key] == pytest.approx(first[key], rel=1e-4), key
         for one, other in zip(copies(engines[0]), copies(engine), strict=True):
             torch.testing.assert_close(other, one, rtol=0, atol=1e-5)
+
+
+def test_packing_does_not_change_the_loop() -> None:
+    """Everything that is logged but time and how much of the computing was for padding, and every parameter."""
+    engines = plain(), plain()
+    logs = run_loop(engines[0]), run_loop(engines[1], packing=True)
+    for unpacked, packed in zip(*logs, strict=True):
+        assert unpacked["packing_efficiency"] < packed["packing_efficiency"] <= 1
+        for key in set(packed) - {"stage", "step_time_s", "data_wait_s", "tokens_per_s", "packing_efficiency"}:
+            assert packed[key] == pytest.approx(unpacked[key], rel=1e-4), key
+    for one, other in zip(copies(engines[0]), copies(engines[1]), strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-5)
 
 
 def test_a_step_without_weight_makes_no_update() -> None:

@@ -1,4 +1,4 @@
-"""Do odd images become the right pixels, and broken ones an error with the right reason?"""
+"""Do odd files become the right image, and broken ones an error with the right reason?"""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import CLIPImageProcessor, LlavaImageProcessorPil
 
-from dpa_ray.data.images import ImageError, check, decode, pixel_shape, pixels
+from dpa_ray.data.images import ImageError, check, decode
 
 RNG = np.random.default_rng(0)
 PICTURE = Image.fromarray(RNG.integers(0, 255, (40, 60, 3), dtype=np.uint8))
@@ -176,48 +175,3 @@ def test_animated(form):
 def test_an_image_error_survives_pickling():
     error = pickle.loads(pickle.dumps(ImageError("image_empty", "x")))
     assert (error.reason, error.detail) == ("image_empty", "x")
-
-
-# -- pixels
-
-PROCESSORS = {
-    "crop": LlavaImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
-    "pad": LlavaImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False, do_pad=True),
-    "stretch": LlavaImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False),
-}
-
-
-@pytest.mark.parametrize("aspect", PROCESSORS)
-@pytest.mark.parametrize("size", [(60, 40), (1, 50), (50, 1), (3, 9), (9, 3), (1, 1), (3, 3), (1, 200)])
-def test_pixels_of_any_shape_are_the_processors(aspect, size):
-    processor = PROCESSORS[aspect]
-    picture = Image.fromarray(RNG.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
-    out = pixels(picture, processor)
-    assert (out.shape, out.dtype) == ((3, 28, 28), np.float32)
-    assert out.shape == pixel_shape(processor)
-    expected = processor(images=[picture], return_tensors="np")["pixel_values"][0]
-    assert np.array_equal(out, expected)
-
-
-def test_a_column_of_one_colour_keeps_it():
-    """One pixel wide: taken for channels first, its colours would be mixed up."""
-    for size in ((1, 5), (5, 1), (3, 7)):
-        out = pixels(Image.new("RGB", size, (255, 0, 0)), PROCESSORS["stretch"])
-        mean, std = np.array(PROCESSORS["stretch"].image_mean), np.array(PROCESSORS["stretch"].image_std)
-        expected = ((np.array([1, 0, 0]) - mean) / std).astype(np.float32)
-        assert np.allclose(out.mean((1, 2)), expected, atol=1e-5)
-
-
-def test_odd_files_give_what_the_processor_makes_of_the_opened_image():
-    """Transparency, palette, CMYK: the exported processor, given the opened file, shows the model the same."""
-    clear = PICTURE.convert("RGBA")
-    clear.putalpha(Image.linear_gradient("L").resize(PICTURE.size))
-    for image, form in ((clear, "PNG"), (PICTURE.quantize(16), "PNG"), (PICTURE.convert("CMYK"), "JPEG")):
-        data = saved(image, form)
-        expected = PROCESSORS["pad"](images=Image.open(io.BytesIO(data)), return_tensors="np")["pixel_values"][0]
-        assert np.array_equal(pixels(decode(data), PROCESSORS["pad"]), expected)
-
-
-def test_shape_without_a_processor_and_of_other_processors():
-    assert pixel_shape(None) == (3, 0, 0)
-    assert pixel_shape(CLIPImageProcessor(crop_size={"height": 18, "width": 20})) == (3, 18, 20)

@@ -7,6 +7,7 @@ import os
 import pickle
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from transformers import LlavaImageProcessorPil
 from dpa_ray.batch import IGNORE_INDEX, Batch
 from dpa_ray.data import ingest, shards
 from dpa_ray.data.cursor import Cursor, shares
-from dpa_ray.data.images import decode, pixels
+from dpa_ray.data.images import decode
 from dpa_ray.data.ingest import Loader, stream
+from dpa_ray.data.pixels import levels, pixels
 from dpa_ray.data.prepare import prepare
 from dpa_ray.errors import UserError
 from dpa_ray.store import Store
@@ -77,7 +79,10 @@ def test_a_batch_is_its_rows_samples_in_their_order(loader):
         assert int(batch.image_mask[b].sum()) == NUM_IMAGE_TOKENS * len(sample.images)
     images = [image for sample in samples for image in sample.images]
     assert len(images) == 3
-    assert np.array_equal(batch.pixel_values.numpy(), [pixels(decode(i.data), PROCESSOR) for i in images])
+    assert np.array_equal(batch.pixel_values.numpy(), [levels(decode(i.data), PROCESSOR) for i in images])
+    shown = batch.to("cpu").pixel_values
+    assert shown.dtype == torch.float32
+    assert np.array_equal(shown.numpy(), [pixels(decode(i.data), PROCESSOR) for i in images])
     assert batch.num_samples == 4
     assert batch.num_tokens == int(batch.attention_mask.sum())
     assert batch.num_targets == int((batch.labels != IGNORE_INDEX).sum()) > 0
@@ -103,6 +108,29 @@ def test_stage_1_batches_have_no_images(tmp_path):
     assert not batch.image_mask.any()
 
 
+def test_packed_batches_hold_the_same_samples_without_padding(tmp_path):
+    """Through the encoder: ids, targets, counts and identities; one sample is cut at max_length."""
+    captions = [f"A {'very ' * (7 * i % 23)}red square." for i in range(8)]
+    records = [
+        record(i, conversations=[{"from": "human", "value": "<image>"}, {"from": "gpt", "value": c}])
+        for i, c in enumerate(captions)
+    ]
+    unpacked = prepared_loader(tmp_path, records, template="text")
+    unpacked.encoder.max_length = 40
+    packed = replace(unpacked, packing=True)
+    one, two = (loader.load(np.arange(8), 0) for loader in (unpacked, packed))
+    assert two.sample is not None
+    assert two.input_ids.numel() < one.input_ids.numel()
+    assert one.attention_mask.sum(1).max() == 40
+    assert (one.num_tokens, one.num_targets, one.rows, one.ids) == (two.num_tokens, two.num_targets, two.rows, two.ids)
+    for number in range(8):
+        mine, theirs = two.sample == number, one.attention_mask[number].bool()
+        for name in ("input_ids", "labels", "turn"):
+            assert getattr(two, name)[mine].tolist() == getattr(one, name)[number][theirs].tolist()
+    filler = packed.load(np.array([], np.int64), 3)
+    assert (filler.num_tokens, filler.num_targets) == (0, 0)
+
+
 def test_an_image_that_truncation_drops_gives_no_pixels(tmp_path):
     turns = [{"from": "human", "value": "<image> and <image>?"}, {"from": "gpt", "value": "Yes"}]
     made = prepared_loader(tmp_path, [record(0, image=["im/0.png", "im/1.png"], conversations=turns)])
@@ -118,6 +146,33 @@ def test_an_image_that_truncation_drops_gives_no_pixels(tmp_path):
 def test_a_row_that_is_not_there_is_an_error(loader, row):
     with pytest.raises(IndexError, match=r"expected a row in 0..99"):
         loader.load(np.array([row]), 0)
+
+
+def test_seeking_to_a_step_reads_nothing_of_what_it_skips(loader, monkeypatch):
+    """Row groups of a step in the middle, asked for first, are those of its rows; a walk there opens more."""
+    import pyarrow.parquet as pq
+
+    taken: list[int] = []
+    inner = pq.ParquetFile.read_row_group
+
+    def counted(self, index, **options):
+        taken.append(index)
+        return inner(self, index, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    cursor = Cursor(loader.prepared.row_groups, seed=3, global_batch_size=5, window=10)
+    ends = np.cumsum(loader.prepared.row_groups)
+    costs = []
+    for step in (0, 11, cursor.steps_per_epoch - 1):
+        rows = cursor.rows(1, step)
+        pickle.loads(pickle.dumps(loader)).load(rows, 0)  # a new process
+        assert len(taken) == len(set(np.searchsorted(ends, rows, side="right").tolist()))
+        costs.append(len(taken))
+        taken.clear()
+    walker = pickle.loads(pickle.dumps(loader))
+    for step in range(cursor.steps_per_epoch):
+        walker.load(cursor.rows(1, step), 0)
+    assert len(taken) > max(costs)
 
 
 def test_only_the_row_groups_needed_are_read_and_kept_within_bounds(loader, monkeypatch):

@@ -59,13 +59,17 @@ CHANGES: dict[str, tuple[Any, str | None]] = {
     "data.shuffle_window": (7, "proxy_llm"),
     "data.prefetch_batches": (3, None),
     "data.workers": (3, None),
+    "data.retry_s": (3.0, None),
+    "data.check_supervision": (False, None),
     "cmo.lower": (0.1, "proxy_mllm"),
     "cmo.upper": (0.7, "proxy_mllm"),
     "cmo.window": (5, "proxy_mllm"),
     "cmo.blind": ("live", None),
+    "stages.proxy_llm.packing": (False, None),
     "stages.proxy_mllm.weights": ("uniform", "proxy_mllm"),
     "stages.instruct.weights": ("logit", "instruct"),
     "stages.instruct.llm": ("lora", "instruct"),
+    "stages.instruct.group_by_length": (False, "instruct"),
     "eval.max_samples": (3, "eval"),
     "eval.batch_size": (3, None),
     "eval.max_new_tokens": (3, "eval"),
@@ -90,7 +94,7 @@ ELSEWHERE = {
     "data.eval_extra": "test_further_held_out_sets_are_in_the_key_of_eval_alone",
     "data.eval.fraction": "held-out sets are cut by eval.max_samples",
     "data.eval.image_aspect": "the finished model's own processor",
-    **{f"data.{s}.{k}": "files: what lies there is in the digest" for s in ("pretrain", "instruct", "eval") for k in ("source", "images", "format")},
+    **{f"data.{s}.{k}": "files: what lies there is in the digest" for s in ("pretrain", "instruct", "eval") for k in ("source", "images", "format", "columns")},
 }  # fmt: skip
 
 
@@ -118,6 +122,21 @@ def test_each_key_changes_the_results_that_it_should(recipe: Callable[..., Recip
         if found != expected:
             wrong[key] = (sorted(found), sorted(expected))
     assert not wrong
+
+
+def test_a_mixture_counts_by_what_it_takes_of_what(recipe: Callable[..., Recipe]) -> None:
+    def keys(*entries: str) -> tuple[str, ...]:
+        return tuple(keys_of(recipe(f"data.pretrain={{source: [{', '.join(entries)}]}}")).values())
+
+    shapes = "{source: builtin:shapes, options: {size: 10}}"
+    assert keys(shapes) == tuple(
+        keys_of(recipe("data.pretrain={source: builtin:shapes, options: {size: 10}}")).values()
+    )
+    twice = shapes.replace("}}", "}, weight: 2}")
+    half = shapes.replace("}}", "}, take: 'first:5'}")
+    found = [keys(shapes), keys(shapes, shapes), keys(twice), keys(half), keys(shapes, half)]
+    assert len(set(found)) == 5
+    assert len({key[0] for key in found}) == 5, "from stage 1 on"
 
 
 def test_loras_of_stage_three_count_where_it_has_one(recipe: Callable[..., Recipe]) -> None:

@@ -15,19 +15,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from dpa_ray.data import prepare as module
 from dpa_ray.data import shapes, shards, sources
+from dpa_ray.data.catalog import open_source
 from dpa_ray.data.prepare import find_prepared, prepare
 from dpa_ray.data.sample import ImageFile, Sample, Turn
 from dpa_ray.data.shards import from_row, write_shard
 from dpa_ray.errors import UserError
-from dpa_ray.recipe import SourceOptions, SourceSection
+from dpa_ray.recipe import SourceEntry, SourceOptions, SourceSection
 from dpa_ray.store import Store
 from tests.s3 import S3
 from tests.unit.test_sources import make, png, record, upload
+from tests.unit.test_webdataset import pairs, tar
 
 ROOT = Path(__file__).parents[2]
 
@@ -300,10 +303,24 @@ def test_ray_tasks_make_the_same_bytes(tmp_path, store, small_parts, monkeypatch
     assert tree(other) == tree(store)
 
 
+def test_ray_tasks_read_tars_and_what_is_taken_of_them(tmp_path, store, monkeypatch, local_ray):
+    monkeypatch.setattr(sources, "MAX_PART_ROWS", 8)
+    monkeypatch.setattr(module, "IN_PROCESS_ROWS", 10)
+    for i in range(2):
+        tar(tmp_path / f"s-{i}.tar", pairs(i * 20, i * 20 + 20))
+    entry = {"source": str(tmp_path / "s-{0..1}.tar"), "take": "last:30", "weight": 2.0}
+    section = SourceSection(source=[SourceEntry(**entry)])
+    distributed = run(store, section)
+    assert distributed.num_rows == 60
+    other = Store(str(tmp_path / "other"))
+    assert run(other, section, ray_is_ready=lambda: False) == distributed
+    assert tree(other) == tree(store)
+
+
 def test_an_error_in_a_ray_task_is_its_message_alone(tmp_path, store, small_parts, monkeypatch, local_ray):
     section = make(tmp_path, [record(i) for i in range(40)])
     monkeypatch.setattr(module, "IN_PROCESS_ROWS", 10)
-    source = sources.open_source(section)
+    source = open_source(section)
     scan = source.scan()
     (tmp_path / "set.json").unlink()
     with pytest.raises(UserError, match=r"^expected a file at .*set.json, found nothing$"):
@@ -339,14 +356,27 @@ def test_the_command_takes_options_of_the_builtin_source(tmp_path, main, capsys)
     assert "5 samples in 1 shards" in capsys.readouterr().err
 
 
+def test_the_command_takes_columns_and_a_choice_of_rows(tmp_path, main, capsys):
+    rows = {"pic": [png(1), png(2), png(3)], "says": ["a", "b", "c"]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    command = [str(tmp_path / "a.parquet"), "--store", str(tmp_path / "store"), "--column", "image=pic"]
+    assert main([*command, "--column", "text=says", "--take", "last:2"]) == 0
+    folder = Path(capsys.readouterr().out.strip())
+    assert [row["place"] for row in pq.read_table(folder / "part-00000.parquet").to_pylist()] == ["#1", "#2"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["none.json"], 1, "expected a file at"),
-        (["set.json", "--format", "parquet"], 1, "not supported yet"),
+        (["set.json", "--format", "parquet"], 1, "expected Parquet"),
         (["builtin:nothing"], 2, "expected builtin:shapes"),
         (["set.json", "--option", "size=5"], 2, "options belong to builtin sources only"),
         (["builtin:shapes", "--option", "colour=5"], 2, "options.colour"),
+        (["set.json", "--column", "text=x"], 2, "columns belong to parquet and webdataset only"),
+        (["set.parquet", "--column", "colour=x"], 2, "columns.colour"),
+        (["set.json", "--take", "some"], 2, "expected first:N, last:N or random:N"),
+        (["set.tar", "--images", "x"], 2, "images does not belong to webdataset"),
         (["set.json", "--max-quarantined-fraction", "2"], 2, "expected 0 to 1, found 2"),
         (["set.json", "--format", "zip"], 2, "invalid choice"),
         ([], 2, "required: SOURCE"),
@@ -370,3 +400,13 @@ def test_preparing_is_done_before_it_is_slow(tmp_path, store):
     start = time.process_time()
     run(store, section)
     assert time.process_time() - start < 10
+
+
+@pytest.mark.ci
+def test_memory_does_not_grow_with_the_source_and_the_rate_is_shown():
+    """20,000 samples; tests/benchmarks/prepare.py does 100,000. 2 GB a worker is what the data plane promises."""
+    from tests.benchmarks.prepare import measure
+
+    result = measure(20_000)
+    assert result["peak_bytes"] < 2e9
+    assert result["rates_shown"] >= 2

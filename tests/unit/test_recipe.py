@@ -11,8 +11,18 @@ import jsonschema
 import pytest
 import yaml
 
-from dpa_ray.recipe import METHOD_WEIGHTS, RECIPES_DIR, RecipeError, find_recipe, json_schema, load, parse
-from dpa_ray.recipe_yaml import from_yaml
+from dpa_ray.data.mixture import entries
+from dpa_ray.recipe import (
+    METHOD_WEIGHTS,
+    RECIPES_DIR,
+    RecipeError,
+    SourceSection,
+    find_recipe,
+    json_schema,
+    load,
+    parse,
+)
+from dpa_ray.recipe_yaml import from_yaml, read_yaml
 from tests.recipe_helpers import SMALLEST, errors_of, written
 
 
@@ -143,10 +153,21 @@ def test_stores_that_are_neither_folder_nor_s3_are_refused(store: str) -> None:
         ("cmo={lower: 2, upper: 1}", "cmo", "expected lower <= upper", "lower 2.0 > upper 1.0"),
         ("data.pretrain.source=builtin:photos", "data.pretrain", "expected builtin:shapes", "builtin:photos"),
         ("data.pretrain.images=/x", "data.pretrain", "takes options", ""),
+        ("data.pretrain.source=[]", "data.pretrain.source", "expected a list that is not empty", "list []"),
+        ("data.pretrain.source=3", "data.pretrain.source", "expected a string", "integer 3"),
+        ("data.eval={source: [{source: a.tar, tak: x}]}", "data.eval.source.0.tak", "did you mean take?", "'x'"),
+        ("data.eval={source: [{source: a, take: ten}]}", "data.eval.source.0.take", "expected first:N", "'ten'"),
+        ("data.eval={source: [{source: a, take: 'random:101%'}]}", "data.eval.source.0.take", "up to 100%", "101%"),
+        ("data.eval={source: [{source: a, take: 'first:1.5'}]}", "data.eval.source.0.take", "a whole number", "1.5"),
+        ("data.eval={source: [{source: a, weight: 0}]}", "data.eval.source.0.weight", "a number >= 0.001", "integer 0"),
+        ("data.eval={source: [{source: a.yaml}]}", "data.eval.source.0", "found another mixture", "a.yaml"),
+        ("data.eval={source: [{source: a}], format: llava}", "data.eval", "format, columns and options in its", ""),
+        ("data.eval={source: a.yaml, format: llava}", "data.eval", "belong to single sources", ""),
+        ("data.eval={source: a.tar, images: x}", "data.eval", "images does not belong to webdataset", ""),
+        ("data.eval={source: a.json, columns: {text: x}}", "data.eval", "belong to parquet and webdataset", ""),
+        ("data.eval={source: a.tar, columns: {txt: x}}", "data.eval.columns.txt", "did you mean text?", "'x'"),
+        ("data.eval={source: a.tar, columns: {prompt: x}}", "data.eval.columns", "expected text", "found none"),
         ("data.pretrain.source=a.json", "data.pretrain", "builtin sources only", ""),
-        ("data.eval.fraction=0.5", "data.eval", "expected no fraction", "0.5"),
-        ("data.eval.image_aspect=pad", "data.eval", "expected no image_aspect", "pad"),
-        ("data.eval_extra.unseen_pairs.fraction=0.5", "data.eval_extra.unseen_pairs", "eval.max_samples", "0.5"),
         ("deepspeed.zero_stage=4", "deepspeed.zero_stage", "expected a number <= 3", "integer 4"),
         ("deepspeed.zero_stage=true", "deepspeed.zero_stage", "expected an integer", "boolean true"),
         ("trackers.wandb={}", "trackers.wandb.project", "expected a value", "none"),
@@ -279,6 +300,14 @@ def test_recipes_in_the_readme_are_right_and_its_commands_are_the_promised_ones(
     examples = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert examples
     for example in examples:
-        load(written(tmp_path, example))
+        values = from_yaml(example)
+        if "datasets" in values:  # a mixture's file, not a recipe's
+            (tmp_path / "mix.yaml").write_text(example)
+            assert len(entries(SourceSection(source=str(tmp_path / "mix.yaml")))) == 2
+        elif set(values) <= {"pretrain", "instruct"}:  # a part of `data`
+            tiny_values = read_yaml(RECIPES_DIR / "tiny.yaml")
+            parse({**tiny_values, "data": {**tiny_values["data"], **values}})
+        else:
+            load(written(tmp_path, example))
     for command in ("pip install -e . && python jobs/run_dpa.py", "pip install -e '.[test]' && pytest"):
         assert f"\n{command}\n" in text

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dpa_ray.data import sources
+from dpa_ray.data.catalog import open_source, source_digest
 from dpa_ray.data.files import Folder, unsafe_name
 from dpa_ray.data.llava import REASONS
 from dpa_ray.data.records import NotJson, NotRecords, scan, scan_part
 from dpa_ray.data.sample import Sample
-from dpa_ray.data.sources import Rejected, open_source, source_digest
+from dpa_ray.data.sources import Rejected
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import SourceOptions, SourceSection
 from tests.s3 import S3
@@ -322,8 +323,9 @@ def test_parts_hold_every_row_once_and_near_the_target(tmp_path, monkeypatch, li
         ({"source": "{folder}/set.json", "images": "{folder}/none"}, "expected a folder of images at .*found nothing"),
         ({"source": "{folder}/set.json", "images": "{folder}/set.json"}, "expected a folder of images.*found a file"),
         ({"source": "gs://bucket/set.json"}, "expected a local path, file:// or s3:// URI"),
-        ({"source": "{folder}/set.tar"}, "expected LLaVA JSON or JSONL .*found format webdataset"),
-        ({"source": "{folder}/set.json", "format": "parquet"}, "expected LLaVA JSON or JSONL .*found format parquet"),
+        ({"source": "{folder}/set.tar"}, "expected a file or folder at .*set.tar, found nothing"),
+        ({"source": "{folder}/set.json", "format": "webdataset"}, "expected a tar, found another file"),
+        ({"source": "{folder}/set.json", "format": "parquet"}, "expected Parquet, found a file that cannot be read"),
         ({"source": "{folder}/bad.json"}, "bad.json: expected JSON, found .* at byte"),
         ({"source": "{folder}/empty.json"}, "empty.json: expected records, found an empty list"),
     ],

@@ -256,7 +256,8 @@ def test_filler_rows_contribute_nothing(filler: str) -> None:
     check_sums(found, expected)
     wanted = gradients(module, expected.loss)
     for name, gradient in gradients(module, found.loss).items():
-        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
+        # 1e-5 of the tensor's largest: other rows, another order of sums; single numbers near 0 have no scale of their own
+        torch.testing.assert_close(gradient, wanted[name], rtol=0, atol=1e-5 * float(wanted[name].abs().max()) + 1e-9)
 
 
 # What has no image, or no target

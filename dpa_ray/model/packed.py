@@ -1,0 +1,110 @@
+"""Several samples in one row: how is attention kept inside each, and where does each begin?
+
+transformers finds packed samples by itself where positions restart, no mask and no cache are given: that is exact, but
+silent where it does not (an attention mask, a cache, under flash attention more than one row). So masks are made here
+where they can be, and flash attention, which takes none, is given one row.
+Shape letters: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpa_ray.batch import NO_SAMPLE, Batch
+
+
+def positions_of(batch: Batch) -> Tensor:
+    """(B, T) int64: 0, 1, ... in each sample; packed, on the padding behind the last one too."""
+    index = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device).expand(batch.input_ids.shape)
+    if batch.sample is None:
+        return index
+    starts = torch.ones_like(batch.sample, dtype=torch.bool)
+    starts[:, 1:] = batch.sample[:, 1:] != batch.sample[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(1).values
+
+
+def apart(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """`input_ids`, `attention_mask` and `image_mask` with a row for each sample, right-padded: what they were unpacked."""
+    if batch.sample is None:
+        return batch.input_ids, batch.attention_mask, batch.image_mask
+    real = batch.sample != NO_SAMPLE
+    row, column = batch.sample[real].long(), positions_of(batch)[real]
+    shape = (int(row.max()) + 1, int(column.max()) + 1) if len(row) else (1, 1)
+
+    def spread(values: Tensor) -> Tensor:
+        rows = values.new_zeros(shape)
+        rows[row, column] = values[real]
+        return rows
+
+    return spread(batch.input_ids), spread(batch.attention_mask), spread(batch.image_mask)
+
+
+def takes_one_row(config: Any) -> bool:
+    """Does the decoder's attention find packed samples by their positions only, in a single row (flash attention)?"""
+    return "flash" in (config._attn_implementation or "")
+
+
+def in_one_row(batch: Batch) -> Batch:
+    """A packed batch without its padding, all samples in one row; every (B, T) tensor becomes (1, tokens)."""
+    assert batch.sample is not None
+    real = batch.attention_mask.bool()
+    rows: dict[str, Any] = {
+        name: value[real].unsqueeze(0)
+        for name, value in vars(batch).items()
+        if isinstance(value, Tensor) and value.shape == real.shape
+    }
+    return replace(batch, **rows)
+
+
+def num_slots(batch: Batch, config: Any) -> int:
+    """Positions that the decoder computes for `batch`, padding and filler included."""
+    if batch.sample is not None and takes_one_row(config):
+        return int(batch.attention_mask.sum())
+    return batch.input_ids.numel()
+
+
+def block_masks(batch: Batch, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor] | None:
+    """The `attention_mask` to call a transformers decoder with on a packed batch; None for flash attention.
+
+    Args:
+        config: the decoder's config (`layer_types`, `sliding_window`, attention implementation).
+        dtype: of the model.
+    """
+    if takes_one_row(config):
+        return None
+    assert batch.sample is not None
+    sample = batch.sample
+    index = torch.arange(sample.shape[1], device=sample.device)
+    distance = index.unsqueeze(1) - index.unsqueeze(0)  # (T, T): query minus key; inside a sample, of positions too
+    # Padding sees padding, so that no row is masked whole.
+    visible = (sample.unsqueeze(2) == sample.unsqueeze(1)) & (distance >= 0)
+    return by_layer_type(config, visible, lambda window: visible & (distance < window), dtype)
+
+
+def by_layer_type(
+    config: Any, full: Tensor, within: Callable[[int], Tensor], dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
+    """4-D float masks (exact under sdpa and eager; bool ones only under sdpa) for each kind of layer that `config` has.
+
+    Args:
+        full: (B, T, T) bool, what each query sees; within: the same, of a sliding window of so many positions.
+    """
+    window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if layer_types is None:
+        return _as_float(full if window is None else within(window), dtype)
+    masks = {}
+    if "sliding_attention" in layer_types:
+        masks["sliding_attention"] = _as_float(full if window is None else within(window), dtype)
+    if "full_attention" in layer_types:
+        masks["full_attention"] = _as_float(full, dtype)
+    return masks
+
+
+def _as_float(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
