@@ -118,19 +118,31 @@ def test_a_fraction_takes_from_all_parts_of_the_data():
     assert per_group.min() == per_group.max() == 16
 
 
-def test_100_million_samples_take_less_than_100_mb():
+@pytest.mark.parametrize("fraction", [1.0, 0.3])
+def test_100_million_samples_take_less_than_100_mb_while_built_and_in_any_epoch(fraction):
     """All that is allocated on the way, not only what is kept. (tests/benchmarks/cursor.py shows the time of a step.)"""
-    groups = np.full(1_562_500, 64)
     tracemalloc.start()
     try:
-        cursor = Cursor(groups, seed=0, global_batch_size=256, window=65_536)  # type: ignore[arg-type]
-        for epoch_number in (0, 1):
-            for step in (0, 200_000, cursor.steps_per_epoch - 1):
-                cursor.rows(epoch_number, step)
+        cursor = Cursor([64] * 1_562_500, seed=0, global_batch_size=256, window=65_536, fraction=fraction)
+        for number in (0, 1, 7, 0):
+            for step in (0, cursor.steps_per_epoch // 2, cursor.steps_per_epoch - 1):
+                assert len(set((cursor.rows(number, step) // 64).tolist())) > 100, "from many row groups"
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 100e6
+
+
+def test_a_fraction_of_rows_beyond_64_bit_products_is_spread_exactly():
+    cursor = Cursor([2**32, 2**32], seed=0, global_batch_size=1, window=1, fraction=0.5)
+    assert cursor.num_samples == 2**32
+    assert cursor._counts.tolist() == [2**31, 2**31]
+
+
+def test_the_subset_of_a_fraction_is_a_recorded_one():
+    """Of row groups of unlike sizes, some of which give nothing: resuming relies on it too."""
+    cursor = Cursor([4, 1, 7, 3, 1, 2], seed=5, global_batch_size=3, window=3, fraction=0.2)
+    assert [cursor.rows(2, step).tolist() for step in range(2)] == [[16, 14, 3], [7]]
 
 
 @pytest.mark.parametrize("step", [-1, 4])
