@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from dpa_ray.batch import Batch, Encoded
 from dpa_ray.data import wire
@@ -25,7 +24,7 @@ from dpa_ray.data.encode import Encoder
 from dpa_ray.data.images import ImageError, decode
 from dpa_ray.data.pack import pack
 from dpa_ray.data.patience import patiently
-from dpa_ray.data.pixels import levels, pixel_shape, table
+from dpa_ray.data.pixels import Geometry, levels, pixel_shape
 from dpa_ray.data.prepare import quiet_ray_data
 from dpa_ray.data.prepared import Prepared, StoreLike
 from dpa_ray.data.sample import Sample
@@ -54,7 +53,7 @@ _USUAL_TOKENS = 1024
 class Loader:
     """Micro-batches of one prepared source. Picklable; what it has read stays in its process.
 
-    `image_processor` is a transformers image processor, None where `encoder` leaves images out (template "text").
+    `image_processor` is a transformers image processor (its Geometry is kept), None where `encoder` leaves images out (template "text").
     Row numbers are those of the cursor: 0 to prepared.num_rows - 1. `packing` lays a micro-batch's samples into rows
     without padding (see pack.py).
     """
@@ -68,10 +67,13 @@ class Loader:
     cache_bytes: int = CACHE_BYTES
     retry_s: float = 0.0  # an S3 outage as long only delays
     _reader: _Reader | None = field(default=None, init=False, repr=False, compare=False)
-    _table: torch.Tensor | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.image_processor is not None:
+            self.image_processor = Geometry.of(self.image_processor)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_reader": None, "_table": None}
+        return {**vars(self), "_reader": None}
 
     def check(self) -> None:
         """Raises: UserError where the tokenizer's template cannot take data like this."""
@@ -99,7 +101,7 @@ class Loader:
             num_filler=1 if is_filler else 0,
             image_shape=pixel_shape(self.image_processor),
             layout=pack([len(e.input_ids) for e in encoded], self.encoder.max_length) if self.packing else None,
-            pixel_table=None if self.image_processor is None else self._pixel_table(),
+            pixel_table=None if self.image_processor is None else self.image_processor.table,
         )
         if not is_filler:
             batch.untaught = [
@@ -117,11 +119,6 @@ class Loader:
         except ImageError as err:
             raise UserError(f"{sample.place}: an image that was prepared does not decode: {err}") from None
         return [levels(image, self.image_processor) for image in images]
-
-    def _pixel_table(self) -> torch.Tensor:
-        if self._table is None:
-            self._table = table(self.image_processor)
-        return self._table
 
     def batch_bytes(self, num_rows: int) -> int:
         """About what a batch of `num_rows` samples of usual length with one image each takes."""

@@ -12,6 +12,7 @@ OpenCV decode the same pixels as Pillow within 15 % of its time: not worth a sec
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,30 @@ import torch
 from PIL import Image
 
 from dpa_ray.batch import apply_table
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What batches need of an image processor. To unpickle the processor itself takes seconds of imports, in every process
+    that makes them."""
+
+    do_pad: bool
+    image_mean: tuple[float, ...]
+    size: dict[str, int]
+    resample: int
+    do_center_crop: bool
+    crop_size: dict[str, int]
+    table: torch.Tensor = field(compare=False)  # see `table`
+
+    @classmethod
+    def of(cls, image_processor: Any) -> Geometry:
+        if isinstance(image_processor, Geometry):
+            return image_processor
+        p = image_processor
+        size, crop_size = ({k: int(v) for k, v in dict(s or {}).items() if v} for s in (p.size, p.crop_size))
+        return cls(
+            bool(p.do_pad), tuple(p.image_mean), size, int(p.resample), bool(p.do_center_crop), crop_size, table(p)
+        )
 
 
 def pixels(image: Image.Image, image_processor: Any) -> np.ndarray:
@@ -38,7 +63,7 @@ def levels(image: Image.Image, image_processor: Any) -> np.ndarray:
         width, height = (short, scaled) if image.width <= image.height else (scaled, short)
     else:
         width, height = size["width"], size["height"]
-    image = image.resize((width, height), p.resample)
+    image = image.resize((width, height), Image.Resampling(p.resample))
     if p.do_center_crop:
         left, top = (width - p.crop_size["width"]) // 2, (height - p.crop_size["height"]) // 2
         image = image.crop((left, top, left + p.crop_size["width"], top + p.crop_size["height"]))
@@ -61,8 +86,6 @@ def pixel_shape(image_processor: Any) -> tuple[int, int, int]:
     if image_processor is None:
         return (3, 0, 0)
     size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
-    if not isinstance(size, dict):
-        size = {"height": size.height, "width": size.width}
     return (3, int(size["height"]), int(size["width"]))
 
 
