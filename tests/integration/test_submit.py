@@ -18,7 +18,7 @@ import yaml
 
 from tests.integration.runs import ENVIRONMENT, ROOT, STAGES, UNSET, Run, losses
 
-pytestmark = pytest.mark.ci
+pytestmark = pytest.mark.full
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
