@@ -19,7 +19,7 @@ from tests.integration.runs import STAGES, Run, run_dpa
 from tests.real_assets import RealAssets, subset
 from tests.s3 import S3
 
-pytestmark = pytest.mark.full
+pytestmark = pytest.mark.ci
 
 NUM_STEPS, GLOBAL_BATCH_SIZE = 15, 8
 NUM_SAMPLES = NUM_STEPS * GLOBAL_BATCH_SIZE + 5
