@@ -180,12 +180,16 @@ class Cursor:
         steps = [steps[i] for i in permutation(num_whole, self.seed, _STEPS, epoch, index, 1)]
         return np.concatenate([left[:head], *steps, left[head + mixed * size :]])
 
+    def num_rows(self, step: int) -> int:
+        """How many samples step `step` (0-based) of any epoch takes: the global batch, or what is left of the epoch."""
+        return min(self.global_batch_size, self.num_samples - step * self.global_batch_size)
+
     def rows(self, epoch: int, step: int) -> np.ndarray:
         """(b,) int64: the rows of step `step` (0-based) of `epoch`, grouped: largest first; the last may be short."""
         if epoch < 0 or not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"expected a step in 0..{self.steps_per_epoch - 1}, found step {step} of epoch {epoch}")
         start = step * self.global_batch_size
-        stop = min(start + self.global_batch_size, self.num_samples)
+        stop = start + self.num_rows(step)
         parts = []
         while start < stop:
             index, offset = divmod(start, self.window)
@@ -198,16 +202,21 @@ class Cursor:
         return rows[np.argsort(-self._size_of(rows).astype(np.int64), kind="stable")]
 
 
+def num_passes(num_rows: int, world_size: int, micro_batch_size: int) -> int:
+    """How many micro-batches every rank makes of a step of `num_rows` samples: at least one."""
+    if world_size < 1 or micro_batch_size < 1:
+        raise ValueError(f"expected world_size and micro_batch_size >= 1, found {world_size} and {micro_batch_size}")
+    return max(1, -(-num_rows // (world_size * micro_batch_size)))
+
+
 def shares(rows: np.ndarray, world_size: int, micro_batch_size: int) -> list[list[np.ndarray]]:
     """One step's rows laid out over the ranks: [rank][pass] -> rows, the same number of passes (>= 1) on every rank.
 
     Ranks' totals differ by at most one; an empty array stands for a pass of filler.
     """
-    if world_size < 1 or micro_batch_size < 1:
-        raise ValueError(f"expected world_size and micro_batch_size >= 1, found {world_size} and {micro_batch_size}")
-    num_passes = max(1, -(-len(rows) // (world_size * micro_batch_size)))
+    num = num_passes(len(rows), world_size, micro_batch_size)
     layout = []
     for rank in range(world_size):
         own = rows[rank::world_size]
-        layout.append([own[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(num_passes)])
+        layout.append([own[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(num)])
     return layout

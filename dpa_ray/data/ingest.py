@@ -7,11 +7,12 @@ ahead of its consumer. Nothing is replayed and nothing has a position: resuming 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from itertools import chain, islice
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,18 @@ from dpa_ray.data.prepared import Prepared, StoreLike
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.shards import from_row
 from dpa_ray.errors import UserError
+
+MicroBatch = tuple[np.ndarray, int]
+"""(rows of its samples, none for a filler; the row to make a filler of)."""
+
+
+class MicroBatches(Protocol):
+    """Micro-batches in their order, and how many they are."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[MicroBatch]: ...
+
 
 CACHE_BYTES = 128 * 2**20
 """Row groups that a process keeps, because the rows of a shuffle window lie in the same ones."""
@@ -195,51 +208,52 @@ class _Reader:
         return UserError(f"{url}: {problem}; delete {self._store.url(folder)} to have the data prepared again")
 
 
-def stream(
-    loader: Loader, micro_batches: Sequence[tuple[np.ndarray, int]], *, prefetch: int, workers: int
-) -> Iterator[Batch]:
-    """The batches of `micro_batches` ((rows, filler row) each), in order, made by Ray Data tasks ahead of the caller.
+def stream(loader: Loader, micro_batches: Iterable[MicroBatch], *, prefetch: int, workers: int) -> Iterator[Batch]:
+    """The batches of `micro_batches`, in order, made by Ray Data tasks ahead of the caller.
 
-    At most `workers` tasks run at once, and about prefetch + workers batches are made and not taken. Ray must be
-    running; called in a Ray Train worker, the tasks may run on any node. Raises: UserError with a task's own message.
+    At most `workers` tasks run at once, and about prefetch + workers batches are made and not taken. `micro_batches` are
+    asked for as they are needed, SEGMENT blocks ahead; the first is taken for the largest. Ray must be running; called in a
+    Ray Train worker, the tasks may run on any node. Raises: UserError with a task's own message.
     """
     import ray
 
     if not ray.is_initialized():
         raise RuntimeError("expected Ray to be initialised before stream()")
     reference = ray.put(loader)
-    batch_bytes = loader.batch_bytes(max((len(rows) for rows, _ in micro_batches), default=1) or 1)
+    wanted = iter(micro_batches)
+    leading = list(islice(wanted, 1))
+    batch_bytes = loader.batch_bytes(max([1, *(len(rows) for rows, _ in leading)]))
     per_block = int(np.clip(BLOCK_BYTES // batch_bytes, 1, MAX_BLOCK_BATCHES))
     ahead_bytes = (prefetch + workers) * per_block * batch_bytes
-    blocks = _blocks(micro_batches, per_block, workers)
-    segments = [blocks[i : i + SEGMENT] for i in range(0, len(blocks), SEGMENT)]
+    blocks = _blocks(chain(leading, wanted), per_block, workers)
 
-    def start(segment: list[pa.Table]) -> tuple[Iterator[pa.Table], pa.Table]:
+    def start() -> tuple[int, Iterator[pa.Table]]:
+        """How many blocks the next segment has, and what becomes of them: the first is there."""
+        segment = list(islice(blocks, SEGMENT))
+        if not segment:
+            return 0, iter(())
         tables = _tables(reference, segment, prefetch, workers, ahead_bytes)
-        return tables, next(tables)
+        return len(segment), chain([next(tables)], tables)
 
     with ThreadPoolExecutor(1, thread_name_prefix="next-segment") as pool:
-        following: Future[tuple[Iterator[pa.Table], pa.Table]] | None = None
-        for number, segment in enumerate(segments):
-            tables, first = start(segment) if following is None else following.result()
-            following = None
-            yield from _batches(first)
-            for done, table in enumerate(tables, 2):
-                if following is None and number + 1 < len(segments) and done >= len(segment) - prefetch - workers:
-                    following = pool.submit(start, segments[number + 1])
+        num_blocks, tables = start()
+        while num_blocks:
+            following: Future[tuple[int, Iterator[pa.Table]]] | None = None
+            for done, table in enumerate(tables, 1):
+                if following is None and done >= num_blocks - prefetch - workers:
+                    following = pool.submit(start)
                 yield from _batches(table)
+            assert following is not None
+            num_blocks, tables = following.result()
 
 
-def _blocks(micro_batches: Sequence[tuple[np.ndarray, int]], per_block: int, num_first: int) -> list[pa.Table]:
+def _blocks(micro_batches: Iterator[MicroBatch], per_block: int, num_first: int) -> Iterator[pa.Table]:
     """The micro-batches as Ray Data's input, `per_block` in a block, but the first few alone, to begin soon."""
-    blocks: list[pa.Table] = []
-    start = 0
-    while start < len(micro_batches):
-        part = micro_batches[start : start + (1 if len(blocks) < num_first else per_block)]
-        start += len(part)
+    number = 0
+    while part := list(islice(micro_batches, 1 if number < num_first else per_block)):
+        number += 1
         rows, filler = [rows.tolist() for rows, _ in part], [filler for _, filler in part]
-        blocks.append(pa.table({"rows": rows, "filler": filler}, _REQUEST))
-    return blocks
+        yield pa.table({"rows": rows, "filler": filler}, _REQUEST)
 
 
 def _tables(

@@ -7,16 +7,15 @@ every small operation of the model (measured on the embedded default: steps five
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpa_ray.batch import Batch
 from dpa_ray.data import wire
-from dpa_ray.data.ingest import Loader, stream
+from dpa_ray.data.ingest import Loader, MicroBatches, stream
 from dpa_ray.errors import UserError
 
 Packed = tuple[bytes, bytes | str, str]
@@ -29,9 +28,7 @@ class Feeder:
     def __init__(self) -> None:
         self.batches: Iterator[Batch] = iter(())
 
-    def start(
-        self, loader: Loader, micro_batches: Sequence[tuple[np.ndarray, int]], prefetch: int, workers: int
-    ) -> None:
+    def start(self, loader: Loader, micro_batches: MicroBatches, prefetch: int, workers: int) -> None:
         """Drop what was streamed before, and begin."""
         self.batches = stream(loader, micro_batches, prefetch=prefetch, workers=workers)
 
@@ -51,17 +48,16 @@ class Feed:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self.actor: Any = ray.remote(num_cpus=0)(Feeder).options(scheduling_strategy=here).remote()
 
-    def batches(
-        self, loader: Loader, micro_batches: Sequence[tuple[np.ndarray, int]], *, prefetch: int, workers: int
-    ) -> Iterator[Batch]:
+    def batches(self, loader: Loader, micro_batches: MicroBatches, *, prefetch: int, workers: int) -> Iterator[Batch]:
         """The batches of `micro_batches` in order; `prefetch` of them are asked for ahead, the first ones at once.
 
         Data tasks start while the caller goes on, to make its engine, say. Iterating raises: UserError with what a data
         task said.
         """
         self.actor.start.remote(loader, micro_batches, prefetch, workers)
-        asked = deque(self.actor.next.remote() for _ in range(min(prefetch, len(micro_batches))))
-        return self._taken(asked, len(micro_batches))
+        num = len(micro_batches)
+        asked = deque(self.actor.next.remote() for _ in range(min(prefetch, num)))
+        return self._taken(asked, num)
 
     def _taken(self, asked: deque[Any], num: int) -> Iterator[Batch]:
         """The batches asked for, as each is taken asking for another, `num` in all."""

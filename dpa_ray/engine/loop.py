@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dpa_ray.batch import Batch
-from dpa_ray.data.cursor import Cursor, shares
+from dpa_ray.data.cursor import Cursor, num_passes, shares
 from dpa_ray.engine.protocol import Engine, all_sum
 from dpa_ray.errors import UserError
 from dpa_ray.model.step import StepSums
@@ -35,27 +35,50 @@ class Schedule:
         return learning_rate(step - 1, self.num_steps, self.peak_lr, self.warmup_fraction)
 
 
-def steps_of(cursor: Cursor, num_steps: int) -> Iterator[tuple[int, int, int]]:
-    """(step from 1, epoch from 0, step within the epoch from 0) of each optimizer step."""
-    for step in range(num_steps):
-        epoch, inside = divmod(step, cursor.steps_per_epoch)
-        yield step + 1, epoch, inside
+@dataclass(frozen=True)
+class Plan:
+    """What one rank passes through the model in each step of a stage: computed as it is asked for, not kept.
 
+    Every rank makes equally many passes of a step. Picklable, so that it can be followed where batches are made.
+    """
 
-def passes_of(cursor: Cursor, num_steps: int, *, rank: int, world_size: int, micro_batch_size: int) -> list[list[Pass]]:
-    """For each step, what this rank passes through the model; equally many passes on every rank."""
-    plan = []
-    for _, epoch, inside in steps_of(cursor, num_steps):
-        rows = cursor.rows(epoch, inside)
-        plan.append([(share, int(rows[0])) for share in shares(rows, world_size, micro_batch_size)[rank]])
-    return plan
+    cursor: Cursor
+    num_steps: int
+    rank: int
+    world_size: int
+    micro_batch_size: int
+
+    def steps(self) -> Iterator[tuple[int, int, int]]:
+        """(step from 1, epoch from 0, step within the epoch from 0) of each optimizer step."""
+        for step in range(self.num_steps):
+            epoch, inside = divmod(step, self.cursor.steps_per_epoch)
+            yield step + 1, epoch, inside
+
+    def num_passes(self, step: int) -> int:
+        """Of `step`, counted from 1."""
+        num_rows = self.cursor.num_rows((step - 1) % self.cursor.steps_per_epoch)
+        return num_passes(num_rows, self.world_size, self.micro_batch_size)
+
+    @property
+    def most_passes(self) -> int:
+        """Of any step: the first is never shorter than another."""
+        return self.num_passes(1)
+
+    def __len__(self) -> int:
+        """Passes of all steps."""
+        return sum(self.num_passes(step + 1) for step in range(self.num_steps))
+
+    def __iter__(self) -> Iterator[Pass]:
+        for _, epoch, inside in self.steps():
+            rows = self.cursor.rows(epoch, inside)
+            for share in shares(rows, self.world_size, self.micro_batch_size)[self.rank]:
+                yield share, int(rows[0])
 
 
 def train(
     engine: Engine,
     batches: Iterator[Batch],
-    plan: list[list[Pass]],
-    cursor: Cursor,
+    plan: Plan,
     schedule: Schedule,
     *,
     stage: str,
@@ -73,9 +96,9 @@ def train(
     Raises: UserError where a loss or gradient is not finite; nothing was updated in that step.
     """
     engine.module.train()
-    for step, epoch, _ in steps_of(cursor, schedule.num_steps):
+    for step, epoch, _ in plan.steps():
         start = time.perf_counter()
-        mine = [next(batches) for _ in plan[step - 1]]
+        mine = [next(batches) for _ in range(plan.num_passes(step))]
         waited = time.perf_counter() - start
         num_slots = sum(map(engine.module.num_slots, mine))
         counts = all_sum(torch.tensor([*_counts(mine), num_slots], dtype=torch.float64, device=device))

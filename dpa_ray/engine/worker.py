@@ -21,7 +21,7 @@ from dpa_ray.data.ingest import Loader
 from dpa_ray.data.sizes import ONE_IMAGE, Sizes
 from dpa_ray.engine.evaluate import evaluate
 from dpa_ray.engine.feed import Feed
-from dpa_ray.engine.loop import Schedule, passes_of, train
+from dpa_ray.engine.loop import Plan, Schedule, train
 from dpa_ray.engine.messages import Orders
 from dpa_ray.engine.protocol import Engine, OptimizerSettings, rank, world_size
 from dpa_ray.report.metrics import MetricsLog
@@ -121,9 +121,7 @@ class Worker:
         built = _build(task, self.store)
         trained = select_trainable(built.module.model, stage, built.llm_mode)
         cursor = cursor_of(task, self.store)
-        plan = passes_of(
-            cursor, task.num_steps, rank=rank(), world_size=world_size(), micro_batch_size=section.micro_batch_size
-        )
+        plan = Plan(cursor, task.num_steps, rank(), world_size(), section.micro_batch_size)
         self.tell(
             "stage_started", stage=stage, num_steps=task.num_steps, trainable=trained.description,
             num_parameters=trained.num_parameters, names=list(trained.names),
@@ -135,14 +133,12 @@ class Worker:
         )  # fmt: skip
         loader.check()
         # before the engine, so that the first batches are made while the model is put on it
-        batches = self.feed.batches(
-            loader, list(chain.from_iterable(plan)), prefetch=recipe.data.prefetch_batches, workers=recipe.data.workers
-        )
-        engine = make_engine(built, task, self.device, accumulation_steps=max(len(passes) for passes in plan))
+        batches = self.feed.batches(loader, plan, prefetch=recipe.data.prefetch_batches, workers=recipe.data.workers)
+        engine = make_engine(built, task, self.device, accumulation_steps=plan.most_passes)
         check_trainable(built.module.model, {id(p) for p in engine.parameters}, trained, stage, built.llm_mode)
         recorder = Recorder(self, task, cursor)
         train(
-            engine, batches, plan, cursor, Schedule(task.num_steps, section.lr, section.warmup_fraction),
+            engine, batches, plan, Schedule(task.num_steps, section.lr, section.warmup_fraction),
             stage=stage, device=self.device, record=recorder.record,
         )  # fmt: skip
         recorder.close()

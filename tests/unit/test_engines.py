@@ -7,6 +7,7 @@ two); the tests compare what came out. No Ray.
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from torch import Tensor
 from dpa_ray.batch import Batch
 from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.pack import pack
-from dpa_ray.engine.loop import Schedule, passes_of, train
+from dpa_ray.engine.loop import Plan, Schedule, train
 from dpa_ray.engine.plain import PlainEngine
 from dpa_ray.engine.protocol import OptimizerSettings
 from dpa_ray.errors import UserError
@@ -239,10 +240,10 @@ def run_loop(
     """Two epochs of two steps of 4 over eight samples; gives the recorded metrics."""
     samples = notations or NOTATIONS
     cursor = Cursor([len(samples)], seed=0, global_batch_size=4, window=100)
-    plan = passes_of(cursor, 4, rank=0, world_size=1, micro_batch_size=micro_batch_size)
+    plan = Plan(cursor, 4, rank=0, world_size=1, micro_batch_size=micro_batch_size)
 
     def batches() -> Iterator[Batch]:
-        for rows, filler in (one for step in plan for one in step):
+        for rows, filler in plan:
             chosen = [samples[row] for row in rows] or [samples[filler]]
             batch = batch_of(chosen, num_filler=0 if len(rows) else 1)
             if packing:
@@ -252,7 +253,7 @@ def run_loop(
 
     lines: list[dict[str, Any]] = []
     train(
-        engine, batches(), plan, cursor, Schedule(4, 1e-2, 0.5), stage="instruct", device=torch.device("cpu"),
+        engine, batches(), plan, Schedule(4, 1e-2, 0.5), stage="instruct", device=torch.device("cpu"),
         record=lambda line, _: lines.append(line),
     )  # fmt: skip
     return lines
@@ -272,6 +273,20 @@ def test_micro_batch_size_does_not_change_the_loop() -> None:
                 assert line[key] == pytest.approx(first[key], rel=1e-4), key
         for one, other in zip(copies(engines[0]), copies(engine), strict=True):
             torch.testing.assert_close(other, one, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_rows", "world_size", "micro_batch_size"), [(8, 1, 4), (10, 2, 1), (3, 4, 2), (9, 2, 3)])
+def test_a_plan_knows_how_long_it_is_before_it_is_made(num_rows: int, world_size: int, micro_batch_size: int) -> None:
+    """Counts without looking at a single row, and in all ranks' passes together every row of an epoch once."""
+    cursor = Cursor([num_rows], seed=0, global_batch_size=4, window=100)
+    num_steps = 2 * cursor.steps_per_epoch
+    plans = [Plan(cursor, num_steps, rank, world_size, micro_batch_size) for rank in range(world_size)]
+    passes = [plan.num_passes(step) for plan in plans[:1] for step in range(1, num_steps + 1)]
+    assert plans[0].most_passes == max(passes)
+    made = [list(pickle.loads(pickle.dumps(plan))) for plan in plans]
+    assert [len(plan) for plan in plans] == [sum(passes)] * world_size == list(map(len, made))
+    taken = sorted(int(row) for one in made for rows, _ in one for row in rows)
+    assert taken == sorted([*range(num_rows)] * 2)
 
 
 def test_packing_does_not_change_the_loop() -> None:

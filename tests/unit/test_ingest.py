@@ -328,6 +328,23 @@ def test_it_runs_ahead_within_bounds_and_ships_the_loader_once_per_process(tmp_p
     assert len(processes) == len(set(processes)) <= 4
 
 
+def test_it_asks_for_micro_batches_only_as_far_as_it_needs_them(tmp_path, local_ray):
+    """A hundred million samples are as many micro-batches as one has patience for: none is laid out before its time."""
+    loader, asked = prepared_loader(tmp_path, [record(i) for i in range(20)]), 0
+
+    def endless() -> Iterator[tuple[np.ndarray, int]]:
+        nonlocal asked
+        while True:
+            asked += 1
+            yield np.array([asked % 20]), 0
+
+    batches = stream(loader, endless(), prefetch=2, workers=2)
+    rows = [next(batches).rows[0][1] for _ in range(5)]
+    batches.close()
+    assert rows == [1, 2, 3, 4, 5]
+    assert asked <= ingest.SEGMENT * ingest.MAX_BLOCK_BATCHES
+
+
 def test_stopping_early_stops_the_tasks(tmp_path, local_ray, monkeypatch):
     monkeypatch.setattr(ingest, "BLOCK_BYTES", 1)
     base = prepared_loader(tmp_path, [record(i) for i in range(20)])
