@@ -1,7 +1,11 @@
-"""The one exception that means: tell the user, without a traceback."""
+"""Which exceptions mean: tell the user, without a traceback?"""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
     """Something the user can mend. The message says what was expected, what was found and what to do; exit code 1."""
+
+
+class NoAnswer(UserError):
+    """A server that cannot be reached now, or is too busy: the same call may succeed later."""

@@ -26,7 +26,7 @@ if str(ROOT) not in sys.path:  # a working directory that `ray job submit` broug
 
 from dpa_ray.data.prepare import prepare  # noqa: E402
 from dpa_ray.errors import UserError  # noqa: E402
-from dpa_ray.recipe import DEFAULT_STORE, SourceSection  # noqa: E402
+from dpa_ray.recipe import DEFAULT_RETRY_S, DEFAULT_STORE, SourceSection  # noqa: E402
 from dpa_ray.recipe_errors import key_path  # noqa: E402
 from dpa_ray.store.fs import Store  # noqa: E402
 
@@ -54,6 +54,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--take", metavar="HOW", help="first:N, last:N or random:N of the rows; N or a percentage")
     parser.add_argument("--option", metavar="KEY=VALUE", action="append", default=[], help="of builtin:shapes")
     parser.add_argument("--max-quarantined-fraction", metavar="F", type=float, default=0.01, help="default: 0.01")
+    parser.add_argument(
+        "--retry-s",
+        metavar="S",
+        type=float,
+        default=DEFAULT_RETRY_S,
+        help="how long an S3 outage may last before this gives up (a recipe's data.retry_s); default: %(default)g",
+    )
     arguments = parser.parse_args(argv)
     try:
         section = _section(arguments)
@@ -65,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 <= arguments.max_quarantined_fraction <= 1:
         found = arguments.max_quarantined_fraction
         print(f"--max-quarantined-fraction: expected 0 to 1, found {found}", file=sys.stderr)
+        return 2
+    if not arguments.retry_s >= 0:
+        print(f"--retry-s: expected 0 or more, found {arguments.retry_s}", file=sys.stderr)
         return 2
     try:
         _prepare(arguments, section)
@@ -104,6 +114,7 @@ def _prepare(arguments: argparse.Namespace, section: SourceSection) -> None:
         max_quarantined_fraction=arguments.max_quarantined_fraction,
         report=lambda message: print(message, file=sys.stderr, flush=True),
         ray_is_ready=_start_ray,
+        retry_s=arguments.retry_s,
     )
     print(store.url(prepared.path))
 

@@ -23,8 +23,8 @@ class Piece:
     times: int
 
 
-def open_source(section: SourceEntry | SourceSection, *, retry_s: float = 0.0) -> Source:
-    """The source of an entry, without regard to what is taken of it; an S3 outage of `retry_s` seconds only delays it."""
+def open_source(section: SourceEntry | SourceSection) -> Source:
+    """The source of an entry, without regard to what is taken of it."""
     uri = section.source
     assert isinstance(uri, str)
     if uri.startswith("builtin:"):
@@ -33,15 +33,15 @@ def open_source(section: SourceEntry | SourceSection, *, retry_s: float = 0.0) -
     if kind == "webdataset":
         return WebDataset(uri, section.columns)
     if kind == "parquet":
-        return Parquet(uri, section.images, section.columns, retry_s)
-    return Llava(uri, section.images, retry_s)
+        return Parquet(uri, section.images, section.columns)
+    return Llava(uri, section.images)
 
 
-def pieces(section: SourceSection, known: Known = NOTHING, retry_s: float = 0.0) -> list[Piece]:
+def pieces(section: SourceSection, known: Known = NOTHING) -> list[Piece]:
     """What `section` consists of, in order. Raises: UserError where a source is missing or cannot be read."""
     found = []
     for entry in entries(section):
-        source = open_source(entry, retry_s=retry_s)
+        source = open_source(entry)
         if entry.take is not None:
             source = Taken(source, entry.take)
         scan = source.scan(known)

@@ -1,4 +1,4 @@
-"""How are a source's files reached? One file by its URI, and a folder of images by names; local or S3."""
+"""How are a source's files reached? A URI's file system, and a folder of images by names; local or S3."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ import posixpath
 import re
 import stat
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from pyarrow import fs
 
-from dpa_ray.data.patience import patiently
+from dpa_ray.data.retry import first_line, is_outage, retried
 from dpa_ray.errors import UserError
+
+T = TypeVar("T")
 
 MISSING = -1
 """Size of a file that is not there."""
 
-_CHUNK_BYTES = 4 * 2**20
+# Of the client itself, within each try of `retried`: so that a server that refuses is told within a second or two.
+_CONNECT_S, _STALLED_S, _ATTEMPTS = 5, 30, 3
 _LIST_FROM = 64  # names in one S3 folder from which listing it takes fewer calls than asking for each
 _ABSENT = (
     errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL,
@@ -42,6 +45,11 @@ def open_uri(uri: str) -> tuple[Any, str]:
     if "://" in uri:
         raise UserError(f"expected a local path, file:// or s3:// URI, found {uri!r}")
     return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+
+
+def asked(uri: str, ask: Callable[[Any, str], T]) -> T:
+    """`ask(file system, path)` of a URI; an outage of S3 only delays it. Raises: OSError; UserError."""
+    return retried(lambda: ask(*open_uri(uri)), uri)
 
 
 def absolute(uri: str) -> str:
@@ -70,45 +78,17 @@ def _s3(bucket: str, _pid: int, s3_url: str | None, url: str | None, *rest: str 
         try:
             region = fs.resolve_s3_region(bucket)
         except OSError as err:
+            if is_outage(err):
+                raise
             raise UserError(f"s3://{bucket}: expected a bucket that can be reached, found none: {err}") from None
-    retries = fs.AwsStandardS3RetryStrategy(max_attempts=5)
     return fs.S3FileSystem(
         region=region or "us-east-1",
-        retry_strategy=retries,
-        connect_timeout=5,
-        request_timeout=30,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
+        connect_timeout=_CONNECT_S,
+        request_timeout=_STALLED_S,
         tls_ca_file_path=ca_file,
         **options,
     )
-
-
-def chunks(uri: str, start: int = 0, stop: int | None = None, *, retry_s: float = 0.0) -> Iterator[bytes]:
-    """The bytes [start, stop) of a file, a few MiB at a time; an S3 outage of `retry_s` seconds only delays.
-
-    Raises: UserError where there is no such file, or it cannot be read.
-    """
-    system, path = open_uri(uri)
-    try:
-        info = patiently(lambda: system.get_file_info(path), uri, retry_s)
-        if info.type != fs.FileType.File:
-            found = "a folder" if info.type == fs.FileType.Directory else "nothing"
-            raise UserError(f"expected a file at {uri}, found {found}")
-        stop = info.size if stop is None else stop
-        with patiently(lambda: system.open_input_file(path), uri, retry_s) as file:
-            while start < stop:
-                read = functools.partial(file.read_at, min(_CHUNK_BYTES, stop - start), start)
-                data = patiently(read, uri, retry_s)
-                if not data:
-                    raise UserError(f"{uri}: expected {stop} bytes, found {start}: it changed while it was read")
-                start += len(data)
-                yield data
-    except OSError as err:
-        raise UserError(f"{uri} cannot be read: {first_line(err)}") from None
-
-
-def first_line(err: BaseException) -> str:
-    """An error's message without what follows its first line."""
-    return f"{err}".strip().split("\n")[0] or type(err).__name__
 
 
 def unsafe_name(name: str) -> str | None:
@@ -123,33 +103,31 @@ def unsafe_name(name: str) -> str | None:
 
 
 class Folder:
-    """Images by their names relative to `uri`. Picklable: clients are made where they are needed.
+    """Images by their names relative to `uri`. Picklable: clients are made where they are needed."""
 
-    An S3 outage of `retry_s` seconds only delays `read`.
-    """
-
-    def __init__(self, uri: str, retry_s: float = 0.0):
-        self.uri, self.retry_s = uri, retry_s
+    def __init__(self, uri: str):
+        self.uri = uri
 
     def check(self) -> None:
         """Raises: UserError where there is no such folder."""
-        system, root = open_uri(self.uri)
         try:
-            info = system.get_file_info(root)
+            kind = asked(self.uri, lambda system, root: system.get_file_info(root).type)
         except OSError as err:
             raise UserError(f"{self.uri} cannot be read: {first_line(err)}") from None
-        if info.type != fs.FileType.Directory:
-            found = "a file" if info.type == fs.FileType.File else "nothing"
+        if kind != fs.FileType.Directory:
+            found = "a file" if kind == fs.FileType.File else "nothing"
             raise UserError(f"expected a folder of images at {self.uri}, found {found}")
 
     def read(self, name: str) -> bytes:
         """The bytes of image `name`. Raises: FileNotFoundError; UserError where the folder cannot be read at all."""
-        system, root = open_uri(self.uri)
-        path = f"{root}/{posixpath.normpath(name)}"
+
+        def fetch() -> bytes:
+            system, root = open_uri(self.uri)
+            path = f"{root}/{posixpath.normpath(name)}"
+            return _read_local(path) if isinstance(system, fs.LocalFileSystem) else _read_stream(system, path)
+
         try:
-            if isinstance(system, fs.LocalFileSystem):
-                return _read_local(path)
-            return patiently(lambda: _read_stream(system, path), f"{self.uri}/{name}", self.retry_s)
+            return retried(fetch, f"{self.uri}/{name}")
         except OSError as err:
             if isinstance(err, FileNotFoundError) or err.errno in _ABSENT:
                 raise FileNotFoundError(first_line(err)) from None
@@ -160,11 +138,11 @@ class Folder:
 
         Raises: UserError where the folder cannot be read.
         """
-        system, root = open_uri(self.uri)
         try:
-            if isinstance(system, fs.LocalFileSystem):
-                return {name: _local_size(f"{root}/{name}") for name in names}
-            return _s3_sizes(system, root, names)
+            if self.uri.startswith("s3://"):
+                return _s3_sizes(self.uri, names)
+            _, root = open_uri(self.uri)
+            return {name: _local_size(f"{root}/{name}") for name in names}
         except OSError as err:
             raise UserError(f"{self.uri} cannot be listed: {first_line(err)}") from None
 
@@ -192,18 +170,24 @@ def _local_size(path: str) -> int:
     return info.st_size if stat.S_ISREG(info.st_mode) else MISSING
 
 
-def _s3_sizes(system: Any, root: str, names: Iterable[str]) -> dict[str, int]:
+def _s3_sizes(uri: str, names: Iterable[str]) -> dict[str, int]:
+    root = uri.removeprefix("s3://").strip("/")
     by_folder: dict[str, list[str]] = defaultdict(list)
     for name in names:
         by_folder[posixpath.dirname(posixpath.normpath(name))].append(name)
     sizes: dict[str, int] = {}
     for folder, members in by_folder.items():
         where = f"{root}/{folder}".rstrip("/")
+        wanted: Any = fs.FileSelector(where, allow_not_found=True)
         if len(members) < _LIST_FROM:
-            infos = system.get_file_info([f"{root}/{posixpath.normpath(name)}" for name in members])
-        else:
-            infos = system.get_file_info(fs.FileSelector(where, allow_not_found=True))
+            wanted = [f"{root}/{posixpath.normpath(name)}" for name in members]
+        infos = asked(f"s3://{where}", functools.partial(_infos, wanted))
         found = {info.path: info.size for info in infos if info.type == fs.FileType.File}
         for name in members:
             sizes[name] = found.get(f"{root}/{posixpath.normpath(name)}", MISSING)
     return sizes
+
+
+def _infos(wanted: Any, system: Any, _path: str) -> list[Any]:
+    infos: list[Any] = system.get_file_info(wanted)
+    return infos

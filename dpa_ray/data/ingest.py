@@ -24,10 +24,10 @@ from dpa_ray.data.collate import collate
 from dpa_ray.data.encode import Encoder
 from dpa_ray.data.images import ImageError, decode
 from dpa_ray.data.pack import pack
-from dpa_ray.data.patience import patiently
 from dpa_ray.data.pixels import Geometry, levels, pixel_shape
 from dpa_ray.data.prepare import quiet_ray_data
 from dpa_ray.data.prepared import Prepared, StoreLike
+from dpa_ray.data.retry import bridging, first_line, retried
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.shards import from_row
 from dpa_ray.errors import UserError
@@ -95,8 +95,9 @@ class Loader:
     def samples(self, rows: Sequence[int] | np.ndarray) -> list[Sample]:
         """The samples of `rows`. Raises: UserError, naming shard and row, where one cannot be read."""
         if self._reader is None:
-            self._reader = _Reader(self.store, self.prepared, self.cache_bytes, self.retry_s)
-        return [self._reader.sample(int(row)) for row in rows]
+            self._reader = _Reader(self.store, self.prepared, self.cache_bytes)
+        with bridging(self.retry_s):
+            return [self._reader.sample(int(row)) for row in rows]
 
     def load(self, rows: np.ndarray, filler_row: int) -> Batch:
         """The micro-batch of `rows`; of none, a filler: `filler_row` without targets, counted nowhere."""
@@ -142,8 +143,7 @@ class Loader:
 class _Reader:
     """Rows of a prepared source, by row groups, of which it keeps the latest."""
 
-    def __init__(self, store: StoreLike, prepared: Prepared, cache_bytes: int, retry_s: float):
-        self._retry_s = retry_s
+    def __init__(self, store: StoreLike, prepared: Prepared, cache_bytes: int):
         self._store, self._prepared, self._cache_bytes = store, prepared, cache_bytes
         self._ends = np.cumsum(prepared.row_groups)
         self._places = [(s, g) for s, (_, groups) in enumerate(prepared.shards) for g in range(len(groups))]
@@ -166,11 +166,12 @@ class _Reader:
             self._groups.move_to_end(group)
             return table
         shard, index = self._places[group]
-        name, rows = self._prepared.shards[shard]
+        rows = self._prepared.shards[shard][1]
         try:
-            url = self._store.url(f"{self._prepared.path}/{name}")
-            table = patiently(lambda: self._read(shard, index), url, self._retry_s)
+            table = retried(lambda: self._read(shard, index), self._url(shard))
         except (OSError, pa.ArrowException) as err:
+            if "AWS Error " in str(err):  # the server's refusal says nothing of the shard
+                raise UserError(f"{self._url(shard)} cannot be read: {first_line(err)}") from None
             raise self._broken(shard, f"row group {index} cannot be read: {err}") from None
         if table.num_rows != rows[index]:
             raise self._broken(shard, f"expected {rows[index]} rows in row group {index}, found {table.num_rows}")
@@ -203,9 +204,11 @@ class _Reader:
         return file
 
     def _broken(self, shard: int, problem: str) -> UserError:
-        folder = self._prepared.shard_folder(shard)
-        url = self._store.url(f"{folder}/{self._prepared.shards[shard][0]}")
-        return UserError(f"{url}: {problem}; delete {self._store.url(folder)} to have the data prepared again")
+        folder = self._store.url(self._prepared.shard_folder(shard))
+        return UserError(f"{self._url(shard)}: {problem}; delete {folder} to have the data prepared again")
+
+    def _url(self, shard: int) -> str:
+        return self._store.url(f"{self._prepared.shard_folder(shard)}/{self._prepared.shards[shard][0]}")
 
 
 def stream(loader: Loader, micro_batches: Iterable[MicroBatch], *, prefetch: int, workers: int) -> Iterator[Batch]:

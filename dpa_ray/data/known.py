@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from dpa_ray.data.files import open_uri
+from dpa_ray.data.files import asked
 from dpa_ray.data.prepared import StoreLike
 
 VERSION = 1
@@ -44,9 +44,8 @@ class Known:
         """None where the file is not there, or too young to be told from another of its size."""
         if self._store is None:
             return None
-        system, path = open_uri(uri)
         try:
-            info = system.get_file_info(path)
+            info = asked(uri, lambda system, path: system.get_file_info(path))
         except OSError:  # the scan itself tells it better
             return None
         if info.size is None or info.mtime_ns is None or time.time() - info.mtime_ns / 1e9 < _SETTLED_S:

@@ -9,7 +9,8 @@ from typing import Any
 
 from pyarrow import fs
 
-from dpa_ray.data.files import absolute, first_line, open_uri
+from dpa_ray.data.files import absolute, asked
+from dpa_ray.data.retry import first_line
 from dpa_ray.errors import UserError
 
 MAX_FILES = 1_000_000
@@ -46,20 +47,22 @@ class Files:
         return "" if uri == self.uri else uri.removeprefix(self.folder.rstrip("/") + "/")
 
     def _matches(self, pattern: str) -> list[str]:
-        system, path = open_uri(pattern)
         try:
-            info = system.get_file_info(path)
-            if info.type == fs.FileType.File:
-                return [pattern]
-            if info.type == fs.FileType.Directory:
-                found = [p for p in _list(system, path, recursive=True) if p.lower().endswith(self.suffix)]
-                expected = f"a {self.suffix} file in it"
-            elif re.search(r"[*?\[]", path):
-                found, expected = _glob(system, path), "a file that it names"
-            else:
-                raise UserError(f"expected a file or folder at {pattern}, found nothing")
+            return asked(pattern, lambda system, path: self._find(pattern, system, path))
         except OSError as err:
             raise UserError(f"{pattern} cannot be read: {first_line(err)}") from None
+
+    def _find(self, pattern: str, system: Any, path: str) -> list[str]:
+        info = system.get_file_info(path)
+        if info.type == fs.FileType.File:
+            return [pattern]
+        if info.type == fs.FileType.Directory:
+            found = [p for p in _list(system, path, recursive=True) if p.lower().endswith(self.suffix)]
+            expected = f"a {self.suffix} file in it"
+        elif re.search(r"[*?\[]", path):
+            found, expected = _glob(system, path), "a file that it names"
+        else:
+            raise UserError(f"expected a file or folder at {pattern}, found nothing")
         if not found:
             raise UserError(f"{pattern}: expected {expected}, found none")
         return [f"s3://{p}" if pattern.startswith("s3://") else p for p in sorted(found)]

@@ -11,8 +11,9 @@ import numpy as np
 from pydantic import ValidationError
 
 from dpa_ray.data.cursor import permutation
-from dpa_ray.data.files import absolute, chunks
+from dpa_ray.data.files import absolute
 from dpa_ray.data.known import NOTHING, Known
+from dpa_ray.data.reading import chunks
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.sources import Part, Rejected, Scan, Source, digest_of
 from dpa_ray.errors import UserError

@@ -19,10 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpa_ray.data import llava, rows
-from dpa_ray.data.files import Folder, absolute, first_line, open_uri, unsafe_name
+from dpa_ray.data.files import Folder, absolute, open_uri, unsafe_name
 from dpa_ray.data.known import NOTHING, Known
 from dpa_ray.data.listing import Files
 from dpa_ray.data.llava import Unusable
+from dpa_ray.data.reading import File
+from dpa_ray.data.retry import first_line
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.sources import THREADS, Part, PartCutter, Rejected, Scan, checked, digest_of, to_sample
 from dpa_ray.data.threads import ordered_map
@@ -38,10 +40,10 @@ _BUFFER_BYTES = 2**20  # else a whole column of a row group is read at once
 class Parquet:
     """Parquet files: one, a pattern, a glob or a folder of them."""
 
-    def __init__(self, uri: str, images: str | None, columns: ColumnsSection | None, retry_s: float = 0.0):
+    def __init__(self, uri: str, images: str | None, columns: ColumnsSection | None):
         self.files = Files(uri, ".parquet")
         self.columns = columns or ColumnsSection()
-        self.images = Folder(absolute(images) if images is not None else self.files.folder, retry_s)
+        self.images = Folder(absolute(images) if images is not None else self.files.folder)
         self.name = self.files.name
 
     def scan(self, known: Known = NOTHING) -> Scan:
@@ -224,9 +226,13 @@ def _rows(file: pq.ParquetFile, groups: list[int], names: _Names) -> Iterator[di
 @contextmanager
 def _opened(uri: str) -> Iterator[pq.ParquetFile]:
     """Raises: UserError where it is no Parquet, or cannot be read now or within."""
-    system, path = open_uri(uri)
     try:
-        with system.open_input_file(path) as raw:
+        with File(uri) if uri.startswith("s3://") else _local(uri) as raw:  # Arrow reads its own with several threads
             yield pq.ParquetFile(raw, buffer_size=_BUFFER_BYTES, pre_buffer=False)
     except (OSError, pa.ArrowException) as err:
         raise UserError(f"{uri}: expected Parquet, found a file that cannot be read: {first_line(err)}") from None
+
+
+def _local(uri: str) -> Any:
+    system, path = open_uri(uri)
+    return system.open_input_file(path)

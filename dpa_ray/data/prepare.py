@@ -19,9 +19,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dpa_ray.data.bridged import BridgedStore
 from dpa_ray.data.catalog import Piece, digest, pieces, source_digest
 from dpa_ray.data.known import Known
 from dpa_ray.data.prepared import SCHEMA_VERSION, Prepared, StoreLike, find_prepared
+from dpa_ray.data.retry import bridged_s, bridging
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.shards import write_shard
 from dpa_ray.data.sources import Part, Rejected, Scan, Source
@@ -48,15 +50,26 @@ def prepare(
     """Prepare `section`'s data in `store`, unless it is there already; of a mixture, each source that is not.
 
     More than IN_PROCESS_ROWS rows go to Ray Data tasks, one a part, if Ray is running (else they are prepared here, the
-    same way); `ray_is_ready`, asked at that point only, may start it. `report` is given a line now and then; an S3 outage of `retry_s`
-    seconds only delays the reading of rows. Raises: UserError where the source cannot be read, or more
-    than `max_quarantined_fraction` of it cannot be used (what is done is kept, the manifest is not written).
+    same way); `ray_is_ready`, asked at that point only, may start it. `report` is given a line now and then. An S3 outage
+    of `retry_s` seconds only delays.
+
+    Raises: UserError where the source cannot be read, or more than `max_quarantined_fraction` of it cannot be used (what
+    is done is kept, the manifest is not written).
     """
-    found = pieces(section, Known(store), retry_s)
+    store = BridgedStore(store)
     options = (max_quarantined_fraction, report, ray_is_ready or _ray_is_running)
-    prepared = [_prepare(store, piece, *options) for piece in found]
-    if len(found) == 1 and found[0].times == 1:
-        return prepared[0]
+    with bridging(retry_s):
+        found = pieces(section, Known(store))
+        prepared = [_prepare(store, piece, *options) for piece in found]
+        if len(found) == 1 and found[0].times == 1:
+            return prepared[0]
+        mixture = _mix(store, found)
+    report(f"data {mixture.digest}: {mixture.num_rows:,} samples an epoch, mixed of {len(found)} sources")
+    return mixture
+
+
+def _mix(store: StoreLike, found: list[Piece]) -> Prepared:
+    """The mixture of prepared pieces, its manifest written if it is not there."""
     name = digest(found)
     manifest = {
         "schema": SCHEMA_VERSION,
@@ -70,7 +83,6 @@ def prepare(
         store.write_json(f"data/{name}/manifest.json", manifest)
     mixture = find_prepared(store, name)
     assert mixture is not None
-    report(f"data {name}: {mixture.num_rows:,} samples an epoch, mixed of {len(found)} sources")
     return mixture
 
 
@@ -255,9 +267,12 @@ def _with_ray(store: StoreLike, source: Source, folder: str, parts: list[Part]) 
     """Each part in a Ray Data task of one CPU, as many at once as the cluster has; only results come back."""
     import ray
 
+    retry_s = bridged_s()
+
     def run(row: dict[str, Any]) -> dict[str, str]:
         try:
-            result = prepare_part(store, source, folder, parts[int(row["id"])], lambda message: None)
+            with bridging(retry_s):
+                result = prepare_part(store, source, folder, parts[int(row["id"])], lambda message: None)
         except UserError as err:  # as a value: an exception would come back as a traceback
             return {"result": "", "error": str(err)}
         return {"result": json.dumps(result), "error": ""}

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpa_ray.data.prepared import Prepared, StoreLike
+from dpa_ray.data.retry import bridging, first_line, retried
 from dpa_ray.data.sample import Sample
 from dpa_ray.errors import UserError
 
@@ -43,10 +44,10 @@ def to_footer(sizes: Sequence[int]) -> dict[str, str]:
 
 
 class Sizes:
-    """Rows, numbered as the cursor does, to their sizes."""
+    """Rows, numbered as the cursor does, to their sizes; an S3 outage of `retry_s` only delays."""
 
-    def __init__(self, store: StoreLike, prepared: Prepared, cache_bytes: int = CACHE_BYTES):
-        self._store, self._prepared, self._cache_bytes = store, prepared, cache_bytes
+    def __init__(self, store: StoreLike, prepared: Prepared, cache_bytes: int = CACHE_BYTES, *, retry_s: float = 0.0):
+        self._store, self._prepared, self._cache_bytes, self._retry_s = store, prepared, cache_bytes, retry_s
         self._num_rows = np.array([sum(groups) for _, groups in prepared.shards], np.int64)
         self._ends = np.cumsum(self._num_rows)
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -57,7 +58,7 @@ class Sizes:
         shard = np.searchsorted(self._ends, rows, side="right")
         wanted = [int(s) for s in np.unique(shard)]
         missing = [s for s in wanted if s not in self._cache]
-        with ThreadPoolExecutor(_READS) as pool:
+        with bridging(self._retry_s), ThreadPoolExecutor(_READS) as pool:
             found = {**{s: self._cache[s] for s in wanted if s in self._cache}, **dict(pool.map(self._read, missing))}
         sizes = np.empty(len(rows), np.uint8)
         for s in wanted:
@@ -74,18 +75,21 @@ class Sizes:
             self._cached_bytes -= len(self._cache.popitem(last=False)[1])
 
     def _read(self, shard: int) -> tuple[int, np.ndarray]:
-        system, root = self._store.arrow()
         folder = self._prepared.shard_folder(shard)
         path = f"{folder}/{self._prepared.shards[shard][0]}"
         try:
-            with system.open_input_file(f"{root}/{path}") as file:
-                footer = pq.ParquetFile(file).metadata.metadata or {}
+            footer = retried(lambda: self._footer(path), self._store.url(path))
             sizes = np.frombuffer(base64.b64decode(footer.get(FOOTER_KEY.encode(), b"")), np.uint8)
         except (OSError, ValueError, pa.ArrowException) as err:
-            raise UserError(f"{self._store.url(path)}: its footer cannot be read: {err}") from None
+            raise UserError(f"{self._store.url(path)}: its footer cannot be read: {first_line(err)}") from None
         if len(sizes) != self._num_rows[shard]:
             raise UserError(
                 f"{self._store.url(path)}: expected the sizes of {self._num_rows[shard]} rows in its footer, found "
                 f"{len(sizes)}; delete {self._store.url(folder)} to have the data prepared again"
             )
         return shard, sizes
+
+    def _footer(self, path: str) -> dict[bytes, bytes]:
+        system, root = self._store.arrow()
+        with system.open_input_file(f"{root}/{path}") as file:
+            return pq.ParquetFile(file).metadata.metadata or {}

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dpa_ray.data import llava, shapes
-from dpa_ray.data.files import Folder, absolute, chunks
+from dpa_ray.data.files import Folder, absolute
 from dpa_ray.data.images import ImageError, check
 from dpa_ray.data.known import NOTHING, Known
 from dpa_ray.data.llava import Unusable
+from dpa_ray.data.reading import chunks
 from dpa_ray.data.records import NotRecords, scan, scan_part
 from dpa_ray.data.sample import ImageFile, Sample
 from dpa_ray.data.shards import FORMAT_VERSION
@@ -177,10 +178,10 @@ class Shapes:
 class Llava:
     """LLaVA JSON or JSONL; image names are relative to `images`, which is the file's own folder unless given."""
 
-    def __init__(self, uri: str, images: str | None, retry_s: float = 0.0):
-        self.uri, self.retry_s = absolute(uri), retry_s
+    def __init__(self, uri: str, images: str | None):
+        self.uri = absolute(uri)
         folder, _, self.name = self.uri.rpartition("/")
-        self.images = Folder(absolute(images) if images is not None else folder or "/", retry_s)
+        self.images = Folder(absolute(images) if images is not None else folder or "/")
 
     def scan(self, known: Known = NOTHING) -> Scan:
         """Also checks that the image folder is there, if any record names an image."""
@@ -204,7 +205,7 @@ class Llava:
         return Scan(digest, rows.num, rows.parts(sizes, found.lines))
 
     def read(self, part: Part) -> Iterator[tuple[int, Sample | Rejected]]:
-        data = b"".join(chunks(self.uri, part.start, part.stop, retry_s=self.retry_s))
+        data = b"".join(chunks(self.uri, part.start, part.stop))
         cache = LruBytes(_CACHE_BYTES)
 
         def read_one(item: tuple[int, Any]) -> tuple[int, Sample | Rejected]:

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pyarrow import fs
-
-from dpa_ray.data.files import first_line, open_uri
+from dpa_ray.data.reading import File
+from dpa_ray.data.retry import first_line
 from dpa_ray.errors import UserError
 
 _WINDOW_BYTES = 2 * 2**20
@@ -38,15 +37,7 @@ class Tar:
 
     def __init__(self, uri: str):
         self.uri = uri
-        system, path = open_uri(uri)
-        try:
-            info = system.get_file_info(path)
-            if info.type != fs.FileType.File:
-                found = "a folder" if info.type == fs.FileType.Directory else "nothing"
-                raise UserError(f"expected a tar at {uri}, found {found}")
-            self._window = _Window(uri, system.open_input_file(path), info.size)
-        except OSError as err:
-            raise UserError(f"{uri} cannot be read: {first_line(err)}") from None
+        self._window = _Window(File(uri))
 
     def __enter__(self) -> Tar:
         return self
@@ -117,8 +108,8 @@ class Tar:
 class _Window:
     """A file read through a window, so that small reads near each other are one request; as tarfile wants it."""
 
-    def __init__(self, uri: str, file: Any, size: int):
-        self.uri, self.file, self.size = uri, file, size
+    def __init__(self, file: File):
+        self.file, self.size = file, file.size_bytes
         self.position = 0
         self._data, self._start = b"", 0
 
@@ -130,17 +121,12 @@ class _Window:
         offset = start - self._start
         if offset < 0 or offset + size > len(self._data):
             wanted = min(max(size, _WINDOW_BYTES), self.size - start)
-            try:
-                self._data, self._start, offset = self.file.read_at(wanted, start), start, 0
-            except OSError as err:
-                raise UserError(f"{self.uri} cannot be read: {first_line(err)}") from None
-            if len(self._data) < size:
-                raise UserError(f"{self.uri}: expected {self.size} bytes: it changed while it was read")
+            self._data, self._start, offset = self.file.at(start, wanted), start, 0
         return self._data[offset : offset + size]
 
     def read(self, size: int) -> bytes:
         if size > _MAX_HEADER_BYTES:
-            raise UserError(f"{self.uri}: expected a header at byte {self.position}, found one of {size} bytes")
+            raise UserError(f"{self.file.uri}: expected a header at byte {self.position}, found one of {size} bytes")
         data = self.at(self.position, size)
         self.position += len(data)
         return data

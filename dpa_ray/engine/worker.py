@@ -308,7 +308,7 @@ def cursor_of(task: TrainTask, store: Store) -> Cursor:
     return Cursor(
         [n for _, groups in task.data.shards for n in groups], seed=recipe.seed,
         global_batch_size=section.global_batch_size, window=recipe.data.shuffle_window,
-        fraction=source.fraction, sizes=Sizes(store, task.data) if grouped else None, one_image=ONE_IMAGE,
+        fraction=source.fraction, sizes=Sizes(store, task.data, retry_s=recipe.data.retry_s) if grouped else None, one_image=ONE_IMAGE,
     )  # fmt: skip
 
 

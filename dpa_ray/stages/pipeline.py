@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpa_ray.data.bridged import BridgedStore
 from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.prepare import Known, Prepared, find_prepared, prepare, source_digest
+from dpa_ray.data.retry import bridging
 from dpa_ray.recipe import PROXY_METHODS, Recipe, SourceSection
 from dpa_ray.report.metrics import MetricsLog
 from dpa_ray.stages import build, imports, keys, supervision, weights
@@ -106,8 +108,9 @@ def make_plan(recipe: Recipe, store: Store, *, make: bool, report: Report) -> Pl
     sections = {"pretrain": recipe.data.pretrain, "instruct": recipe.data.instruct, **recipe.data.eval_extra}
     if recipe.data.eval is not None:
         sections[HELD_OUT] = recipe.data.eval
-    known = Known(store, write=make)
-    data = {name: (section, source_digest(section, known)) for name, section in sections.items()}
+    known = Known(BridgedStore(store), write=make)
+    with bridging(recipe.data.retry_s):
+        data = {name: (section, source_digest(section, known)) for name, section in sections.items()}
     plan = Plan(recipe, llm, tower, data)
     _add_stages(plan, store, make=make)
     if plan.held_out:
@@ -231,7 +234,8 @@ class Pipeline:
 
     def _prepared(self, name: str) -> Prepared:
         section, digest = self.plan.data[name]
-        found = find_prepared(self.store, digest)
+        with bridging(self.plan.recipe.data.retry_s):
+            found = find_prepared(BridgedStore(self.store), digest)
         if found is not None:
             return found
         self.report(f"preparing data.{name}: {section.label}")

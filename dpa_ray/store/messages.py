@@ -6,7 +6,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dpa_ray.errors import UserError
+from dpa_ray.errors import NoAnswer, UserError
 from dpa_ray.store.s3_client import endpoint_name
 
 NOT_FOUND = ("404", "NoSuchKey", "NotFound")
@@ -42,7 +42,7 @@ def _meaning(where: str, err: Exception) -> Exception | None:
         return meant
     if isinstance(err, OSError):
         # Arrow's carry no errno; one that has it is about the local file at the other end
-        return UserError(_arrow(where, str(err)) if on_s3 and err.errno is None else _local(where, err))
+        return _arrow(where, str(err)) if on_s3 and err.errno is None else UserError(_local(where, err))
     return None
 
 
@@ -56,8 +56,8 @@ def no_bucket(where: str) -> UserError:
     )
 
 
-def _unreachable(where: str, reason: str) -> str:
-    return (
+def _unreachable(where: str, reason: str) -> NoAnswer:
+    return NoAnswer(
         f"{where}: no answer from {endpoint_name()} for bucket {_bucket(where)!r} ({reason}); "
         "check that the server runs and can be reached from this machine"
     )
@@ -88,15 +88,15 @@ def _local(where: str, err: OSError) -> str:
     return f"{where}: {err.strerror or err}{f' ({place})' if place else ''}{hint}"
 
 
-def _arrow(where: str, text: str) -> str:
-    """The message for Arrow's OSError, which carries its kind in its text only."""
+def _arrow(where: str, text: str) -> UserError:
+    """The error for Arrow's OSError, which carries its kind in its text only."""
     if "NO_SUCH_BUCKET" in text or "NoSuchBucket" in text:
-        return str(no_bucket(where))
+        return no_bucket(where)
     if "NETWORK_CONNECTION" in text or "REQUEST_TIMEOUT" in text:
         return _unreachable(where, text.rpartition("Details: ")[2])
     if "ACCESS_DENIED" in text or "INVALID_ACCESS_KEY_ID" in text or "SIGNATURE_DOES_NOT_MATCH" in text:
-        return _denied(where, text)
-    return f"{where}: {text} (server: {endpoint_name()}, bucket {_bucket(where)!r})"
+        return UserError(_denied(where, text))
+    return UserError(f"{where}: {text} (server: {endpoint_name()}, bucket {_bucket(where)!r})")
 
 
 def _boto(where: str, err: BaseException) -> Exception | None:
@@ -115,14 +115,16 @@ def _boto(where: str, err: BaseException) -> Exception | None:
             return FileNotFoundError(errno.ENOENT, "no such file", where)
         if code in BAD_KEYS or code in DENIED or status in (401, 403):
             return UserError(_denied(where, code))
-        return UserError(f"{where}: {err} (server: {endpoint_name()}, bucket {_bucket(where)!r})")
+        kind = NoAnswer if status == 429 or status >= 500 else UserError
+        return kind(f"{where}: {err} (server: {endpoint_name()}, bucket {_bucket(where)!r})")
     if isinstance(
         err, botocore.NoCredentialsError | botocore.PartialCredentialsError | botocore.CredentialRetrievalError
     ):
         return UserError(_no_keys(where))
     if isinstance(err, botocore.ConnectionError | botocore.HTTPClientError):
         trust = ": AWS_CA_BUNDLE names the authorities to trust" if isinstance(err, botocore.SSLError) else ""
-        return UserError(_unreachable(where, type(err).__name__ + trust))
+        unreachable = _unreachable(where, type(err).__name__ + trust)
+        return UserError(str(unreachable)) if trust else unreachable  # a wrong certificate is not a matter of time
     if isinstance(err, botocore.BotoCoreError):
         return UserError(f"{where}: {err} (server: {endpoint_name()}, bucket {_bucket(where)!r})")
     return None

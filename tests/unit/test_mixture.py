@@ -43,7 +43,7 @@ def run(store: Store, section: SourceSection) -> Prepared:
 
 
 def ids(store: Store, prepared: Prepared) -> list[str | None]:
-    reader = _Reader(store, prepared, CACHE_BYTES, 0)
+    reader = _Reader(store, prepared, CACHE_BYTES)
     return [reader.sample(row).id for row in range(prepared.num_rows)]
 
 
@@ -94,7 +94,7 @@ def test_samples_of_a_mixture_keep_their_place_and_bytes(store, source, tmp_path
     shapes = {"source": "builtin:shapes", "options": SourceOptions(size=2)}
     section = mix({"source": source, "take": "last:1"}, {"source": str(tar_source)}, {"source": str(parquet)}, shapes)
     prepared = run(store, section)
-    reader = _Reader(store, prepared, CACHE_BYTES, 0)
+    reader = _Reader(store, prepared, CACHE_BYTES)
     found = [reader.sample(row) for row in range(prepared.num_rows)]
     assert [s.place for s in found][:5] == ["set.json#99", "a.tar#0003", "a.tar#0004", "b.parquet#0", "b.parquet#1"]
     assert [s.images[0].data for s in found[:5]] == [png(0), png(3), png(4), png(7), png(8)]

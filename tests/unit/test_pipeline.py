@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpa_ray.data.prepare import Prepared
+from dpa_ray.data.retry import bridged_s
+from dpa_ray.engine import worker
 from dpa_ray.errors import UserError
 from dpa_ray.model import lora, vlm
 from dpa_ray.model.vlm import ModelRef
 from dpa_ray.recipe import Recipe, RecipeError
+from dpa_ray.stages import pipeline
 from dpa_ray.stages.pipeline import Pipeline, Plan, make_plan, num_steps
 from dpa_ray.stages.runs import Run, identity
 from dpa_ray.stages.spec import (
@@ -119,6 +122,33 @@ def test_tasks_hand_over_by_artifact_in_order(recipe: Callable[..., Recipe], tmp
     store = Store(made.store)
     assert store.read_bytes("runs/small/model/result.txt") == b"instruct"
     assert store.list("runs/small/model") == ["result.txt"], "the metrics of a stage are no part of the model"
+
+
+def test_all_that_reads_data_waits_for_s3_as_long_as_the_recipe_says(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[tuple[str, float]] = []
+    at = {"exists": 1, "upload": 2}  # which argument is the path
+
+    def noted(kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*args: Any, **options: Any) -> Any:
+            if kind not in at or args[at[kind]].startswith("data/"):  # artifacts are written without
+                waited.append((kind, bridged_s()))
+            return call(*args, **options)
+
+        return note
+
+    monkeypatch.setattr(pipeline, "source_digest", noted("source_digest", pipeline.source_digest))
+    for name in ("exists", "upload", "arrow"):
+        monkeypatch.setattr(Store, name, noted(name, getattr(Store, name)))
+    made = recipe("data.retry_s=7", "stages.instruct.group_by_length=true")
+    tuned = carry_out(made, tmp_path)[3]
+    assert {kind for kind, _ in waited} == {"source_digest", "exists", "upload", "arrow"}  # arrow: check_supervision
+    num = len(waited)
+    worker.cursor_of(tuned, Store(made.store)).rows(0, 0)
+    assert [kind for kind, _ in waited[num:]] == ["arrow"], "the sizes in the footer of its one shard"
+    assert {seconds for _, seconds in waited} == {7}
+    assert bridged_s() == 0
 
 
 def test_without_a_proxy_stage_two_has_the_base_llm(recipe: Callable[..., Recipe], tmp_path: Path) -> None:

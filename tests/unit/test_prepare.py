@@ -378,6 +378,7 @@ def test_the_command_takes_columns_and_a_choice_of_rows(tmp_path, main, capsys):
         (["set.json", "--take", "some"], 2, "expected first:N, last:N or random:N"),
         (["set.tar", "--images", "x"], 2, "images does not belong to webdataset"),
         (["set.json", "--max-quarantined-fraction", "2"], 2, "expected 0 to 1, found 2"),
+        (["set.json", "--retry-s", "-1"], 2, "--retry-s: expected 0 or more, found -1"),
         (["set.json", "--format", "zip"], 2, "invalid choice"),
         ([], 2, "required: SOURCE"),
     ],

@@ -160,7 +160,7 @@ def test_a_failed_upload_leaves_neither_object_nor_parts(s3_server: S3, tmp_path
     """
     fill(tmp_path, big=4 * PART_BYTES)
     told = python(script, s3_server.uri, str(tmp_path))
-    assert told.stdout.startswith(f"UserError {s3_server.uri}/a/big: no answer from"), told
+    assert told.stdout.startswith(f"NoAnswer {s3_server.uri}/a/big: no answer from"), told
     assert s3_server.keys() == []
     assert s3_server.client().list_multipart_uploads(Bucket=s3_server.bucket).get("Uploads", []) == []
 

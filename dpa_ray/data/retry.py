@@ -1,0 +1,173 @@
+"""When is a failed call tried again? While S3 is away, up to `data.retry_s`; anything else fails at once."""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from dpa_ray.errors import NoAnswer, UserError
+
+FIRST_WAIT_S = 0.5
+MAX_WAIT_S = 15.0
+"""After an outage nobody waits longer than this for the next try."""
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+_AWAY = re.compile(
+    r"REQUEST_TIMEOUT|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|HTTP status (?:429|5\d\d)\b"
+)
+# libcurl's numbers: name not resolved, refused, cut short, timed out, empty answer, send or receive failed, HTTP/2 reset
+_CURL_AWAY = frozenset({6, 7, 16, 18, 28, 52, 55, 56, 92})
+_TLS_FAILED = 35
+_TLS_CUT = re.compile(r"reset by peer|unexpected eof|SYSCALL", re.IGNORECASE)
+
+
+class _Bridges:
+    """The `bridging` blocks that this process is in, whose longest counts. They need not end in any order."""
+
+    def __init__(self) -> None:
+        self._lock, self._open = threading.Lock(), list[float]()
+
+    @property
+    def retry_s(self) -> float:
+        with self._lock:
+            return max(self._open, default=0.0)
+
+    def begin(self, retry_s: float) -> None:
+        with self._lock:
+            self._open.append(retry_s)
+
+    def end(self, retry_s: float) -> None:
+        with self._lock:
+            self._open.remove(retry_s)
+
+
+_BRIDGES = _Bridges()
+
+
+@contextmanager
+def bridging(retry_s: float) -> Iterator[None]:
+    """In this block, every thread of this process waits up to `retry_s` for an S3 server that is away.
+
+    Of the process, because sources read with threads of their own; other processes (Ray tasks) need their own block.
+    """
+    _BRIDGES.begin(retry_s)
+    try:
+        yield
+    finally:
+        _BRIDGES.end(retry_s)
+
+
+def bridged_s() -> float:
+    """Seconds that are waited for a server, now and in this process; 0 outside of `bridging`."""
+    return _BRIDGES.retry_s
+
+
+def is_outage(err: BaseException) -> bool:
+    """Is `err`, as Arrow or the store raises it, about an S3 server that is away, not about the request or a local file?
+
+    Arrow's OSError has its kind in its text only (seen with pyarrow 26 and libcurl); those with an errno are of local
+    files or of a missing object. A TLS failure means a wrong scheme or certificate, unless the connection broke off.
+    """
+    if isinstance(err, NoAnswer):
+        return True
+    text = str(err)
+    if not isinstance(err, OSError) or err.errno is not None or "AWS Error " not in text:
+        return False
+    kind = text.partition("AWS Error ")[2]
+    if not kind.startswith("NETWORK_CONNECTION"):
+        return _AWAY.match(kind.removeprefix("UNKNOWN (")) is not None
+    code = re.search(r"curlCode: (\d+)", kind)
+    if code is None:
+        return True
+    return int(code[1]) in _CURL_AWAY or (int(code[1]) == _TLS_FAILED and _TLS_CUT.search(kind) is not None)
+
+
+def wait_s(num_tries: int, elapsed_s: float, retry_s: float, draw: float) -> float | None:
+    """Seconds until the next try, after `num_tries` failed ones; None: give up.
+
+    `elapsed_s` counts from the first failure and `draw` is uniform in [0, 1). The wait doubles up to MAX_WAIT_S, and is
+    between half of that and all of it, so that a cluster's readers do not come back together. The last try is
+    made when retry_s is over, not before: a shorter outage never ends a run.
+    """
+    if elapsed_s >= retry_s:
+        return None
+    longest = min(MAX_WAIT_S, FIRST_WAIT_S * 2.0 ** min(num_tries - 1, 30))
+    return min(longest * (1 + draw) / 2, retry_s - elapsed_s)
+
+
+class _Waiting:
+    """How many calls of this process wait; an outage begins with the first and ends with the last."""
+
+    def __init__(self) -> None:
+        self._lock, self._num = threading.Lock(), 0
+
+    def enter(self) -> bool:
+        """Is this the first?"""
+        with self._lock:
+            self._num += 1
+            return self._num == 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._num -= 1
+
+
+_WAITING = _Waiting()
+
+
+def retried(
+    call: Callable[[], _T],
+    url: str,
+    *,
+    now: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+    draw: Callable[[], float] = random.random,
+) -> _T:
+    """What `call` returns; in a `bridging` block, tried again during an outage, which is logged once.
+
+    Raises: UserError, naming `url`, where the outage lasts longer; whatever else `call` raises, at once.
+    """
+    try:
+        return call()
+    except (OSError, NoAnswer) as err:
+        retry_s = bridged_s()
+        if retry_s == 0 or not is_outage(err):
+            raise
+        reason = _reason(err)
+    first, num_tries = now(), 1
+    if _WAITING.enter():
+        _log.warning("%s: S3 is away (%s); trying again for %g s (data.retry_s)", url, reason, retry_s)
+    try:
+        while (pause := wait_s(num_tries, now() - first, retry_s, draw())) is not None:
+            sleep(pause)
+            try:
+                return call()
+            except (OSError, NoAnswer) as err:
+                if not is_outage(err):
+                    raise
+                reason, num_tries = _reason(err), num_tries + 1
+    finally:
+        _WAITING.leave()
+    raise UserError(
+        f"{url}: no answer from S3 for {now() - first:.0f} s in {num_tries} tries ({reason}); see that the server runs "
+        f"and start again, or set data.retry_s to more than {retry_s:g}"
+    )
+
+
+def _reason(err: BaseException) -> str:
+    """The end of Arrow's long message that says it: Failed to connect to 10.0.0.1:80, for one."""
+    line = first_line(err)
+    return line.rpartition("; Details: ")[2] or line
+
+
+def first_line(err: BaseException) -> str:
+    """An error's message without what follows its first line."""
+    return f"{err}".strip().split("\n")[0] or type(err).__name__
