@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dpa_ray.model import vlm
+from dpa_ray.model.connector_scale import match_embedding_scale
 from dpa_ray.stages import build
 from dpa_ray.stages.spec import MergedProxy, ProxyMllmTask, precision_dtype
 from dpa_ray.store.fs import Store
 
-VERSION = 1
+VERSION = 2
 """Raise when a change of code changes this stage's result: it is part of the key."""
 
 
@@ -29,6 +31,8 @@ def build_stage(task: ProxyMllmTask, store: Store) -> build.Built:
     build.checkpointing(llm, section.gradient_checkpointing)
     tower_ref = task.tower.located(store)
     model, spec = build.vision_language_model(llm, store, recipe, tower_ref, vocab.row)
+    size = spec.image_size
+    match_embedding_scale(model, torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)))
     module = build.step_module(model, recipe, "proxy_mllm", vocab.row, llm.config)
 
     def save(tensors: dict[str, Tensor], folder: Path) -> None:
