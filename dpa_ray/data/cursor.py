@@ -59,6 +59,9 @@ class Cursor:
     all of them. `fraction` keeps round(fraction * rows) samples, at least one: a subset that the seed chooses, spread
     evenly over the row groups, the same in every epoch. Memory is a few numbers per row group.
 
+    `order` tells orders of the same samples apart: stages that share data and seed must not share the order (what comes
+    last in one stage is what the next one's LLM knows least, and its loss would rise for that alone).
+
     `sizes` (rows to numbers, from `one_image` on with an image) groups: inside a window, steps are as far as possible
     all with or all without images, and the rows of a step come largest first, so that `shares` puts like beside like
     in a pass and on all ranks at once. That is LLaVA's `group_by_modality_length`, whose megabatch is the global batch:
@@ -73,6 +76,7 @@ class Cursor:
         global_batch_size: int,
         window: int,
         fraction: float = 1.0,
+        order: int = 0,
         sizes: Callable[[np.ndarray], np.ndarray] | None = None,
         one_image: int = 0,
     ):
@@ -87,6 +91,7 @@ class Cursor:
             )
         self.seed, self.global_batch_size, self.window = seed, global_batch_size, window
         self._size_of, self._one_image = sizes, one_image
+        self._first = order << 32  # of the numbers that stand for this order's epochs in hashes
         self.num_samples = max(1, round(fraction * num_rows))
         self.steps_per_epoch = -(-self.num_samples // global_batch_size)
         self._group_rows = num_of
@@ -118,7 +123,7 @@ class Cursor:
         """The row groups in the order of `epoch`, and where each one's samples end in it."""
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = None  # before memory is taken for the next
-            groups = permutation(len(self._group_rows), self.seed, _GROUPS, epoch)
+            groups = permutation(len(self._group_rows), self.seed, _GROUPS, self._first + epoch)
             self._epoch = (epoch, groups, np.cumsum(self._counts[groups]))
         return self._epoch[1], self._epoch[2]
 
@@ -151,9 +156,10 @@ class Cursor:
         within = within[self._counts[within] > 0]
         rows = np.concatenate([self._members(within[i : i + _BLOCK]) for i in range(0, len(within), _BLOCK)])
         rows = rows[start - before : stop - before]
-        rows = rows[permutation(len(rows), self.seed, _ROWS, epoch, index)]
+        rows = rows[permutation(len(rows), self.seed, _ROWS, self._first + epoch, index)]
         if self._size_of is not None:
-            rows = self._by_modality(rows, start, self._size_of(rows) >= self._one_image, epoch, index)
+            pictured = self._size_of(rows) >= self._one_image
+            rows = self._by_modality(rows, start, pictured, self._first + epoch, index)
         while len(self._windows) >= 2:  # a step may lie across two
             del self._windows[next(iter(self._windows))]
         self._windows[epoch, index] = rows

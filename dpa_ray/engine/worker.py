@@ -299,6 +299,10 @@ def one_node_at_a_time() -> Iterator[None]:
             torch.distributed.barrier()
 
 
+ORDERS = {"proxy_mllm": 1}
+"""Stage 2 takes the samples of stage 1, but not in its order."""
+
+
 def cursor_of(task: TrainTask, store: Store) -> Cursor:
     """The stage's order of samples."""
     recipe = task.recipe
@@ -308,7 +312,8 @@ def cursor_of(task: TrainTask, store: Store) -> Cursor:
     return Cursor(
         [n for _, groups in task.data.shards for n in groups], seed=recipe.seed,
         global_batch_size=section.global_batch_size, window=recipe.data.shuffle_window,
-        fraction=source.fraction, sizes=Sizes(store, task.data, retry_s=recipe.data.retry_s) if grouped else None, one_image=ONE_IMAGE,
+        fraction=source.fraction, order=ORDERS.get(task.stage, 0),
+        sizes=Sizes(store, task.data, retry_s=recipe.data.retry_s) if grouped else None, one_image=ONE_IMAGE,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ def cursors(draw):
         "global_batch_size": draw(st.integers(1, 20)),
         "window": draw(st.integers(1, 40)),
         "fraction": draw(st.sampled_from([1.0, 0.9, 0.5, 0.1, 1e-6])),
+        "order": draw(st.integers(0, 2)),
     }
     return groups, options
 
@@ -62,6 +63,23 @@ def test_a_fraction_is_the_same_subset_in_every_epoch(case):
     groups, options = case
     cursor = Cursor(groups, **options)
     assert set(epoch(cursor, 0)) == set(epoch(cursor, 1)) == set(epoch(cursor, 7))
+
+
+@settings(max_examples=50, deadline=None)
+@given(cursors())
+def test_every_order_takes_the_same_subset(case):
+    groups, options = case
+    assert len({frozenset(epoch(Cursor(groups, **{**options, "order": order}), 0)) for order in range(3)}) == 1
+
+
+def test_orders_have_nothing_to_do_with_each_other():
+    """Of two orders of 4,096 samples in one window, places correlate as those of independent ones; no step is alike."""
+    options = {"seed": 0, "global_batch_size": 8, "window": 8192}
+    one, two = (Cursor([64] * 64, order=order, **options) for order in (0, 1))
+    places = np.argsort(epoch(one, 0)), np.argsort(epoch(two, 0))
+    assert abs(np.corrcoef(*places)[0, 1]) < 4 / np.sqrt(4096)
+    shared = [len({*one.rows(0, s).tolist()} & {*two.rows(0, s).tolist()}) for s in range(one.steps_per_epoch)]
+    assert sum(shared) < 30, "8 are expected"
 
 
 @settings(max_examples=50, deadline=None)

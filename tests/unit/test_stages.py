@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from dpa_ray.errors import UserError
 from dpa_ray.model import vlm
 from dpa_ray.model.export import load_exported
+from dpa_ray.model.step import vision_features
 from dpa_ray.model.vlm import ModelRef
 from dpa_ray.recipe import Recipe
 from dpa_ray.stages import instruct, proxy_llm, proxy_mllm
@@ -245,6 +246,8 @@ def test_stage_two_trains_a_fresh_connector_on_the_merged_proxy(
     made = recipe("stages.proxy_mllm.gradient_checkpointing=true")
     store = Store(made.store)
     proxy = vlm.load_llm(ModelRef(models["other_llm"]), torch.float32)
+    with torch.no_grad():
+        proxy.get_input_embeddings().weight *= 1000  # far above what a new connector gives
     proxy.save_pretrained(tmp_path / "proxy")  # no tokenizer beside it
     commit(store, "proxy-merged", "1", tmp_path / "proxy", inputs={}, meta={})
     base = BaseLlm(Weights(made.model.llm, "1", ref=ModelRef(made.model.llm)))
@@ -255,6 +258,9 @@ def test_stage_two_trains_a_fresh_connector_on_the_merged_proxy(
     model = built.module.model
     expected = proxy.model.layers[0].self_attn.q_proj.weight
     assert torch.equal(model.model.language_model.layers[0].self_attn.q_proj.weight, expected)
+    pixels = torch.randn(2, 3, model.config.vision_config.image_size, model.config.vision_config.image_size)
+    images = model.model.multi_modal_projector(vision_features(model, pixels))
+    assert images.square().mean().sqrt() > 0.8 * proxy.get_input_embeddings().weight.square().mean().sqrt()
     assert set(from_configs(made)["proxy_mllm"].names) == CONNECTOR
     tensors = trained(model, "proxy_mllm", "frozen")
     assert set(tensors) == CONNECTOR
