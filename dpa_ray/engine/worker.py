@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpa_ray.batch import Batch
 from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.ingest import Loader
 from dpa_ray.data.sizes import ONE_IMAGE, Sizes
 from dpa_ray.engine.evaluate import evaluate
 from dpa_ray.engine.feed import Feed
+from dpa_ray.engine.logs import Recorder
 from dpa_ray.engine.loop import Plan, Schedule, train
 from dpa_ray.engine.messages import Orders
 from dpa_ray.engine.protocol import Engine, OptimizerSettings, rank, world_size
-from dpa_ray.report.metrics import MetricsLog
 from dpa_ray.stages import instruct, proxy_llm, proxy_mllm
 from dpa_ray.stages.build import Built
 from dpa_ray.stages.spec import EvalTask, MergeTask, Task, TrainTask
 from dpa_ray.stages.trainable import TrainableSet, check_trainable, select_trainable
 from dpa_ray.store.artifacts import commit, find
 from dpa_ray.store.fs import Store
-
-NOTHING_TO_LEARN = "nothing_to_learn"
-"""Reason of a run's own quarantine: known only with a tokenizer, when the data has long been prepared."""
 
 STAGE_METRICS = "metrics.jsonl"
 """In an artifact: the metrics of the stage that made it, for runs that reuse it."""
@@ -136,7 +130,7 @@ class Worker:
         batches = self.feed.batches(loader, plan, prefetch=recipe.data.prefetch_batches, workers=recipe.data.workers)
         engine = make_engine(built, task, self.device, accumulation_steps=plan.most_passes)
         check_trainable(built.module.model, {id(p) for p in engine.parameters}, trained, stage, built.llm_mode)
-        recorder = Recorder(self, task, cursor)
+        recorder = Recorder(self.store, task, cursor, self.tell)
         train(
             engine, batches, plan, Schedule(task.num_steps, section.lr, section.warmup_fraction),
             stage=stage, device=self.device, record=recorder.record,
@@ -167,117 +161,6 @@ class Worker:
                 }  # fmt: skip
                 self._commit(task, folder, meta)
         self.tell("stage_finished", stage=task.stage)
-
-
-class Recorder:
-    """Each step's metrics to the run's metrics.jsonl, the driver, and the artifact; sample identities on demand."""
-
-    def __init__(self, worker: Worker, task: TrainTask, cursor: Cursor):
-        self.worker = worker
-        self.task = task
-        self.lines: list[str] = []
-        self.first: float | None = None
-        self.last: float | None = None
-        self.log = MetricsLog(worker.store, task.run_path)
-        self.untaught = UntaughtLog(worker.store, task)
-        self.samples = SampleLog(worker.store, task, cursor) if task.recipe.debug.record_samples else None
-        if rank() == 0:
-            self.log.start(task.stage)
-
-    def record(self, metrics: dict[str, Any], batches: list[Batch]) -> None:
-        self.untaught.add(batches)
-        if self.samples is not None:
-            self.samples.add(metrics["step"], batches)
-        if rank() != 0:
-            return
-        self.log.append(metrics)
-        self.lines.append(json.dumps(metrics) + "\n")
-        self.first = metrics["loss"] if self.first is None else self.first
-        self.last = metrics["loss"]
-        self.worker.tell("step", **metrics)
-
-    def close(self) -> None:
-        self.untaught.close()
-        if rank() == 0:
-            self.log.flush()
-            if self.samples is not None:
-                self.samples.flush()
-
-
-class UntaughtLog:
-    """runs/<name>/quarantine.jsonl: the samples that a stage took and that had nothing to learn (all targets cut off).
-
-    They pass through the model without weight, so that neither the cursor nor the ranks' passes depend on the template.
-    """
-
-    def __init__(self, store: Store, task: TrainTask):
-        self.store = store
-        self.stage = task.stage
-        self.digest = task.data.digest
-        self.max_length = getattr(task.recipe.stages, task.stage).max_length
-        self.path = f"{task.run_path}/quarantine.jsonl"
-        self.found: dict[int, tuple[str | None, str]] = {}  # (id, place) by row
-
-    def add(self, batches: list[Batch]) -> None:
-        self.found.update({row: (name, place) for b in batches for row, name, place in b.untaught})
-
-    def close(self) -> None:
-        """Gather from all ranks, and write this stage's lines behind those of the other stages."""
-        every: list[Any] = [self.found]
-        if world_size() > 1:
-            every = [None] * world_size()
-            torch.distributed.all_gather_object(every, self.found)
-        if rank() != 0:
-            return
-        whole = {row: sample for found in every for row, sample in found.items()}
-        detail = f"no target left within stages.{self.stage}.max_length={self.max_length}"
-        lines = [
-            json.dumps(
-                {"stage": self.stage, "data": self.digest, "row": row, "id": name, "place": place,
-                 "reason": NOTHING_TO_LEARN, "detail": detail},
-                ensure_ascii=False,
-            ) + "\n"
-            for row, (name, place) in sorted(whole.items())
-        ]  # fmt: skip
-        rewrite_stage(self.store, self.path, self.stage, lines)
-
-
-class SampleLog:
-    """runs/<name>/samples.jsonl: which samples each (stage, step) took, over all ranks, in the cursor's order."""
-
-    def __init__(self, store: Store, task: TrainTask, cursor: Cursor):
-        self.cursor = cursor
-        self.store = store
-        self.stage = task.stage
-        self.path = f"{task.run_path}/samples.jsonl"
-        self.lines: list[str] = []
-
-    def add(self, step: int, batches: list[Batch]) -> None:
-        mine = [(row, name) for b in batches for row, name in zip(b.rows, b.ids, strict=True)]
-        every: list[Any] = [mine]
-        if world_size() > 1:
-            every = [None] * world_size()
-            torch.distributed.all_gather_object(every, mine)
-        epoch, inside = divmod(step - 1, self.cursor.steps_per_epoch)
-        place = {int(row): number for number, row in enumerate(self.cursor.rows(epoch, inside))}
-        taken = sorted(chain.from_iterable(every), key=lambda sample: place[sample[0][1]])
-        entry = {
-            "stage": self.stage, "step": step,
-            "rows": [list(row) for row, _ in taken], "ids": [name for _, name in taken],
-        }  # fmt: skip
-        self.lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
-
-    def flush(self) -> None:
-        """Write this stage's lines behind those of the other stages."""
-        rewrite_stage(self.store, self.path, self.stage, self.lines)
-
-
-def rewrite_stage(store: Store, path: str, stage: str, lines: list[str]) -> None:
-    """Put `lines` in place of `stage`'s in a JSONL file of several stages, at its end; an empty file is not made."""
-    old = store.read_bytes(path).decode().split("\n") if store.exists(path) else []
-    kept = [f"{line}\n" for line in old if line and json.loads(line)["stage"] != stage]
-    if old or lines:
-        store.write_bytes(path, "".join([*kept, *lines]).encode())
 
 
 def _build(task: TrainTask, store: Store) -> Built:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from dpa_ray.batch import IGNORE_INDEX
 from dpa_ray.data import wire
 from dpa_ray.data.prepare import prepare
-from dpa_ray.engine import worker
+from dpa_ray.engine import logs
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import Recipe, RecipeError
 from dpa_ray.stages import supervision
@@ -110,11 +111,11 @@ def test_the_runs_quarantine_names_each_once_and_keeps_other_stages(tmp_path):
             stage=stage, run_path="runs/r", data=SimpleNamespace(digest="d"), recipe=SimpleNamespace(stages=stages)
         )
         for _ in range(2):  # a stage that is done again replaces its lines
-            log = worker.UntaughtLog(store, task)
+            log = logs.UntaughtLog(store, task)
             for _ in range(2):  # two epochs
                 log.add([SimpleNamespace(untaught=untaught)])  # type: ignore[list-item]
             log.close()
-    lines = [worker.json.loads(line) for line in store.read_bytes("runs/r/quarantine.jsonl").splitlines()]
+    lines = [json.loads(line) for line in store.read_bytes("runs/r/quarantine.jsonl").splitlines()]
     assert [(n["stage"], n["row"], n["id"], n["place"]) for n in lines] == [
         ("proxy_mllm", 7, None, "a#7"), ("instruct", 3, "y", "b#3"), ("instruct", 9, "x", "b#9"),
     ]  # fmt: skip
