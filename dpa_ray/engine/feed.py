@@ -24,7 +24,7 @@ from dpa_ray.data.retry import first_line
 from dpa_ray.errors import UserError
 
 MAX_RESTARTS = 3
-"""How often in a stage a Feeder that died is replaced: whatever kills it again and again will not stop by itself."""
+"""How often a Feeder that died is replaced before a batch comes: what kills it each time will not stop by itself."""
 
 _log = logging.getLogger(__name__)
 
@@ -92,15 +92,11 @@ class Feed:
                 except RayActorError as err:
                     if num_restarts == MAX_RESTARTS:
                         raise UserError(
-                            f"the process that feeds this worker died {num_restarts + 1} times, the last time at batch "
-                            f"{num_taken + 1:,} of {num:,} ({first_line(err)}); {DEATH_HINT}"
+                            f"the process that feeds this worker died {num_restarts + 1} times before batch "
+                            f"{num_taken + 1:,} of {num:,} came ({first_line(err)}); {DEATH_HINT}"
                         ) from None
                     num_restarts += 1
-                    _log.warning(
-                        "the process that feeds this worker died at batch %d of %d; starting another",
-                        num_taken + 1,
-                        num,
-                    )
+                    _log.warning("the process that feeds this worker died at batch %d; starting another", num_taken + 1)
                     self.close()
                     self.actor = _actor()
                     asked = ask(num_taken)
@@ -108,7 +104,7 @@ class Feed:
                 if error:
                     raise UserError(error)
                 asked.popleft()
-                num_taken += 1
+                num_taken, num_restarts = num_taken + 1, 0
                 if num_taken + len(asked) < num:
                     asked.append(self.actor.next.remote())
                 yield wire.loads(tensors, rest)
