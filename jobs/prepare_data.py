@@ -123,6 +123,10 @@ def _start_ray() -> bool:
     """The cluster that RAY_ADDRESS names (`ray job submit` sets it), else Ray on this machine; for large sources."""
     import ray
 
+    from dpa_ray.data.ray_tasks import RETRY_ENVIRONMENT
+
+    for name, value in RETRY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody else is to reach it

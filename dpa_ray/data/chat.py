@@ -3,6 +3,9 @@
 The conversation is rendered twice: as it is, and with a sentinel in place of every text asked for. The second rendering
 gives the template's fixed pieces; the first must be these pieces with the texts between them (trimmed, where the
 template trims). Nothing is guessed and nothing tokenised here: where the two do not fit, the template is refused.
+
+With sentinels in place of all texts, conversations of the same roles look alike: that rendering is kept (`Finder`), and
+serves wherever the pieces fit in exactly one way.
 """
 
 from __future__ import annotations
@@ -30,6 +33,9 @@ _TRIMS = (
     lambda text: text.lstrip("\n"),
     lambda text: text.rstrip("\n"),
 )
+
+
+_MAX_KEPT = 1024  # renderings of a Finder: conversations have as many lengths
 
 
 @dataclass
@@ -110,12 +116,15 @@ def find_texts(
     roles: Collection[str],
     *,
     generation_prompt: bool = False,
+    real: str | None = None,
 ) -> tuple[str, list[Span]]:
-    """The rendering of `messages`, and in it the span of the text of every message that has one of `roles`.
+    """The rendering of `messages` (`real`, if it is there already), and in it the span of the text of every message that
+    has one of `roles`.
 
     Raises: UserError where the template does something to these texts from which their spans cannot be found.
     """
-    real = render(tokenizer, template, messages, generation_prompt=generation_prompt)
+    if real is None:
+        real = render(tokenizer, template, messages, generation_prompt=generation_prompt)
     wanted = [i for i, message in enumerate(messages) if message["role"] in roles]
     stem = "zqMark"
     while stem in real:
@@ -137,6 +146,62 @@ def find_texts(
         f"the text of every {' and '.join(sorted(roles))} message once, in order, as it is or trimmed; this template "
         f"leaves out, repeats or rewrites one. Rendered: {real[:500]!r}"
     )
+
+
+class Finder:
+    """`find_texts` for one template, with the same results, in about half the time."""
+
+    def __init__(self, tokenizer: Any, template: str):
+        self._tokenizer, self._template = tokenizer, template
+        self._fixed: dict[tuple[tuple[str, ...], bool], list[str] | None] = {}
+
+    def __call__(
+        self, messages: list[Message], roles: Collection[str], *, generation_prompt: bool = False
+    ) -> tuple[str, list[Span]]:
+        """See `find_texts`. Raises: UserError."""
+        real = render(self._tokenizer, self._template, messages, generation_prompt=generation_prompt)
+        fixed = None
+        if not any("think>" in message["content"] for message in messages):
+            fixed = self._pieces([message["role"] for message in messages], generation_prompt)
+        spans = None if fixed is None else _only_fit(real, fixed, messages)
+        if spans is not None:
+            return real, [span for span in spans if messages[span.message]["role"] in roles]
+        return find_texts(
+            self._tokenizer, self._template, messages, roles, generation_prompt=generation_prompt, real=real
+        )
+
+    def _pieces(self, roles: list[str], generation_prompt: bool) -> list[str] | None:
+        """What the template writes before, between and after texts of `roles`; None where it does not write each once."""
+        key = (tuple(roles), generation_prompt)
+        if key not in self._fixed:
+            if len(self._fixed) >= _MAX_KEPT:
+                self._fixed.clear()
+            messages = [{"role": role, "content": f"zqMark{i}bz"} for i, role in enumerate(roles)]
+            try:
+                shown = render(self._tokenizer, self._template, messages, generation_prompt=generation_prompt)
+            except UserError:  # about the sentinels: the texts themselves were accepted
+                shown = ""
+            pieces = re.split("(zqMark[0-9]+bz)", shown)
+            in_order = pieces[1::2] == [message["content"] for message in messages]
+            self._fixed[key] = pieces[::2] if in_order else None
+        return self._fixed[key]
+
+
+def _only_fit(real: str, fixed: list[str], messages: list[Message]) -> list[Span] | None:
+    """The spans of all texts in `real`, if `fixed` with the texts between them, trimmed or not, is it in one way only."""
+    if not real.startswith(fixed[0]):
+        return None
+    position, spans = len(fixed[0]), []
+    for i, message in enumerate(messages):
+        value, following = message["content"], fixed[i + 1]
+        texts = {value} if value == value.strip() else {trim(value) for trim in _TRIMS}
+        fitting = [text for text in texts if real.startswith(text + following, position)]
+        if len(fitting) != 1:
+            return None
+        end = position + len(fitting[0])
+        spans.append(Span(i, position, end, position, value.find(fitting[0])))
+        position = end + len(following)
+    return spans if position == len(real) else None
 
 
 def _marked(text: str, name: str, values: dict[str, str], thinking: bool) -> str:

@@ -12,7 +12,7 @@ tokenizer are encoded as ordinary text: a caption cannot end a turn.
 
 from __future__ import annotations
 
-import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,9 +20,9 @@ from typing import Any, Literal
 import numpy as np
 
 from dpa_ray.batch import IMAGE_TOKEN, NO_TURN, Encoded
-from dpa_ray.data.chat import Message, Span, find_texts, own_template, pin_template
+from dpa_ray.data.chat import Finder, Message, Span, own_template, pin_template
 from dpa_ray.data.sample import ImageFile, Sample, Turn
-from dpa_ray.data.tokens import Tokens, bos_ids, tokenize
+from dpa_ray.data.tokens import Tokens, bare, bos_ids, tokenize
 from dpa_ray.errors import UserError
 
 Template = Literal["text", "plain", "chat"]
@@ -54,6 +54,8 @@ class Encoder:
     _bos: list[int] = field(default_factory=list, init=False, repr=False)
     _added: dict[int, str] = field(default_factory=dict, init=False, repr=False)
     _control: dict[int, str] = field(default_factory=dict, init=False, repr=False)
+    _spelled: re.Pattern[str] | None = field(default=None, init=False, repr=False)
+    _find: Finder | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
@@ -64,15 +66,16 @@ class Encoder:
             raise ValueError(f"expected {IMAGE_TOKEN} to be token {self.image_token_id}, found {found}")
         if self.template == "chat":
             self._chat_template = pin_template(own_template(self.tokenizer), self.template_date)
+            self._find = Finder(self.tokenizer, self._chat_template)
         else:
             self._bos = bos_ids(self.tokenizer)
-        # a copy without post-processor: some of those leave blanks out of offsets, and BOS is put by hand
-        self._raw = copy.deepcopy(self.tokenizer)
-        self._raw.backend_tokenizer.post_processor = None
+        self._raw = bare(self.tokenizer)  # BOS is put by hand
         tokens = self.tokenizer.added_tokens_decoder
         self._added = {i: t.content for i, t in tokens.items() if i != self.image_token_id and t.content.strip()}
         # what the chat template writes is a control token too, flagged special or not
         self._control = {i: c for i, c in self._added.items() if tokens[i].special or c in self._chat_template}
+        if self._control:
+            self._spelled = re.compile("|".join(re.escape(content) for content in self._control.values()))
 
     def __call__(self, sample: Sample) -> Encoded:
         """Ids and targets of `sample`. Raises: UserError, naming its place, where the template cannot take it."""
@@ -160,13 +163,10 @@ class Encoder:
     ) -> tuple[str, list[tuple[int, int]], list[Span]]:
         """The rendered conversation, the characters in it that are the sample's where that matters, the answers."""
         messages: list[Message] = [{"role": _ROLES[t.role], "content": t.text} for t in turns]
-        forging = any(c in m["content"] for c in self._control.values() for m in messages)
-        text, spans = find_texts(
-            self.tokenizer,
-            self._chat_template,
-            messages,
-            _ALL_ROLES if forging else {"assistant"},
-            generation_prompt=generation_prompt,
+        forging = self._spelled is not None and any(self._spelled.search(m["content"]) for m in messages)
+        assert self._find is not None
+        text, spans = self._find(
+            messages, _ALL_ROLES if forging else {"assistant"}, generation_prompt=generation_prompt
         )
         literal = [(s.content, s.end) for s in spans] if forging else []
         expected, found = sum(t.text.count(IMAGE_TOKEN) for t in turns), text.count(IMAGE_TOKEN)
@@ -178,7 +178,7 @@ class Encoder:
 
     def _tokenize(self, text: str, literal: list[tuple[int, int]]) -> Tokens:
         """`text` as tokens; no control token comes out of the characters of `literal`."""
-        return tokenize(self._raw, text, literal=literal, control_ids=self._control)
+        return tokenize(self._raw, text, literal=literal, control=self._control)
 
     def _end_of_turn(self, text: str, tokens: Tokens, end: int) -> int | None:
         """Index of the end-of-turn token of an answer that ends at `end`: the first one after it (blanks that the
@@ -201,7 +201,7 @@ class Encoder:
         """Masks from spans; `moved` maps characters of a turn whose text was changed before it was rendered."""
         turn = np.full(len(tokens.ids), NO_TURN, np.int32)
         for number, span in enumerate(spans):
-            turn[tokens.overlapping(span.start, span.end)] = number
+            turn[tokens.run(span.start, span.end)] = number
             last = self._end_of_turn(text, tokens, span.end) if end_of_turn else None
             if last is not None:
                 turn[tokens.first_from(span.end) : last + 1] = number
@@ -213,7 +213,7 @@ class Encoder:
                 continue
             place_of = moved.get(index, int)
             first, stop = (place_of(c) - place.offset + place.content for c in (start, end))
-            grounded |= tokens.overlapping(max(first, place.content), min(stop, place.end))
+            grounded[tokens.run(max(first, place.content), min(stop, place.end))] = True
         bos = np.array(self._bos, np.int64)
         ids = np.concatenate([bos, tokens.ids])
         turn = np.concatenate([np.full(len(bos), NO_TURN, np.int32), turn])

@@ -25,8 +25,8 @@ from dpa_ray.data.encode import Encoder
 from dpa_ray.data.images import ImageError, decode
 from dpa_ray.data.pack import pack
 from dpa_ray.data.pixels import Geometry, levels, pixel_shape
-from dpa_ray.data.prepare import quiet_ray_data
 from dpa_ray.data.prepared import Prepared, StoreLike
+from dpa_ray.data.ray_tasks import bounded_retries, deaths_told, quiet_ray_data
 from dpa_ray.data.retry import bridging, first_line, retried
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.shards import from_row
@@ -49,6 +49,8 @@ CACHE_BYTES = 128 * 2**20
 
 TASK_CPUS = 0.25
 """What a decode task books: little, so that tasks fit beside training workers that book nearly all CPUs there are."""
+
+DEATH_HINT = "lower data.workers (tasks at once) or data.prefetch_batches (batches made ahead), or give the nodes more"
 
 BLOCK_BYTES = 4 * 2**20
 MAX_BLOCK_BATCHES = 8
@@ -270,17 +272,20 @@ def _tables(
     context = data.context
     quiet_ray_data(context)
     context.memory_usage_poll_interval_s = None
-    options = context.execution_options
-    options.preserve_order = True
-    options.resource_limits = options.resource_limits.copy(object_store_memory=ahead_bytes)
-    made = data.map_batches(
-        partial(_load, reference),
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=TASK_CPUS,
-        compute=TaskPoolStrategy(size=min(workers, len(blocks))),
-    )
-    yield from made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch)
+    execution = context.execution_options
+    execution.preserve_order = True
+    execution.resource_limits = execution.resource_limits.copy(object_store_memory=ahead_bytes)
+    with bounded_retries() as options:
+        made = data.map_batches(
+            partial(_load, reference),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=TASK_CPUS,
+            compute=TaskPoolStrategy(size=min(workers, len(blocks))),
+            **options,
+        )
+    with deaths_told("the processes that decode and encode", DEATH_HINT):
+        yield from made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch)
 
 
 _REQUEST = pa.schema([("rows", pa.list_(pa.int64())), ("filler", pa.int64())])

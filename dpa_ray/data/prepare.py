@@ -23,6 +23,7 @@ from dpa_ray.data.bridged import BridgedStore
 from dpa_ray.data.catalog import Piece, digest, pieces, source_digest
 from dpa_ray.data.known import Known
 from dpa_ray.data.prepared import SCHEMA_VERSION, Prepared, StoreLike, find_prepared
+from dpa_ray.data.ray_tasks import bounded_retries, deaths_told, quiet_ray_data
 from dpa_ray.data.retry import bridged_s, bridging
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.shards import write_shard
@@ -36,6 +37,7 @@ IN_PROCESS_ROWS = 5_000
 """Up to so many rows are prepared in the calling process, without Ray."""
 
 _PROGRESS_S = 5.0
+_DEATH_HINT = "each takes one CPU of a node; give the nodes more, and start again: the parts that are done are kept"
 
 
 def prepare(
@@ -252,17 +254,6 @@ def _ray_is_running() -> bool:
     return bool(ray.is_initialized())
 
 
-def quiet_ray_data(context: Any) -> None:
-    """Ray Data without progress bars and logs of its own, and never giving up because its consumer takes long."""
-    import logging
-
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.enable_auto_log_stats = False
-    context.execution_no_progress_timeout_s = -1
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
 def _with_ray(store: StoreLike, source: Source, folder: str, parts: list[Part]) -> Iterator[dict[str, Any]]:
     """Each part in a Ray Data task of one CPU, as many at once as the cluster has; only results come back."""
     import ray
@@ -279,7 +270,10 @@ def _with_ray(store: StoreLike, source: Source, folder: str, parts: list[Part]) 
 
     data = ray.data.range(len(parts), override_num_blocks=len(parts))
     quiet_ray_data(data.context)
-    for row in data.map(run, num_cpus=1).iter_rows():
-        if row["error"]:
-            raise UserError(row["error"])
-        yield json.loads(row["result"])
+    with bounded_retries() as options:
+        made = data.map(run, num_cpus=1, **options)
+    with deaths_told(f"the processes that prepare {source.name or 'the data'}", _DEATH_HINT):
+        for row in made.iter_rows():
+            if row["error"]:
+                raise UserError(row["error"])
+            yield json.loads(row["result"])

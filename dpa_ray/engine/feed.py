@@ -6,20 +6,41 @@ every small operation of the model (measured on the embedded default: steps five
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpa_ray.batch import Batch
 from dpa_ray.data import wire
-from dpa_ray.data.ingest import Loader, MicroBatches, stream
+from dpa_ray.data.ingest import DEATH_HINT, Loader, MicroBatch, MicroBatches, stream
+from dpa_ray.data.retry import first_line
 from dpa_ray.errors import UserError
+
+MAX_RESTARTS = 3
+"""How often a Feeder that died is replaced before a batch comes: what kills it each time will not stop by itself."""
+
+_log = logging.getLogger(__name__)
 
 Packed = tuple[bytes, bytes | str, str]
 """A batch on its way (see data/wire.py), or two empty parts and what to tell the user."""
+
+
+@dataclass(frozen=True)
+class _From:
+    """Micro-batches without the first `num_taken`, which nobody loads a second time."""
+
+    all: MicroBatches
+    num_taken: int
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return islice(self.all, self.num_taken, None)
 
 
 class Feeder:
@@ -28,7 +49,7 @@ class Feeder:
     def __init__(self) -> None:
         self.batches: Iterator[Batch] = iter(())
 
-    def start(self, loader: Loader, micro_batches: MicroBatches, prefetch: int, workers: int) -> None:
+    def start(self, loader: Loader, micro_batches: _From, prefetch: int, workers: int) -> None:
         """Drop what was streamed before, and begin."""
         self.batches = stream(loader, micro_batches, prefetch=prefetch, workers=workers)
 
@@ -45,32 +66,57 @@ class Feed:
 
     def __init__(self) -> None:
         """Start the actor beside this worker; it needs some seconds, during which a model can be loaded."""
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        self.actor: Any = ray.remote(num_cpus=0)(Feeder).options(scheduling_strategy=here).remote()
+        self.actor = _actor()
 
     def batches(self, loader: Loader, micro_batches: MicroBatches, *, prefetch: int, workers: int) -> Iterator[Batch]:
         """The batches of `micro_batches` in order; `prefetch` of them are asked for ahead, the first ones at once.
 
-        Data tasks start while the caller goes on, to make its engine, say. Iterating raises: UserError with what a data
-        task said.
+        Data tasks start while the caller goes on, to make its engine, say. A Feeder that dies is replaced, and goes on
+        where it was. Iterating raises: UserError with what a data task said, or where Feeders die one after the other.
         """
-        self.actor.start.remote(loader, micro_batches, prefetch, workers)
-        num = len(micro_batches)
-        asked = deque(self.actor.next.remote() for _ in range(min(prefetch, num)))
-        return self._taken(asked, num)
 
-    def _taken(self, asked: deque[Any], num: int) -> Iterator[Batch]:
-        """The batches asked for, as each is taken asking for another, `num` in all."""
-        left = num - len(asked)
-        while asked:
-            tensors, rest, error = ray.get(asked.popleft())
-            if error:
-                raise UserError(error)
-            if left:
-                asked.append(self.actor.next.remote())
-                left -= 1
-            yield wire.loads(tensors, rest)
+        def ask(num_taken: int) -> deque[Any]:
+            self.actor.start.remote(loader, _From(micro_batches, num_taken), prefetch, workers)
+            return deque(self.actor.next.remote() for _ in range(min(prefetch, num - num_taken)))
+
+        num = len(micro_batches)
+        asked = ask(0)
+
+        def taken() -> Iterator[Batch]:
+            """As each batch is taken another is asked for."""
+            nonlocal asked
+            num_taken = num_restarts = 0
+            while num_taken < num:
+                try:
+                    tensors, rest, error = ray.get(asked[0])
+                except RayActorError as err:
+                    if num_restarts == MAX_RESTARTS:
+                        raise UserError(
+                            f"the process that feeds this worker died {num_restarts + 1} times before batch "
+                            f"{num_taken + 1:,} of {num:,} came ({first_line(err)}); {DEATH_HINT}"
+                        ) from None
+                    num_restarts += 1
+                    _log.warning("the process that feeds this worker died at batch %d; starting another", num_taken + 1)
+                    self.close()
+                    self.actor = _actor()
+                    asked = ask(num_taken)
+                    continue
+                if error:
+                    raise UserError(error)
+                asked.popleft()
+                num_taken, num_restarts = num_taken + 1, 0
+                if num_taken + len(asked) < num:
+                    asked.append(self.actor.next.remote())
+                yield wire.loads(tensors, rest)
+
+        return taken()
 
     def close(self) -> None:
         """End the actor."""
         ray.kill(self.actor)
+
+
+def _actor() -> Any:
+    """A Feeder on the caller's node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(num_cpus=0)(Feeder).options(scheduling_strategy=here).remote()

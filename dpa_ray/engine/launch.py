@@ -13,6 +13,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from dpa_ray.data.ray_tasks import RETRY_ENVIRONMENT
 from dpa_ray.engine.messages import Board, Orders
 from dpa_ray.engine.worker import run_worker
 from dpa_ray.errors import UserError
@@ -21,11 +22,13 @@ from dpa_ray.stages.spec import Task
 from dpa_ray.store.fs import Store
 
 WORKER_ENVIRONMENT = {
+    **RETRY_ENVIRONMENT,
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else workers' prints appear twice
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 DRIVER_ENVIRONMENT = {
+    **RETRY_ENVIRONMENT,
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # a fit of a tiny model takes 15 s instead of 35
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_AIR_NEW_OUTPUT": "0",

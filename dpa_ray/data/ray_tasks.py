@@ -1,0 +1,58 @@
+"""What do our Ray Data executions have in common? They are quiet, and a dead task is done again, but not for ever."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dpa_ray.data.retry import first_line
+from dpa_ray.errors import UserError
+
+TASK_RETRIES = 8
+"""How often a task is done again whose process or node died. Ray Data's own is for ever: a sample that ends its process
+would end nothing and hang the run."""
+
+RETRY_ENVIRONMENT = {"RAY_task_oom_retries": str(TASK_RETRIES)}
+"""The same for tasks that Ray itself ends because a node's memory is nearly full. Ray reads it in the process that starts
+the tasks, when it joins; in workers it must come from their environment."""
+
+
+def quiet_ray_data(context: Any) -> None:
+    """Ray Data without progress bars and logs of its own, and never giving up because its consumer takes long."""
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.enable_auto_log_stats = False
+    context.execution_no_progress_timeout_s = -1
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error it also raises
+
+
+@contextmanager
+def bounded_retries() -> Iterator[dict[str, int]]:
+    """Options for a map of Ray Data: a task's process may die TASK_RETRIES times."""
+    with warnings.catch_warnings():
+        # Ray 2.60 has no other way to say it, and warns that 2.64 will need one
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+        yield {"max_retries": TASK_RETRIES}
+
+
+@contextmanager
+def deaths_told(what: str, hint: str) -> Iterator[None]:
+    """Raises: UserError where Ray gives up on processes that died in this block; `what` names them, `hint` says what helps.
+
+    An exception that a task raised is let through: it has a traceback of its own.
+    """
+    from ray import exceptions
+
+    try:
+        yield
+    except (
+        exceptions.WorkerCrashedError, exceptions.OutOfMemoryError, exceptions.NodeDiedError,
+        exceptions.LocalRayletDiedError, exceptions.RayActorError, exceptions.ObjectLostError,
+    ) as err:  # fmt: skip
+        raise UserError(
+            f"{what} died again and again ({type(err).__name__}: {first_line(err)}); memory that ran out is the usual "
+            f"cause: {hint}. Ray's logs and the kernel's (dmesg) on that node say more"
+        ) from None

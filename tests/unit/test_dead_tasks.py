@@ -1,0 +1,192 @@
+"""What becomes of a stream, and of data that is being prepared, when the processes at work on it are killed?"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpa_ray.batch import Batch
+from dpa_ray.data import ingest, ray_tasks
+from dpa_ray.data import prepare as prepare_module
+from dpa_ray.data.ingest import Loader, stream
+from dpa_ray.data.prepare import prepare
+from dpa_ray.engine import feed as feed_module
+from dpa_ray.engine.feed import Feed
+from dpa_ray.errors import UserError
+from dpa_ray.store import Store
+from tests.unit.test_ingest import equal, prepared_loader
+from tests.unit.test_prepare import small_parts, tree  # noqa: F401
+from tests.unit.test_sources import make, record
+
+WANTED = [(np.array([i % 20]), 0) for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()
+
+
+class Traced(Loader):
+    """Leaves a file for each load, named after its process; takes a while, so that a kill meets it at work."""
+
+    def load(self, rows: np.ndarray, filler_row: int) -> Batch:
+        (Path(self.store.url("log")) / f"{os.getpid()}-{time.monotonic_ns()}").touch()
+        time.sleep(0.02)
+        return super().load(rows, filler_row)
+
+
+class Fatal(Traced):
+    """Ends its process at row 13, every time."""
+
+    def load(self, rows: np.ndarray, filler_row: int) -> Batch:
+        if rows[0] == 13:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().load(rows, filler_row)
+
+
+class Poison(Loader):
+    """Ends any process that it is sent to."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def loader_of(kind: type[Loader], folder: Path) -> Loader:
+    """One of `kind` over 20 samples."""
+    base = prepared_loader(folder, [record(i) for i in range(20)])
+    Path(base.store.url("log")).mkdir()
+    return kind(**{f.name: getattr(base, f.name) for f in fields(base) if f.init})
+
+
+def decoding(loader: Loader) -> set[int]:
+    """Processes that have decoded and are still there."""
+    found = {int(path.name.split("-")[0]) for path in Path(loader.store.url("log")).iterdir()}
+    return {pid for pid in found if Path(f"/proc/{pid}").exists()}
+
+
+def assert_all_in_order(loader: Loader, batches: list[Batch]) -> None:
+    assert [batch.rows for batch in batches] == [[(loader.prepared.digest, int(rows[0]))] for rows, _ in WANTED]
+    assert all(equal(batch, loader.load(*micro)) for batch, micro in zip(batches, WANTED, strict=True))
+
+
+def test_batches_are_the_same_though_decode_processes_are_killed(tmp_path, local_ray, monkeypatch):
+    """Every process that has decoded anything: none of them is left when the stream goes on."""
+    monkeypatch.setattr(ingest, "BLOCK_BYTES", 1)
+    loader = loader_of(Traced, tmp_path)
+    batches, killed = [], 0
+    for batch in stream(loader, WANTED, prefetch=1, workers=2):
+        batches.append(batch)
+        if len(batches) == 5:
+            for pid in decoding(loader):
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+    assert killed >= 1
+    assert_all_in_order(loader, batches)
+
+
+def test_a_sample_that_kills_every_process_ends_the_stream_with_what_to_do(tmp_path, local_ray, monkeypatch, capfd):
+    monkeypatch.setattr(ray_tasks, "TASK_RETRIES", 1)
+    loader = loader_of(Fatal, tmp_path)
+    message = r"decode and encode died again and again \(WorkerCrashedError: .*data.workers .*data.prefetch_batches"
+    with pytest.raises(UserError, match=message) as caught:
+        list(stream(loader, WANTED, prefetch=1, workers=1))
+    assert "\n" not in str(caught.value)
+    captured = capfd.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+
+
+def kill_feeder(feed: Feed) -> None:
+    import ray
+
+    os.kill(ray.get(feed.actor.__ray_call__.remote(lambda self: os.getpid())), signal.SIGKILL)
+
+
+@pytest.mark.ci
+def test_a_feeder_that_is_killed_is_replaced_and_goes_on_where_it_was(tmp_path, local_ray):
+    loader = loader_of(Traced, tmp_path)
+    feed = Feed()
+    batches = []
+    for batch in feed.batches(loader, WANTED, prefetch=2, workers=2):
+        batches.append(batch)
+        if len(batches) == 7:
+            kill_feeder(feed)
+    assert_all_in_order(loader, batches)
+    kill_feeder(feed)  # between two stages
+    assert_all_in_order(loader, list(feed.batches(loader, WANTED, prefetch=2, workers=2)))
+    feed.close()
+
+
+def test_feeders_that_die_one_after_the_other_end_with_what_to_do(tmp_path, local_ray, monkeypatch):
+    monkeypatch.setattr(feed_module, "MAX_RESTARTS", 1)
+    feed = Feed()
+    batches = feed.batches(loader_of(Poison, tmp_path), WANTED, prefetch=2, workers=1)
+    with pytest.raises(UserError, match=r"died 2 times before batch 1 of 40 came .*data.prefetch_batches") as caught:
+        next(batches)
+    assert "\n" not in str(caught.value)
+    feed.close()
+
+
+# -- preparing
+
+
+class FatalStore(Store):
+    """Ends its process twice: before a shard's upload, and between another one's and its result's."""
+
+    always = False
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return type(self), (self.uri,)
+
+    def once(self, name: str) -> None:
+        mark = Path(f"{self.uri}-{name}")
+        if self.always or not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def upload(self, folder: Path, path: str, names: Any = None) -> None:
+        if names == ["part-00001.parquet"]:
+            self.once("upload")
+        super().upload(folder, path, names)
+
+    def write_json(self, path: str, value: Any) -> None:
+        if path.endswith("parts/00002.json"):
+            self.once("result")
+        super().write_json(path, value)
+
+
+class AlwaysFatalStore(FatalStore):
+    always = True
+
+
+@pytest.mark.ci
+def test_prepared_bytes_are_the_same_though_tasks_are_killed(tmp_path, small_parts, monkeypatch, local_ray):  # noqa: F811
+    monkeypatch.setattr(prepare_module, "IN_PROCESS_ROWS", 10)
+    section = make(tmp_path, [record(i) for i in range(40)])
+    (tmp_path / "a").mkdir()
+    killed = prepare(FatalStore(str(tmp_path / "a" / "store")), section, max_quarantined_fraction=0)
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["store", "store-result", "store-upload"]
+    whole = Store(str(tmp_path / "b"))
+    assert prepare(whole, section, max_quarantined_fraction=0, ray_is_ready=lambda: False) == killed
+    assert tree(whole) == tree(Store(str(tmp_path / "a" / "store")))
+
+
+def test_a_part_that_kills_every_process_ends_with_what_to_do(tmp_path, small_parts, monkeypatch, local_ray):  # noqa: F811
+    monkeypatch.setattr(prepare_module, "IN_PROCESS_ROWS", 10)
+    monkeypatch.setattr(ray_tasks, "TASK_RETRIES", 1)
+    section = make(tmp_path, [record(i) for i in range(40)])
+    (tmp_path / "a").mkdir()
+    store = AlwaysFatalStore(str(tmp_path / "a" / "store"))
+    with pytest.raises(UserError, match=r"that prepare set.json died again and again \(WorkerCrashedError: .*are kept"):
+        prepare(store, section, max_quarantined_fraction=0)
