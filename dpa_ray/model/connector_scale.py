@@ -3,6 +3,7 @@
 A decoder's first norm divides by the size of what it is given: with a new connector whose output is far below the word
 embeddings, every small change of it is a large one behind that norm, and the gradient has a heavy tail (SmolLM2-135M
 behind DINOv2-S: 0.043 against 0.136; up to 9,000 where 100 is usual). LLMs with smaller embeddings keep LLaVA's start.
+What it is worth in a short stage is not settled: tests/benchmarks/connector_start.py sees no clear gain without a proxy.
 """
 
 from __future__ import annotations
