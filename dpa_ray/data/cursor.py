@@ -4,11 +4,13 @@ The order of an epoch: permute the row groups; cut their sequence into windows o
 inside each window. A window is then all that a reader has to have at hand, and each row group is needed in one window
 (at most two, where it lies across a border). Nothing is replayed: step s is rows [s*G, (s+1)*G) of that order.
 
-Permutations sort by an integer hash, so that the order depends on no library's generator and no platform.
+Permutations come from an integer hash, so that the order depends on no library's generator and no platform: those of
+row groups sort by it; those of a window's rows can be asked for single places, so that a step makes only its own rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,6 +18,8 @@ import numpy as np
 _MASK = (1 << 64) - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _BLOCK = 1024  # row groups looked into at once: of few samples in each, a window holds many
+_SORTED = 1024  # up to so many, a permutation is sorted whole: as fast as asking for places, and of any quality wanted
+_ROUNDS = 8
 _GROUPS, _ROWS, _SUBSET_GROUPS, _SUBSET_ROWS, _STEPS = range(5)  # what a hash is for, so that no two uses share one
 
 
@@ -50,6 +54,34 @@ def _hashes(num: int, key: np.ndarray) -> np.ndarray:
 def permutation(num: int, *key: int) -> np.ndarray:
     """(num,) int64: a permutation of 0..num-1 that belongs to the key."""
     return np.argsort(_hashes(num, _keys(*key)))  # no two hashes are equal: any way of sorting gives the same
+
+
+def permuted(places: np.ndarray, num: int, *key: int) -> np.ndarray:
+    """(n,) int64: what a permutation of 0..num-1 that belongs to the key has at `places` (n,), in time and memory of n.
+
+    A Feistel network on the numbers of a grid of about sqrt(num) x sqrt(num) cells: each round shifts one coordinate by
+    a hash of the other. What falls on one of the few cells past `num` goes through again until it does not.
+    """
+    if num <= _SORTED:
+        return permutation(num, *key)[places]
+    width = math.isqrt(num - 1) + 1
+    height = -(-num // width)
+    rounds = _hashes(_ROUNDS, _keys(*key))
+    numbers = _shifted(places.astype(np.uint64), width, height, rounds)
+    while len(outside := np.flatnonzero(numbers >= np.uint64(num))):
+        numbers[outside] = _shifted(numbers[outside], width, height, rounds)
+    return numbers.astype(np.int64)
+
+
+def _shifted(numbers: np.ndarray, width: int, height: int, rounds: np.ndarray) -> np.ndarray:
+    """(n,) uint64: once through the network of `permuted`, a bijection of 0..width*height-1."""
+    one, other = np.divmod(numbers, np.uint64(width))
+    size, other_size = np.uint64(height), np.uint64(width)
+    for key in rounds:  # an even number of them: the coordinates end where they began
+        one += _mix((other + np.uint64(1)) * _GOLDEN ^ key) % size
+        one %= size
+        one, other, size, other_size = other, one, other_size, size
+    return one * np.uint64(width) + other
 
 
 class Cursor:
@@ -142,24 +174,34 @@ class Cursor:
             taken &= hashes <= last
         return (self._starts[groups, None] + rows)[taken]
 
-    def _window(self, epoch: int, index: int) -> np.ndarray:
-        """The rows of window `index` in the order in which `epoch` takes them."""
+    def _rows_at(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """The rows at `places` of the epoch's samples, as they are before the rows of windows are permuted."""
+        order, ends = self._order(epoch)
+        position = np.searchsorted(ends, places, side="right")
+        groups = order[position]
+        within = places - (ends[position] - self._counts[groups])
+        if self._counts is self._group_rows:
+            return self._starts[groups] + within
+        some, which = np.unique(groups, return_inverse=True)
+        members = np.concatenate([self._members(some[i : i + _BLOCK]) for i in range(0, len(some), _BLOCK)])
+        counts = self._counts[some]
+        return members[(np.cumsum(counts) - counts)[which] + within]
+
+    def _part(self, epoch: int, index: int, start: int, stop: int) -> np.ndarray:
+        """The rows `start` to `stop` of window `index` in the order in which `epoch` takes them, not grouped."""
+        first = index * self.window
+        num = min(self.window, self.num_samples - first)
+        places = permuted(np.arange(start, min(stop, num)), num, self.seed, _ROWS, self._first + epoch, index)
+        return self._rows_at(epoch, first + places)
+
+    def _grouped(self, epoch: int, index: int, size_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """The whole of window `index`, grouped: which step a row is in depends on all the others."""
         cached = self._windows.get((epoch, index))
         if cached is not None:
             return cached
-        groups, ends = self._order(epoch)
-        start = index * self.window
-        stop = min(start + self.window, self.num_samples)
-        first, last = np.searchsorted(ends, [start, stop - 1], side="right")
-        before = int(ends[first] - self._counts[groups[first]])
-        within = groups[first : last + 1]
-        within = within[self._counts[within] > 0]
-        rows = np.concatenate([self._members(within[i : i + _BLOCK]) for i in range(0, len(within), _BLOCK)])
-        rows = rows[start - before : stop - before]
-        rows = rows[permutation(len(rows), self.seed, _ROWS, self._first + epoch, index)]
-        if self._size_of is not None:
-            pictured = self._size_of(rows) >= self._one_image
-            rows = self._by_modality(rows, start, pictured, self._first + epoch, index)
+        rows = self._part(epoch, index, 0, self.window)
+        pictured = size_of(rows) >= self._one_image
+        rows = self._by_modality(rows, index * self.window, pictured, self._first + epoch, index)
         while len(self._windows) >= 2:  # a step may lie across two
             del self._windows[next(iter(self._windows))]
         self._windows[epoch, index] = rows
@@ -199,7 +241,10 @@ class Cursor:
         parts = []
         while start < stop:
             index, offset = divmod(start, self.window)
-            part = self._window(epoch, index)[offset : offset + stop - start]
+            if self._size_of is None:
+                part = self._part(epoch, index, offset, offset + stop - start)
+            else:
+                part = self._grouped(epoch, index, self._size_of)[offset : offset + stop - start]
             parts.append(part)
             start += len(part)
         rows = np.concatenate(parts)

@@ -13,7 +13,7 @@ from dpa_ray.stages import build
 from dpa_ray.stages.spec import MergedProxy, ProxyMllmTask, precision_dtype
 from dpa_ray.store.fs import Store
 
-VERSION = 2
+VERSION = 3
 """Raise when a change of code changes this stage's result: it is part of the key."""
 
 

@@ -1,7 +1,7 @@
 """How much memory and time do steps of a shuffled epoch take, by the number of samples?
 
 Row groups are full (64 samples). Memory is the peak while the cursor is built and asked, the list of row groups counted.
-A step of shuffled ones makes its window anew; in order, a window serves all of its steps.
+A step makes its own rows only, wherever it is. A far seek is into another epoch, whose row groups are permuted first.
 
     python tests/benchmarks/cursor.py --samples 1000000 100000000 --global-batch-size 256 --window 65536
 """
@@ -74,7 +74,7 @@ def measured(num_samples: int, args: argparse.Namespace) -> tuple[float, ...]:
     (far_seek,) = step_times_ms(cursor, 5, [last * 3 // 4])  # another epoch: the row groups are permuted anew
     shuffled = np.random.default_rng(args.seed).permutation(last + 1)[: args.steps]
     apart = statistics.median(step_times_ms(cursor, 5, shuffled))
-    in_order = statistics.mean(step_times_ms(cursor, 5, range(min(last + 1, 10 * args.steps))))  # windows shared out
+    in_order = statistics.mean(step_times_ms(cursor, 5, range(min(last + 1, 10 * args.steps))))
     return num_samples, peak_mb(num_samples, args), build, first, far_seek, apart, in_order
 
 
@@ -84,7 +84,7 @@ def main() -> None:
     for num_samples in args.samples:
         samples, *rest = measured(num_samples, args)
         print("  ".join([f"{samples:>11,}", *(f"{value:>11.2f}" for value in rest)]), flush=True)
-    print("shuffled: median of a step; in order: mean of a step, windows that it starts counted")
+    print("shuffled: median of a step; in order: mean of a step")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpa_ray.data.cursor import Cursor, shares
+from dpa_ray.data.cursor import Cursor, permuted, shares
 
 GROUPS = st.lists(st.integers(1, 12), min_size=1, max_size=12)
 
@@ -120,6 +120,45 @@ def test_the_order_is_a_recorded_one():
     """Resuming relies on it: a change here makes other runs of what was begun before."""
     cursor = Cursor([4, 3, 5], seed=3, global_batch_size=5, window=8)
     assert [cursor.rows(1, step).tolist() for step in range(3)] == [[3, 1, 0, 4, 7], [6, 5, 2, 11, 10], [9, 8]]
+
+
+def test_the_order_in_a_large_window_is_a_recorded_one():
+    cursor = Cursor([64] * 40, seed=3, global_batch_size=6, window=2000, fraction=0.9)
+    assert cursor.rows(1, 100).tolist() == [1540, 648, 369, 265, 2350, 2326]
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 5, 1023, 1024, 1025, 1026, 1056, 1057, 4096, 4097, 65_536, 100_003])
+def test_a_permutation_asked_at_places_has_each_number_once_and_the_same_at_any_place(num):
+    whole = permuted(np.arange(num), num, 7, num)
+    assert np.array_equal(np.sort(whole), np.arange(num))
+    some = np.random.default_rng(num).integers(0, num, 50)
+    assert np.array_equal(permuted(some, num, 7, num), whole[some])
+    assert np.array_equal(np.concatenate([permuted(np.array([i]), num, 7, num) for i in some]), whole[some])
+
+
+@pytest.mark.parametrize("num", [2, 3, 5, 1025, 1100, 2000])
+def test_over_keys_every_number_is_as_likely_at_a_place_as_any_other(num):
+    """Chi-squared, in at most 16 cells, of what the first, a middle and the last place hold, and of their distances."""
+    first, middle, last = np.array([permuted(np.array([0, num // 2, num - 1]), num, 1, key) for key in range(3000)]).T
+    samples = [(values, num) for values in (first, middle, last)]
+    if num > 3:  # a distance is 1..num-1
+        samples += [((b - a) % num - 1, num - 1) for a, b in ((first, middle), (middle, last), (first, last))]
+    for values, kinds in samples:
+        cells = min(16, kinds)
+        expected = np.bincount(np.arange(kinds) * cells // kinds) * len(values) / kinds
+        found = np.bincount(values * cells // kinds, minlength=cells)
+        chi2 = ((found - expected) ** 2 / expected).sum()
+        assert chi2 < cells - 1 + 5 * np.sqrt(2 * (cells - 1)) + 6
+
+
+@pytest.mark.parametrize("num", [1025, 4096, 65_536, 100_003])
+def test_neighbours_in_a_permutation_have_nothing_to_do_with_each_other(num):
+    whole = permuted(np.arange(num), num, 5)
+    for lag in (1, 2, 16, int(num**0.5), int(num**0.5) + 1):
+        assert abs(np.corrcoef(whole[:-lag], whole[lag:])[0, 1]) < 4.5 / np.sqrt(num - lag)
+    assert abs(np.corrcoef(whole, np.arange(num))[0, 1]) < 4.5 / np.sqrt(num)
+    assert (np.abs(np.diff(whole)) == 1).sum() < 12, "2 are expected"
+    assert (whole == np.arange(num)).sum() < 9, "1 is expected"
 
 
 def test_rows_of_a_window_are_well_mixed():
@@ -260,7 +299,8 @@ def test_grouped_windows_hold_the_same_samples_as_ungrouped(case, number):
     groups, options = case
     plain, grouped = Cursor(groups, **options), Cursor(groups, **options, sizes=image_or_text(0, 0.5), one_image=64)
     for index in range(-(-plain.num_samples // options["window"])):
-        assert sorted(plain._window(number, index)) == sorted(grouped._window(number, index))
+        whole = plain._part(number, index, 0, options["window"])
+        assert sorted(whole) == sorted(grouped._grouped(number, index, grouped._size_of))
 
 
 def test_grouped_steps_are_all_with_or_all_without_images_but_one_a_window():
