@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import LlavaImageProcessorPil
@@ -148,18 +149,22 @@ def test_a_row_that_is_not_there_is_an_error(loader, row):
         loader.load(np.array([row]), 0)
 
 
-def test_seeking_to_a_step_reads_nothing_of_what_it_skips(loader, monkeypatch):
-    """Row groups of a step in the middle, asked for first, are those of its rows; a walk there opens more."""
-    import pyarrow.parquet as pq
-
-    taken: list[int] = []
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The row groups that are read from now on, by their place in their shard."""
+    indices: list[int] = []
     inner = pq.ParquetFile.read_row_group
 
-    def counted(self, index, **options):
-        taken.append(index)
+    def counted(self: pq.ParquetFile, index: int, **options: Any) -> Any:
+        indices.append(index)
         return inner(self, index, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    return indices
+
+
+def test_seeking_to_a_step_reads_nothing_of_what_it_skips(loader, taken):
+    """Row groups of a step in the middle, asked for first, are those of its rows; a walk there opens more."""
     cursor = Cursor(loader.prepared.row_groups, seed=3, global_batch_size=5, window=10)
     ends = np.cumsum(loader.prepared.row_groups)
     costs = []
@@ -175,17 +180,7 @@ def test_seeking_to_a_step_reads_nothing_of_what_it_skips(loader, monkeypatch):
     assert len(taken) > max(costs)
 
 
-def test_only_the_row_groups_needed_are_read_and_kept_within_bounds(loader, monkeypatch):
-    import pyarrow.parquet as pq
-
-    taken: list[int] = []
-    inner = pq.ParquetFile.read_row_group
-
-    def counted(self, index, **options):
-        taken.append(index)
-        return inner(self, index, **options)
-
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+def test_only_the_row_groups_needed_are_read_and_kept_within_bounds(loader, taken):
     fresh = pickle.loads(pickle.dumps(loader))
     fresh.load(np.array([0, 7, 3, 41]), 0)
     assert sorted(taken) == [0, 0], "one row group of each of two shards"
