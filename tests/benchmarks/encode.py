@@ -58,8 +58,8 @@ def tokenizers() -> dict[str, Any]:
     from transformers import AddedToken, AutoTokenizer
 
     from dpa_ray.model.tiny import make_tokenizer
+    from tests.encoders import style
     from tests.real_assets import FOLDER_VARIABLE
-    from tests.unit.test_encode import style
 
     found = {"tiny": make_tokenizer([" ".join(WORDS), " " + " ".join(WORDS)])}
     llama = style("llama-3.1")[0]

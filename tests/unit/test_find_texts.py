@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dpa_ray.data.chat import Finder, find_texts, pin_template
 from dpa_ray.errors import UserError
-from tests.unit.test_encode import CHATML, IM, LLAMA2, STYLES, byte_level, style
+from tests.encoders import CHATML, IM, LLAMA2, STYLES, byte_level, style
 
 ODD = {
     "nothing between": "{% for m in messages %}{{ m.content }}{% endfor %}",

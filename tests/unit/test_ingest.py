@@ -26,7 +26,7 @@ from dpa_ray.data.pixels import levels, pixels
 from dpa_ray.data.prepare import prepare
 from dpa_ray.errors import UserError
 from dpa_ray.store import Store
-from tests.unit.test_encode import NUM_IMAGE_TOKENS, encoder, style
+from tests.encoders import NUM_IMAGE_TOKENS, encoder, style
 from tests.unit.test_sources import make, record
 
 PROCESSOR = LlavaImageProcessorPil(size={"height": 8, "width": 8}, do_center_crop=False)

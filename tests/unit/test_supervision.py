@@ -19,7 +19,7 @@ from dpa_ray.recipe import Recipe, RecipeError
 from dpa_ray.stages import supervision
 from dpa_ray.stages.supervision import Supervision, check, measure, sampled_rows
 from dpa_ray.store import Store
-from tests.unit.test_encode import encoder, style
+from tests.encoders import encoder, style
 from tests.unit.test_ingest import prepared_loader
 from tests.unit.test_sources import make, record
 
