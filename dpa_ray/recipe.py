@@ -168,6 +168,9 @@ class ClusterSection(Section):
     gpus_per_worker: float = Field(1, ge=0)
     cpus_per_worker: float = Field(0.5, gt=0)
     start_timeout_s: float = Field(600, gt=0, description="how long to wait for these resources before giving up")
+    max_failures: int = Field(
+        3, ge=0, description="lost workers that a run gets over by itself, one after the other without a new checkpoint"
+    )
 
 
 class CheckpointSection(Section):

@@ -1,4 +1,4 @@
-"""How does the store bridge an outage of S3 while data is prepared? Every call is one that can be made again."""
+"""How does the store bridge an outage of S3 while data is prepared, or state is saved? Every call is one that can be made again."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ class BridgedStore:
 
     def write_json(self, path: str, value: Any) -> None:
         retried(lambda: self.store.write_json(path, value), self.url(path))
+
+    def list_dirs(self, path: str) -> list[str]:
+        return retried(lambda: self.store.list_dirs(path), self.url(path))
 
     def list(self, path: str, *, recursive: bool = True) -> list[str]:
         return retried(lambda: self.store.list(path, recursive=recursive), self.url(path))

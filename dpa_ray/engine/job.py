@@ -95,6 +95,8 @@ class View:
             self.progress.step(values)
             if self.trackers is not None:
                 self.trackers.log(values["stage"], values["step"], values)
+        elif kind == "note":
+            self.progress.note(values["text"])
         elif kind == "stage_finished":
             self.progress.stage_finished()
         elif kind == "task_started":
@@ -134,6 +136,7 @@ def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run) -> d
         stages[stage] = {
             "reused": reused, "num_steps": meta.get("num_steps", 0), "wall_time_s": meta.get("wall_time_s", 0.0),
             "loss_first": meta.get("loss_first"), "loss_last": meta.get("loss_last"),
+            "saving_s": meta.get("saving_s", 0.0), "resumed_from": meta.get("resumed_from", []),
         }  # fmt: skip
     scores = {}
     if "eval" in plan.found:
@@ -204,5 +207,4 @@ def ignored_sections(recipe: Recipe) -> list[str]:
         ignored.append("stages.instruct.lora")
     if recipe.engine != "deepspeed":
         ignored.append("deepspeed")
-    ignored.append("checkpoint (a stage that is interrupted starts again; finished stages are reused)")
     return ignored

@@ -14,6 +14,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from dpa_ray.data.ray_tasks import RETRY_ENVIRONMENT
+from dpa_ray.engine.failures import Failures, first_line, root_causes
 from dpa_ray.engine.messages import Board, Orders
 from dpa_ray.engine.worker import run_worker
 from dpa_ray.errors import UserError
@@ -58,7 +59,7 @@ def connect(cluster: ClusterSection) -> str:
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as err:
-            raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there: {_first_line(err)}") from None
+            raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there: {first_line(err)}") from None
         return f"cluster at {address}"
     num_cpus = os.cpu_count() or 1
     # Logical CPUs only say what may run at once: training workers wait for data tasks, and must leave room for one.
@@ -103,7 +104,12 @@ def launch(
         scaling_config=ScalingConfig(
             num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=_resources(cluster)
         ),
-        run_config=RunConfig(name="fit", storage_path=store.url(storage), failure_config=FailureConfig(max_failures=0)),
+        run_config=RunConfig(
+            name="fit",
+            storage_path=store.url(storage),
+            failure_config=FailureConfig(max_failures=-1),
+            callbacks=[Failures(board, cluster.max_failures)],
+        ),
     )
     try:
         trainer.fit()
@@ -155,23 +161,13 @@ def _here() -> Any:
 
 def _for_user(err: Exception) -> Exception:
     """What a worker said to the user, out of Ray's wrapping; else the error with its first cause in one line."""
-    causes: list[BaseException] = []
     failures = getattr(err, "worker_failures", None) or {}
-    pending: list[BaseException] = [*failures.values(), err]
-    while pending:
-        cause = pending.pop(0)
-        if cause in causes:
-            continue
-        causes.append(cause)
-        inner = [getattr(cause, "cause", None), getattr(cause, "_base_exc", None), cause.__cause__]
-        pending += [c for c in inner if isinstance(c, BaseException)]
+    causes = [cause for failure in (*failures.values(), err) for cause in root_causes(failure)]
     told = next((c for c in causes if isinstance(c, UserError)), None)
     if told is not None:
         return UserError(str(told))
+    if (given_up := getattr(err, "controller_failure", None)) is not None:
+        return RuntimeError(first_line(given_up))
     ranks = ", ".join(str(r) for r in failures)
     where = f"worker {ranks}: " if ranks else ""
     return RuntimeError(f"{where}{causes[0]}")
-
-
-def _first_line(err: BaseException) -> str:
-    return (str(err).strip().splitlines() or [type(err).__name__])[0]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -16,24 +18,44 @@ from dpa_ray.report.metrics import MetricsLog
 from dpa_ray.stages.spec import TrainTask
 from dpa_ray.store.fs import Store
 
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+
 NOTHING_TO_LEARN = "nothing_to_learn"
 """Reason of a run's own quarantine: known only with a tokenizer, when the data has long been prepared."""
+
+
+@dataclass
+class Before:
+    """What an earlier attempt at the stage wrote down until the checkpoint that this one goes on from."""
+
+    metrics: list[str] = field(default_factory=list)  # lines of metrics.jsonl
+    samples: list[str] = field(default_factory=list)  # lines of samples.jsonl
+    untaught: dict[int, tuple[str | None, str]] = field(default_factory=dict)  # (id, place) by row
+    resumed_from: list[int] = field(default_factory=list)  # the step of each checkpoint that was gone on from
+    wall_time_s: float = 0.0
+    saving_s: float = 0.0
 
 
 class Recorder:
     """Each step's metrics to the run's metrics.jsonl, the driver, and the artifact; sample identities on demand."""
 
-    def __init__(self, store: Store, task: TrainTask, cursor: Cursor, tell: Callable[..., None]):
-        """`tell` brings an event, as Worker.tell does, to the driver."""
+    def __init__(
+        self, store: Store, task: TrainTask, cursor: Cursor, tell: Callable[..., None], before: Before, begun: float
+    ):
+        """`tell` brings an event, as Worker.tell does, to the driver; `begun`: this attempt, by time.perf_counter."""
         self.tell = tell
-        self.lines: list[str] = []
-        self.first: float | None = None
-        self.last: float | None = None
+        self.begun = begun
+        self.before = before
+        self.saving_s = before.saving_s
+        self.lines = list(before.metrics)
         self.log = MetricsLog(store, task.run_path)
         self.untaught = UntaughtLog(store, task)
         self.samples = SampleLog(store, task, cursor) if task.recipe.debug.record_samples else None
         if rank() == 0:
-            self.log.start(task.stage)
+            self.untaught.found.update(before.untaught)
+            self.log.start(task.stage, [json.loads(line) for line in self.lines])
+        if self.samples is not None:
+            self.samples.lines += before.samples
 
     def record(self, metrics: dict[str, Any], batches: list[Batch]) -> None:
         self.untaught.add(batches)
@@ -43,9 +65,23 @@ class Recorder:
             return
         self.log.append(metrics)
         self.lines.append(json.dumps(metrics) + "\n")
-        self.first = metrics["loss"] if self.first is None else self.first
-        self.last = metrics["loss"]
         self.tell("step", **metrics)
+
+    def loss(self, number: int) -> float | None:
+        """Of the `number`-th step that was recorded (-1: the last), on rank 0."""
+        return json.loads(self.lines[number])["loss"] if self.lines else None
+
+    def snapshot(self) -> dict[str, list[str]]:
+        """What is written down so far, for a checkpoint, by file."""
+        lines = {METRICS: list(self.lines)}
+        return lines if self.samples is None else {**lines, SAMPLES: list(self.samples.lines)}
+
+    def meta(self) -> dict[str, Any]:
+        """How the stage went so far, all attempts together; steps that were lost and made again are not in it."""
+        return {
+            "wall_time_s": self.before.wall_time_s + time.perf_counter() - self.begun,
+            "saving_s": self.saving_s, "resumed_from": self.before.resumed_from,
+        }  # fmt: skip
 
     def close(self) -> None:
         self.untaught.close()
@@ -100,7 +136,7 @@ class SampleLog:
         self.cursor = cursor
         self.store = store
         self.stage = task.stage
-        self.path = f"{task.run_path}/samples.jsonl"
+        self.path = f"{task.run_path}/{SAMPLES}"
         self.lines: list[str] = []
 
     def add(self, step: int, batches: list[Batch]) -> None:

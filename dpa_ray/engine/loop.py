@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from dpa_ray.batch import Batch
 from dpa_ray.data.cursor import Cursor, num_passes, shares
-from dpa_ray.engine.protocol import Engine, all_sum
+from dpa_ray.engine.protocol import Engine, all_sum, rank
 from dpa_ray.errors import UserError
 from dpa_ray.model.step import StepSums
 from dpa_ray.stages.spec import learning_rate
 
 Pass = tuple[np.ndarray, int]
 """One micro-batch of one rank: the rows of its samples (none: filler), and a row to make filler of."""
+
+
+class Saver(Protocol):
+    """Saves the state between steps; what the ranks must agree on for it is summed with what they count anyway."""
+
+    def votes(self) -> Sequence[float]:
+        """This rank's."""
+
+    def after(self, step: int, votes: Sequence[float]) -> None:
+        """`step` (from 1) is done; `votes` are the sums over the ranks."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,8 @@ class Schedule:
 class Plan:
     """What one rank passes through the model in each step of a stage: computed as it is asked for, not kept.
 
-    Every rank makes equally many passes of a step. Picklable, so that it can be followed where batches are made.
+    Every rank makes equally many passes of a step. Picklable, so that it can be followed where batches are made. A stage
+    that goes on after `steps_done` steps is the same plan without them.
     """
 
     cursor: Cursor
@@ -47,10 +59,11 @@ class Plan:
     rank: int
     world_size: int
     micro_batch_size: int
+    steps_done: int = 0
 
     def steps(self) -> Iterator[tuple[int, int, int]]:
         """(step from 1, epoch from 0, step within the epoch from 0) of each optimizer step."""
-        for step in range(self.num_steps):
+        for step in range(self.steps_done, self.num_steps):
             epoch, inside = divmod(step, self.cursor.steps_per_epoch)
             yield step + 1, epoch, inside
 
@@ -65,8 +78,8 @@ class Plan:
         return self.num_passes(1)
 
     def __len__(self) -> int:
-        """Passes of all steps."""
-        return sum(self.num_passes(step + 1) for step in range(self.num_steps))
+        """Passes of all steps that are left."""
+        return sum(self.num_passes(step) for step, _, _ in self.steps())
 
     def __iter__(self) -> Iterator[Pass]:
         for _, epoch, inside in self.steps():
@@ -82,17 +95,22 @@ def train(
     schedule: Schedule,
     *,
     stage: str,
+    seed: int,
     device: torch.device,
     record: Callable[[dict[str, Any], list[Batch]], None],
+    saver: Saver | None = None,
 ) -> None:
-    """Run all steps of a stage.
+    """Run the steps of `plan`.
 
     The loss of a step is sum(w * nll) / sum(w) over all its micro-batches on all ranks. As the weights are known only
     after each forward, gradients are those of the sums, and are divided by sum(w) at the update.
 
     Args:
         batches: this rank's micro-batches, in the order of `plan`.
+        seed: what dropout draws in a step follows from it, the stage, the step and the rank, so that nothing of it has to
+            be saved.
         record: called on every rank with the step's metrics and this rank's batches.
+        saver: is asked for its votes in each step, and told after it what all ranks voted.
     Raises: UserError where a loss or gradient is not finite; nothing was updated in that step.
     """
     engine.module.train()
@@ -101,8 +119,10 @@ def train(
         mine = [next(batches) for _ in range(plan.num_passes(step))]
         waited = time.perf_counter() - start
         num_slots = sum(map(engine.module.num_slots, mine))
-        counts = all_sum(torch.tensor([*_counts(mine), num_slots], dtype=torch.float64, device=device))
-        num_samples, num_tokens, num_targets, num_untaught, num_slots = (int(x) for x in counts)
+        votes = saver.votes() if saver else []
+        counts = all_sum(torch.tensor([*_counts(mine), num_slots, *votes], dtype=torch.float64, device=device)).tolist()
+        num_samples, num_tokens, num_targets, num_untaught, num_slots = (int(x) for x in counts[:5])
+        _draw_from(seed, stage, step)
 
         total = torch.zeros(len(StepSums.names()), dtype=torch.float64, device=device)
         weight_sum = math.nan
@@ -135,6 +155,14 @@ def train(
             },
             mine,
         )  # fmt: skip
+        if saver:
+            saver.after(step, counts[5:])
+
+
+def _draw_from(seed: int, stage: str, step: int) -> None:
+    """Seed torch's generators, on all devices."""
+    digest = hashlib.sha256(f"{seed} {stage} {step} {rank()}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
 def ratios(sums: dict[str, float], num_targets: int) -> dict[str, float]:

@@ -11,6 +11,9 @@ from typing import Any
 
 Event = tuple[str, dict[str, Any]]
 
+PROGRESS = ("saved", "stage_finished")
+"""Kinds of events after which a run that fails does not begin where it began before."""
+
 
 @dataclass(frozen=True)
 class Orders:
@@ -26,9 +29,15 @@ class Board:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.progress = 0
 
     def put(self, kind: str, values: dict[str, Any]) -> None:
         self.events.append((kind, values))
+        self.progress += kind in PROGRESS
+
+    def num_progress(self) -> int:
+        """How often something was made that a failure cannot take away."""
+        return self.progress
 
     def take(self) -> list[Event]:
         events, self.events = self.events, []

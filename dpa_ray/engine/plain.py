@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from dpa_ray.batch import Batch
-from dpa_ray.engine.protocol import OptimizerSettings, Unsharded, rank, world_size
+from dpa_ray.engine.protocol import OptimizerSettings, Unsharded, rank, trained_names, world_size
+from dpa_ray.engine.state import Fragment, num_updates
 from dpa_ray.model.step import StepModule, StepSums
 
 
 class PlainEngine:
     """Engine (see protocol.py) without sharding. Gradients are accumulated and summed over ranks in fp32."""
+
+    replicated = True
 
     def __init__(self, module: StepModule, settings: OptimizerSettings, device: torch.device):
         self.module = module.to(device)
@@ -44,6 +47,15 @@ class PlainEngine:
             torch.distributed.all_reduce(flat)
             grads = [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)]
         return self.unsharded.update(grads, divisor, lr, self.unsharded.optimizer.step)
+
+    def fragments(self) -> list[Fragment]:
+        return self.unsharded.fragments(trained_names(self.module))
+
+    def num_updates(self) -> int:
+        return num_updates(self.unsharded.optimizer)
+
+    def restored(self, num_updates: int) -> None:
+        self.unsharded.restored(num_updates)
 
     def gather(self, names: Sequence[str]) -> dict[str, Tensor]:
         if rank() != 0:

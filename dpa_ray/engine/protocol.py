@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from dpa_ray.batch import Batch
+from dpa_ray.engine.state import Fragment, adam_fragment, set_num_updates
 from dpa_ray.model.step import StepModule, StepSums
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,17 @@ class Engine(Protocol):
     def gather(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Full tensors by `module.model`'s parameter names, on the CPU of rank 0; {} elsewhere. All ranks call it."""
 
+    replicated: bool  # every rank has all fragments
+
+    def fragments(self) -> list[Fragment]:
+        """The optimizer's state as far as this rank has it; views, to be read or filled."""
+
+    def num_updates(self) -> int:
+        """How many updates changed the parameters."""
+
+    def restored(self, num_updates: int) -> None:
+        """The fragments were filled: go on as after `num_updates` updates. All ranks call it."""
+
 
 def make_optimizer(parameters: list[Tensor], settings: OptimizerSettings) -> torch.optim.AdamW:
     """AdamW over `parameters`; its learning rate is set at every update."""
@@ -60,6 +74,23 @@ class Unsharded:
         self.settings = settings
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in parameters]
         self.optimizer = make_optimizer(list(self.masters), settings)
+
+    def fragments(self, names: Sequence[str]) -> list[Fragment]:
+        """All state; `names` are the parameters'."""
+        return [
+            adam_fragment(name, 0, self.optimizer, master, 0, master.numel())
+            for name, master in zip(names, self.masters, strict=True)
+        ]
+
+    def restored(self, num_updates: int) -> None:
+        set_num_updates(self.optimizer, num_updates)
+        self._write_back()
+
+    def _write_back(self) -> None:
+        with torch.no_grad():
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                if parameter is not master:
+                    parameter.copy_(master)
 
     def update(self, grads: list[Tensor], divisor: float, lr: float, step: Callable[[], None]) -> float:
         """Divide `grads` (fp32, like the masters), clip, let `step` run the optimizer, write the parameters back.
@@ -83,11 +114,13 @@ class Unsharded:
             master.grad = grad
         step()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for parameter, master in zip(self.parameters, self.masters, strict=True):
-                if parameter is not master:
-                    parameter.copy_(master)
+        self._write_back()
         return norm
+
+
+def trained_names(module: StepModule) -> list[str]:
+    """Names, in `module.model`, of the parameters that are trained, in the order of `module.parameters()`."""
+    return [name for name, parameter in module.model.named_parameters() if parameter.requires_grad]
 
 
 def world_size() -> int:
@@ -104,3 +137,12 @@ def all_sum(values: Tensor) -> Tensor:
         values = values.clone()
         torch.distributed.all_reduce(values)
     return values
+
+
+def from_rank_0(value: T) -> T:
+    """Rank 0's `value`, on every rank."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]

@@ -8,17 +8,20 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dpa_ray.batch import Batch
 from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.ingest import Loader
 from dpa_ray.data.sizes import ONE_IMAGE, Sizes
+from dpa_ray.engine.checkpointing import Checkpointer, candidates, restore
 from dpa_ray.engine.evaluate import evaluate
 from dpa_ray.engine.feed import Feed
-from dpa_ray.engine.logs import Recorder
+from dpa_ray.engine.logs import Before, Recorder
 from dpa_ray.engine.loop import Plan, Schedule, train
 from dpa_ray.engine.messages import Orders
 from dpa_ray.engine.protocol import Engine, OptimizerSettings, rank, world_size
@@ -26,7 +29,9 @@ from dpa_ray.stages import instruct, proxy_llm, proxy_mllm
 from dpa_ray.stages.build import Built
 from dpa_ray.stages.spec import EvalTask, MergeTask, Task, TrainTask
 from dpa_ray.stages.trainable import TrainableSet, check_trainable, select_trainable
+from dpa_ray.store import checkpoints
 from dpa_ray.store.artifacts import commit, find
+from dpa_ray.store.checkpoints import Checkpoint
 from dpa_ray.store.fs import Store
 
 STAGE_METRICS = "metrics.jsonl"
@@ -83,6 +88,11 @@ class Worker:
         if self.board is not None and rank() == 0:
             self.board.put.remote(kind, values)
 
+    def note(self, text: str) -> None:
+        """A line for people, from any rank."""
+        if self.board is not None:
+            self.board.put.remote("note", {"text": text})
+
     def barrier(self) -> None:
         if world_size() > 1:
             torch.distributed.barrier()
@@ -115,7 +125,6 @@ class Worker:
         built = _build(task, self.store)
         trained = select_trainable(built.module.model, stage, built.llm_mode)
         cursor = cursor_of(task, self.store)
-        plan = Plan(cursor, task.num_steps, rank(), world_size(), section.micro_batch_size)
         self.tell(
             "stage_started", stage=stage, num_steps=task.num_steps, trainable=trained.description,
             num_parameters=trained.num_parameters, names=list(trained.names),
@@ -126,21 +135,48 @@ class Worker:
             retry_s=recipe.data.retry_s,
         )  # fmt: skip
         loader.check()
-        # before the engine, so that the first batches are made while the model is put on it
-        batches = self.feed.batches(loader, plan, prefetch=recipe.data.prefetch_batches, workers=recipe.data.workers)
-        engine = make_engine(built, task, self.device, accumulation_steps=plan.most_passes)
+        whole = Plan(cursor, task.num_steps, rank(), world_size(), section.micro_batch_size)
+        engine, batches, plan, before = self._begin(task, built, loader, whole)
         check_trainable(built.module.model, {id(p) for p in engine.parameters}, trained, stage, built.llm_mode)
-        recorder = Recorder(self.store, task, cursor, self.tell)
+        recorder = Recorder(self.store, task, cursor, self.tell, before, start)
+        saver = Checkpointer(
+            self.store, task, engine, recorder, self.device, note=self.note,
+            saved=lambda step: self.tell("saved", stage=stage, step=step), drained=_drained,
+        )  # fmt: skip
         train(
             engine, batches, plan, Schedule(task.num_steps, section.lr, section.warmup_fraction),
-            stage=stage, device=self.device, record=recorder.record,
+            stage=stage, seed=recipe.seed, device=self.device, record=recorder.record, saver=saver,
         )  # fmt: skip
+        saver.close()
         recorder.close()
-        self._finish(task, built, engine, trained, recorder, start)
+        self._finish(task, built, engine, trained, recorder)
+        if rank() == 0:
+            checkpoints.drop(self.store, task.result.stage, task.result.key)
 
-    def _finish(
-        self, task: TrainTask, built: Built, engine: Engine, trained: TrainableSet, recorder: Recorder, start: float
-    ) -> None:
+    def _begin(
+        self, task: TrainTask, built: Built, loader: Loader, plan: Plan
+    ) -> tuple[Engine, Iterator[Batch], Plan, Before]:
+        """The engine and the batches, at the latest checkpoint that is whole and sound, else at the stage's first step;
+        what is left of `plan`; what was written down before."""
+        data = task.recipe.data
+        engine: Engine | None = None
+        for checkpoint in [*candidates(self.store, task), None]:
+            left = replace(plan, steps_done=checkpoint.step if checkpoint else 0)
+            # before the engine, so that the first batches are made while the model is put on it
+            batches = self.feed.batches(loader, left, prefetch=data.prefetch_batches, workers=data.workers)
+            engine = engine or make_engine(built, task, self.device, accumulation_steps=plan.most_passes)
+            if checkpoint is None:
+                break
+            before, problem = restore(self.store, checkpoint, engine, self.device)
+            if problem is None:
+                if rank() == 0:
+                    self.note(_resumed(task, checkpoint, built))
+                return engine, batches, left, before
+            self.note(f"{task.stage}: a checkpoint is passed over: {problem}")
+        assert engine is not None
+        return engine, batches, left, Before()
+
+    def _finish(self, task: TrainTask, built: Built, engine: Engine, trained: TrainableSet, recorder: Recorder) -> None:
         """Gather what was trained, save it, check it, commit it."""
         tensors = engine.gather(list(trained.names))
         expected = None
@@ -156,11 +192,40 @@ class Worker:
                 (folder / STAGE_METRICS).write_text("".join(recorder.lines))
                 meta = {
                     "stage": task.stage, "run": task.run_path, "num_steps": task.num_steps, "world_size": world_size(),
-                    "wall_time_s": time.perf_counter() - start, "trainable": trained.description,
-                    "num_trainable": trained.num_parameters, "loss_first": recorder.first, "loss_last": recorder.last,
+                    **recorder.meta(), "trainable": trained.description, "num_trainable": trained.num_parameters,
+                    "loss_first": recorder.loss(0), "loss_last": recorder.loss(-1),
                 }  # fmt: skip
                 self._commit(task, folder, meta)
         self.tell("stage_finished", stage=task.stage)
+
+
+def _resumed(task: TrainTask, checkpoint: Checkpoint, built: Built) -> str:
+    """That a stage goes on from a checkpoint, for people."""
+    text = f"{task.stage} goes on after step {checkpoint.step} of {task.num_steps}"
+    written_by = checkpoint.manifest["world_size"]
+    if written_by == world_size():
+        return text
+    text += f", saved by {written_by} workers, on {world_size()}"
+    if has_dropout(built.module):
+        text += "; its dropout draws other numbers than on as many workers as before"
+    return text
+
+
+def has_dropout(module: torch.nn.Module) -> bool:
+    """Does anything in it draw dropout in training? (Attention does without a module of its own, by its config.)"""
+    configs = [getattr(part, "config", None) for part in module.modules()]
+    return any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in module.modules()) or any(
+        isinstance(value, float) and value > 0
+        for config in configs if config is not None
+        for value in (getattr(config, "attention_dropout", 0.0),)
+    )  # fmt: skip
+
+
+def _drained() -> bool:
+    """Is a node with a worker of ours about to go? All ranks ask at once."""
+    import ray.train
+
+    return ray.train.get_preemption_info() is not None
 
 
 def _build(task: TrainTask, store: Store) -> Built:

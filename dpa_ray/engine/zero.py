@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpa_ray.batch import Batch
-from dpa_ray.engine.protocol import OptimizerSettings, Unsharded, make_optimizer, rank, world_size
+from dpa_ray.engine.protocol import OptimizerSettings, Unsharded, make_optimizer, rank, trained_names, world_size
+from dpa_ray.engine.state import Fragment, adam_fragment, num_updates, set_num_updates
 from dpa_ray.model.step import StepModule, StepSums
 
 
@@ -64,6 +65,7 @@ class ZeroEngine:
         self.module = module
         self.device = device
         self.zero_stage = zero_stage
+        self.replicated = zero_stage == 0
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.unsharded = Unsharded(self.parameters, settings) if zero_stage == 0 else None
         optimizer = self.unsharded.optimizer if self.unsharded else make_optimizer(list(self.parameters), settings)
@@ -105,6 +107,33 @@ class ZeroEngine:
         if self.zero_stage > 0:
             self.engine.optimizer.override_loss_scale(scale)
 
+    def fragments(self) -> list[Fragment]:
+        names = trained_names(self.module)
+        if self.unsharded is not None:
+            return self.unsharded.fragments(names)
+        return list(
+            (_fragments_3 if self.zero_stage == 3 else _fragments_1_2)(self.engine.optimizer, names, self.parameters)
+        )
+
+    def num_updates(self) -> int:
+        return num_updates(self._adam)
+
+    def restored(self, num_updates: int) -> None:
+        if self.unsharded is not None:
+            self.unsharded.restored(num_updates)
+            return
+        set_num_updates(self._adam, num_updates)
+        if self.zero_stage < 3:
+            self.engine.optimizer.update_lp_params()
+        else:
+            _write_back_3(self.engine.optimizer)
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        """torch's own optimizer, inside DeepSpeed's."""
+        adam: torch.optim.Optimizer = self.unsharded.optimizer if self.unsharded else self.engine.optimizer.optimizer
+        return adam
+
     def gather(self, names: Sequence[str]) -> dict[str, Tensor]:
         own = dict(self.module.model.named_parameters(remove_duplicate=False))
         full: dict[str, Tensor] = {}
@@ -113,6 +142,39 @@ class ZeroEngine:
                 if rank() == 0:
                     full[name] = own[name].detach().cpu().clone()
         return full
+
+
+def _fragments_1_2(zero: Any, names: Sequence[str], parameters: Sequence[Tensor]) -> Iterator[Fragment]:
+    """ZeRO 1 and 2: parameters one after the other in a flat buffer, of which each rank keeps one part."""
+    for name, parameter in zip(names, parameters, strict=True):
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is not None and mapping.lp_fragment_address.numel > 0:
+            flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            inside, part = mapping.hp_fragment_address, mapping.lp_fragment_address
+            yield adam_fragment(name, part.start, zero.optimizer, flat, inside.start, part.numel)
+
+
+def _fragments_3(zero: Any, names: Sequence[str], parameters: Sequence[Tensor]) -> Iterator[Fragment]:
+    """ZeRO 3: of each parameter every rank keeps one part, the last ones padded."""
+    for name, parameter in zip(names, parameters, strict=True):
+        group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+        start = rank() * size
+        length = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]
+        if length > 0:
+            yield adam_fragment(name, start, zero.optimizer, zero.fp32_partitioned_groups_flat[group], offset, length)
+
+
+def _write_back_3(zero: Any) -> None:
+    """Parameters from their fp32 masters, as DeepSpeed does it when it loads a checkpoint of its own."""
+    for group, master in enumerate(zero.fp32_partitioned_groups_flat):
+        flat = zero.fp16_partitioned_groups_flat[group]
+        flat.data.copy_(master.data)
+        parts = zero.fp16_partitioned_groups[group]
+        for part, new in zip(parts, zero.unflatten(flat, parts), strict=True):
+            part.data = new.data
+    if zero.persistent_parameters:  # small ones, which stay whole on every rank
+        zero.persistent_parameters[0].partition(zero.persistent_parameters)
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
 def _import_deepspeed(device: torch.device) -> Any:

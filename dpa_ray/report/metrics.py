@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from dpa_ray.errors import UserError
@@ -45,11 +45,11 @@ class MetricsLog:
         self._stage: str | None = None
         self._step = 0
 
-    def start(self, stage: str, last_step: int = 0) -> None:
-        """Begin or resume `stage` after `last_step`: its later lines are dropped, as is a line cut by a kill."""
-        kept = [r for r in read(self.store, self.run_path) if r["stage"] != stage or r["step"] <= last_step]
-        self._lines = [_line(r) for r in _with_last(kept, stage)]
-        self._stage, self._step = stage, last_step
+    def start(self, stage: str, done: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Begin `stage`, or go on after the steps `done`: they take the place of what the file has of it."""
+        others = [record for record in read(self.store, self.run_path) if record["stage"] != stage]
+        self._lines = [_line(record) for record in (*others, *done)]
+        self._stage, self._step = stage, len(done)
         self._write()
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -106,11 +106,6 @@ def read(store: Files, run_path: str) -> list[Record]:
                 f"{where}: expected a JSON object with stage and step, found {_shown(line)}; mend or delete it"
             )
     return records
-
-
-def _with_last(records: list[Record], stage: str) -> list[Record]:
-    """The same records, those of `stage` last."""
-    return sorted(records, key=lambda record: record["stage"] == stage)
 
 
 def _shown(line: bytes) -> str:

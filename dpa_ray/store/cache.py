@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import logging
@@ -58,6 +59,12 @@ def cached(
                 return folder, _fetch(store, path, {name: wanted[name] for name in stale}, tmp, folder)
             finally:
                 shutil.rmtree(tmp, ignore_errors=True)
+
+
+def forget(path: str) -> None:
+    """Remove the local copies of what was under `path` of an S3 store, and will not be asked for again."""
+    for folder in root().glob(f"{glob.escape(path.replace('/', '-'))}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fetch(store: Store, path: str, files: Mapping[str, Mapping[str, Any]], tmp: Path, folder: Path) -> dict[str, str]:

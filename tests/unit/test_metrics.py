@@ -56,8 +56,9 @@ def record(stage: str, step: int, **more: Any) -> dict[str, Any]:
 
 
 def run(store: Files, stage: str, first: int, last: int, **more: Any) -> None:
+    """Steps `first` to `last` of a stage; those before are what a checkpoint has of it."""
     log = MetricsLog(store, RUN)
-    log.start(stage, first - 1)
+    log.start(stage, [r for r in read(store, RUN) if r["stage"] == stage][: first - 1])
     for step in range(first, last + 1):
         log.append(record(stage, step, **more))
     log.flush()
@@ -80,6 +81,16 @@ def test_a_resumed_stage_drops_the_lines_after_its_checkpoint_and_no_others(stor
     run(store, "two", 4, 6, attempt=2)
     assert steps(store) == [("one", s) for s in (1, 2, 3)] + [("two", s) for s in range(1, 7)]
     assert [r["attempt"] for r in read(store, RUN) if r["stage"] == "two"] == [1, 1, 1, 2, 2, 2]
+
+
+def test_a_stage_that_another_run_began_has_its_lines_from_the_checkpoint(store: Files) -> None:
+    run(store, "one", 1, 2)
+    log = MetricsLog(store, RUN)
+    log.start("two", [record("two", step, run="other") for step in (1, 2)])
+    log.append(record("two", 3))
+    log.flush()
+    assert steps(store) == [("one", 1), ("one", 2), ("two", 1), ("two", 2), ("two", 3)]
+    assert read(store, RUN)[2]["run"] == "other"
 
 
 def test_a_run_that_passes_through_its_stages_again_ends_in_stage_order(store: Files) -> None:
@@ -118,7 +129,7 @@ def test_a_broken_line_in_the_middle_is_told_with_its_place(store: Files) -> Non
     lines = store.read_bytes(FILE).splitlines(keepends=True)
     store.write_bytes(FILE, lines[0] + b"no json\n" + lines[2])
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: expected .* found 'no json'"):
-        MetricsLog(store, RUN).start("one", 1)
+        MetricsLog(store, RUN).start("one", [record("one", 1)])
 
 
 def test_numbers_that_are_not_finite_are_null_and_every_line_is_json(store: Files) -> None:

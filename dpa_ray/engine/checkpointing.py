@@ -1,0 +1,267 @@
+"""When and how is the state of a stage under way saved, and taken up again?
+
+Every rank writes what it has of the state, in a thread of its own, to a folder of its own, and uploads it; rank 0 writes
+the manifest once all are there. What all ranks must agree on (is it time, has a rank failed) goes with the numbers that a
+step sums over the ranks anyway.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpa_ray.data.bridged import BridgedStore
+from dpa_ray.data.retry import bridging
+from dpa_ray.engine import state
+from dpa_ray.engine.logs import METRICS, SAMPLES, Before, Recorder
+from dpa_ray.engine.protocol import Engine, all_sum, from_rank_0, rank, world_size
+from dpa_ray.errors import UserError
+from dpa_ray.stages.spec import TrainTask
+from dpa_ray.store import checkpoints
+from dpa_ray.store.checkpoints import Checkpoint
+from dpa_ray.store.digests import digest_folder
+from dpa_ray.store.fs import Store
+
+DRAIN_EVERY_S = 2.0
+"""How often the ranks ask whether a node of theirs is about to go."""
+POLL_S = 0.1
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Pending:
+    """A checkpoint that is being written."""
+
+    step: int
+    path: str
+    fragments: list[state.Fragment]
+    num_updates: int
+    untaught: dict[int, tuple[str | None, str]]
+    lines: dict[str, list[str]]  # rank 0: by file
+    meta: dict[str, Any]
+    given_up: threading.Event = field(default_factory=threading.Event)
+    error: str | None = None
+    thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+
+class Checkpointer:
+    """Saves one stage's state while it trains. All ranks make the same calls."""
+
+    def __init__(
+        self,
+        store: Store,
+        task: TrainTask,
+        engine: Engine,
+        recorder: Recorder,
+        device: torch.device,
+        *,
+        note: Callable[[str], None],
+        saved: Callable[[int], None],
+        drained: Callable[[], bool],
+    ):
+        """
+        Args:
+            note: takes what a person should know, on any rank.
+            saved: rank 0: is told the step of every checkpoint that is whole.
+            drained: is a worker's node about to go? Asked on all ranks at once.
+        """
+        self.store, self.task, self.engine, self.recorder, self.device = store, task, engine, recorder, device
+        self.section = task.recipe.checkpoint
+        self.note, self.saved, self.drained = note, saved, drained
+        self.stage, self.key = task.result.stage, task.result.key
+        self.pending: _Pending | None = None
+        self.was_drained = False
+        self.last_save = self.last_ask = time.monotonic()
+
+    def votes(self) -> list[float]:
+        """Rank 0: is it time to save, and to ask about nodes that go? Any rank: is it still writing, has it failed to?"""
+        now, first, every_s = time.monotonic(), rank() == 0, self.section.every_s
+        due = first and every_s is not None and now - self.last_save >= every_s
+        ask = first and not self.was_drained and now - self.last_ask >= DRAIN_EVERY_S
+        return [float(vote) for vote in (due, ask, *self._progress())]
+
+    def after(self, step: int, votes: Sequence[float]) -> None:
+        """`step` (from 1) is done; `votes` are summed over the ranks. Save, where it is time."""
+        begun = time.monotonic()
+        due, ask, busy, failed = map(bool, votes)
+        if ask:
+            self.last_ask = begun
+            self.was_drained = self.drained()
+        leaving = ask and self.was_drained
+        if failed:
+            self._give_up()
+        every_steps = self.section.every_steps
+        if leaving or (every_steps is not None and step % every_steps == 0):
+            self._settle()
+            self._save(step)
+        elif due and not busy:
+            self._save(step)
+        if leaving:
+            self._settle()
+            self.note(f"{self.task.stage}: a node is about to go; step {step} is saved")
+        self.recorder.saving_s += time.monotonic() - begun
+
+    def close(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        begun = time.monotonic()
+        self._settle()
+        self.recorder.saving_s += time.monotonic() - begun
+
+    def _progress(self) -> tuple[bool, bool]:
+        pending = self.pending
+        return pending is not None and pending.busy, pending is not None and pending.error is not None
+
+    def _settle(self) -> None:
+        """Wait, on all ranks alike, until what is being written is whole or given up."""
+        while True:
+            busy, failed = all_sum(torch.tensor([float(x) for x in self._progress()], device=self.device))
+            if failed:
+                self._give_up()
+                return
+            if not busy:
+                return
+            time.sleep(POLL_S)
+
+    def _give_up(self) -> None:
+        """One rank could not write: training goes on, and the next time it is tried again."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        pending.given_up.set()
+        if pending.error is not None:
+            self.note(
+                f"{self.task.stage}: the checkpoint of step {pending.step} could not be written: {pending.error}; training "
+                "goes on"
+            )
+
+    def _save(self, step: int) -> None:
+        self.last_save = time.monotonic()
+        attempt = from_rank_0(uuid.uuid4().hex[:8])
+        fragments = self.engine.fragments()
+        if self.engine.replicated:
+            fragments = state.share(fragments, rank(), world_size())
+        pending = _Pending(
+            step, checkpoints.path_of(self.stage, self.key, step, attempt), state.snapshot(fragments),
+            self.engine.num_updates(), dict(self.recorder.untaught.found), {}, self.recorder.meta(),
+        )  # fmt: skip
+        if rank() == 0:
+            pending.lines = self.recorder.snapshot()
+        pending.thread = threading.Thread(target=self._write, args=(pending,), name="checkpoint", daemon=True)
+        self.pending = pending
+        pending.thread.start()
+
+    def _write(self, pending: _Pending) -> None:
+        """In the thread: no collectives here."""
+        try:
+            with (
+                bridging(self.task.recipe.data.retry_s),
+                tempfile.TemporaryDirectory(prefix="dpa_ray-checkpoint-") as tmp,
+            ):
+                store, folder = BridgedStore(self.store), Path(tmp)
+                name = _file_of(rank())
+                stretches = state.save(pending.fragments, folder / name)
+                pending.fragments = []
+                for file, lines in pending.lines.items():
+                    (folder / file).write_text("".join(lines))
+                files = digest_folder(folder)
+                store.upload(folder, pending.path, list(files))
+                untaught = [[row, *sample] for row, sample in pending.untaught.items()]
+                found = {"files": files, "fragments": stretches, "untaught": untaught}
+                store.write_json(f"{pending.path}/{_note_of(rank())}", found)
+                if rank() == 0:
+                    self._finish(store, pending)
+        except Exception as err:  # anything: the training thread says it, and goes on
+            _log.warning("checkpoint of step %d", pending.step, exc_info=True)
+            pending.error = str(err) or type(err).__name__
+
+    def _finish(self, store: BridgedStore, pending: _Pending) -> None:
+        """Rank 0: the manifest, when every rank's note is there."""
+        notes = {_note_of(number) for number in range(world_size())}
+        while not notes <= set(store.list(pending.path)):
+            if pending.given_up.wait(POLL_S):
+                return
+        files: dict[str, Any] = {}
+        index: dict[str, list[Any]] = {}
+        untaught: list[Any] = []
+        for number in range(world_size()):
+            found = store.read_json(f"{pending.path}/{_note_of(number)}")
+            files |= found["files"]
+            untaught += found["untaught"]
+            for name, start, length in found["fragments"]:
+                index.setdefault(name, []).append([start, length, _file_of(number)])
+        self.recorder.log.flush()  # a checkpoint does not count before the metrics up to it are there
+        rest = {
+            "files": files, "index": index, "num_updates": pending.num_updates, "world_size": world_size(),
+            "untaught": untaught, "meta": pending.meta,
+        }  # fmt: skip
+        checkpoints.finish(store, pending.path, self.stage, self.key, pending.step, rest)
+        checkpoints.collect(store, self.stage, self.key, keep=self.section.keep, newest=pending.path)
+        self.saved(pending.step)
+
+
+def candidates(store: Store, task: TrainTask) -> list[Checkpoint]:
+    """What the stage could go on from, latest first; the same on every rank."""
+    found = checkpoints.whole_ones(store, task.result.stage, task.result.key) if rank() == 0 else []
+    return from_rank_0([checkpoint for checkpoint in found if checkpoint.step <= task.num_steps])
+
+
+def restore(store: Store, checkpoint: Checkpoint, engine: Engine, device: torch.device) -> tuple[Before, str | None]:
+    """Put the state of `checkpoint` into `engine`; returns what was written down until then (rank 0), and what is wrong
+    with the checkpoint, where nothing was changed.
+
+    All ranks call it, and all or none go on from it.
+    """
+    manifest, fragments, before, problem = checkpoint.manifest, engine.fragments(), Before(), None
+    try:
+        index = {name: [(s, n, file) for s, n, file in places] for name, places in manifest["index"].items()}
+        folder = checkpoints.fetch(store, checkpoint, state.files_for(fragments, index))
+        num_updates = int(manifest["num_updates"])
+        if rank() == 0:
+            before = _written_until(store, checkpoint)
+    except (UserError, ValueError, KeyError, TypeError, OSError) as err:
+        problem = f"{store.url(checkpoint.path)}: {type(err).__name__}: {err}" if _is_odd(err) else str(err)
+    if all_sum(torch.tensor([float(problem is not None)], device=device)) > 0:
+        return before, problem or f"{store.url(checkpoint.path)}: another worker could not read its part"
+    state.load(fragments, index, folder)
+    engine.restored(num_updates)
+    return before, None
+
+
+def _is_odd(err: Exception) -> bool:
+    """Does the message lack the place?"""
+    return not isinstance(err, UserError | OSError)
+
+
+def _written_until(store: Store, checkpoint: Checkpoint) -> Before:
+    """Raises: UserError where it is damaged."""
+    manifest = checkpoint.manifest
+    names = [name for name in (METRICS, SAMPLES) if name in manifest["files"]]
+    folder = checkpoints.fetch(store, checkpoint, names)
+    lines = {name: (folder / name).read_text().splitlines(keepends=True) for name in names}
+    meta = manifest["meta"]
+    return Before(
+        lines.get(METRICS, []), lines.get(SAMPLES, []), {row: (name, place) for row, name, place in manifest["untaught"]},
+        [*meta["resumed_from"], checkpoint.step], meta["wall_time_s"], meta["saving_s"],
+    )  # fmt: skip
+
+
+def _file_of(number: int) -> str:
+    return f"rank-{number:05d}.safetensors"
+
+
+def _note_of(number: int) -> str:
+    return f"rank-{number:05d}.json"

@@ -1,0 +1,78 @@
+"""What becomes of a run whose worker fails: it goes on from its last checkpoint, ends with the user's error, or gives up.
+
+Lives in Ray Train's controller, which would otherwise start the workers again whatever they died of. Imports little, for
+that process's sake.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+from ray.train import UserCallback
+
+from dpa_ray.errors import NoAnswer, UserError
+
+
+class Failures(UserCallback):
+    """Told of every failure of workers. What it raises ends the run."""
+
+    def __init__(self, board: Any, max_failures: int):
+        """`max_failures`: how many the run gets over, one after the other without a new checkpoint in between."""
+        self.board, self.max_failures = board, max_failures
+        self.progress, self.failures = 0, 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raises: UserError that a worker raised; RuntimeError where there were too many failures."""
+        del run_context
+        causes = {rank: root_causes(err) for rank, err in worker_exceptions.items()}
+        for found in causes.values():
+            for cause in found:
+                if isinstance(cause, UserError) and not isinstance(cause, NoAnswer):
+                    raise UserError(str(cause))
+        what = describe(causes)
+        progress = ray.get(self.board.num_progress.remote())
+        if progress > self.progress:
+            self.progress, self.failures = progress, 0
+        if any(isinstance(c, RayActorError) and c.preempted for found in causes.values() for c in found):
+            self.board.put.remote("note", {"text": f"a node was taken away ({what}); going on with what is left"})
+            return
+        self.failures += 1
+        if self.failures > self.max_failures:
+            times = f", for the {self.failures}th time without a new checkpoint" if self.failures > 1 else ""
+            raise RuntimeError(
+                f"{what}{times} (cluster.max_failures: {self.max_failures}); what was saved stays, and the same command "
+                "goes on from there"
+            )
+        self.board.put.remote(
+            "note",
+            {"text": f"{what}; going on from the last checkpoint (failure {self.failures} of {self.max_failures})"},
+        )
+
+
+def describe(causes: dict[int, list[BaseException]]) -> str:
+    """One line on what workers died of; of several, those that were killed, for their neighbours fail with them."""
+    killed = {rank: found for rank, found in causes.items() if any(isinstance(c, RayActorError) for c in found)}
+    rank, found = next(iter((killed or causes).items()))
+    if killed:
+        ranks = ", ".join(map(str, killed))
+        return f"worker {ranks} was lost: {first_line(found[0])}"
+    return f"worker {rank} failed: {type(found[-1]).__name__}: {first_line(found[-1])}"
+
+
+def root_causes(err: BaseException) -> list[BaseException]:
+    """`err` and what it wraps, outermost first."""
+    causes: list[BaseException] = []
+    pending: list[Any] = [err]
+    while pending:
+        cause = pending.pop(0)
+        if not isinstance(cause, BaseException) or cause in causes:
+            continue
+        causes.append(cause)
+        pending += [getattr(cause, name, None) for name in ("cause", "_base_exc", "controller_failure", "__cause__")]
+    return causes
+
+
+def first_line(err: BaseException) -> str:
+    return (str(err).strip().splitlines() or [type(err).__name__])[0]
