@@ -33,7 +33,7 @@ from dpa_ray.store.fs import Store
 
 DRAIN_EVERY_S = 2.0
 """How often the ranks ask whether a node of theirs is about to go."""
-POLL_S = 0.1
+POLL_S = 0.05
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class _Pending:
     untaught: dict[int, tuple[str | None, str]]
     lines: dict[str, list[str]]  # rank 0: by file
     meta: dict[str, Any]
+    by_steps: bool  # not by time
     given_up: threading.Event = field(default_factory=threading.Event)
     error: str | None = None
     thread: threading.Thread | None = None
@@ -94,6 +95,14 @@ class Checkpointer:
         ask = first and not self.was_drained and now - self.last_ask >= DRAIN_EVERY_S
         return [float(vote) for vote in (due, ask, *self._progress())]
 
+    def before_telling(self) -> None:
+        """A step is made and not yet told: what `every_steps` asked for before it must be whole first, so that never
+        more than that many steps are told and made again."""
+        if self.pending is not None and self.pending.by_steps:
+            begun = time.monotonic()
+            self._settle()
+            self.recorder.saving_s += time.monotonic() - begun
+
     def after(self, step: int, votes: Sequence[float]) -> None:
         """`step` (from 1) is done; `votes` are summed over the ranks. Save, where it is time."""
         begun = time.monotonic()
@@ -107,9 +116,9 @@ class Checkpointer:
         every_steps = self.section.every_steps
         if leaving or (every_steps is not None and step % every_steps == 0):
             self._settle()
-            self._save(step)
+            self._save(step, by_steps=True)
         elif due and not busy:
-            self._save(step)
+            self._save(step, by_steps=False)
         if leaving:
             self._settle()
             self.note(f"{self.task.stage}: a node is about to go; step {step} is saved")
@@ -133,6 +142,7 @@ class Checkpointer:
                 self._give_up()
                 return
             if not busy:
+                self.pending = None
                 return
             time.sleep(POLL_S)
 
@@ -148,7 +158,7 @@ class Checkpointer:
                 "goes on"
             )
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, *, by_steps: bool) -> None:
         self.last_save = time.monotonic()
         attempt = from_rank_0(uuid.uuid4().hex[:8])
         fragments = self.engine.fragments()
@@ -156,7 +166,7 @@ class Checkpointer:
             fragments = state.share(fragments, rank(), world_size())
         pending = _Pending(
             step, checkpoints.path_of(self.stage, self.key, step, attempt), state.snapshot(fragments),
-            self.engine.num_updates(), dict(self.recorder.untaught.found), {}, self.recorder.meta(),
+            self.engine.num_updates(), dict(self.recorder.untaught.found), {}, self.recorder.meta(), by_steps,
         )  # fmt: skip
         if rank() == 0:
             pending.lines = self.recorder.snapshot()

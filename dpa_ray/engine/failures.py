@@ -14,6 +14,9 @@ from ray.train import UserCallback
 
 from dpa_ray.errors import NoAnswer, UserError
 
+INNER = ("cause", "_base_exc", "health_check_failure", "controller_failure", "__cause__")
+"""Where Ray's exceptions keep those that they wrap."""
+
 
 class Failures(UserCallback):
     """Told of every failure of workers. What it raises ends the run."""
@@ -52,12 +55,12 @@ class Failures(UserCallback):
 
 
 def describe(causes: dict[int, list[BaseException]]) -> str:
-    """One line on what workers died of; of several, those that were killed, for their neighbours fail with them."""
-    killed = {rank: found for rank, found in causes.items() if any(isinstance(c, RayActorError) for c in found)}
-    rank, found = next(iter((killed or causes).items()))
+    """One line on what workers died of; of several, on those that were killed, for their neighbours fail with them."""
+    killed = {rank: c for rank, found in causes.items() for c in found if isinstance(c, RayActorError)}
     if killed:
         ranks = ", ".join(map(str, killed))
-        return f"worker {ranks} was lost: {first_line(found[0])}"
+        return f"worker {ranks} was lost: {first_line(next(iter(killed.values())))}"
+    rank, found = next(iter(causes.items()))
     return f"worker {rank} failed: {type(found[-1]).__name__}: {first_line(found[-1])}"
 
 
@@ -70,7 +73,7 @@ def root_causes(err: BaseException) -> list[BaseException]:
         if not isinstance(cause, BaseException) or cause in causes:
             continue
         causes.append(cause)
-        pending += [getattr(cause, name, None) for name in ("cause", "_base_exc", "controller_failure", "__cause__")]
+        pending += [getattr(cause, name, None) for name in INNER]
     return causes
 
 

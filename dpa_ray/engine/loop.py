@@ -29,6 +29,9 @@ class Saver(Protocol):
     def votes(self) -> Sequence[float]:
         """This rank's."""
 
+    def before_telling(self) -> None:
+        """A step is made; nobody was told of it yet."""
+
     def after(self, step: int, votes: Sequence[float]) -> None:
         """`step` (from 1) is done; `votes` are the sums over the ranks."""
 
@@ -145,6 +148,8 @@ def train(
         if weight_sum and not math.isfinite(norm):
             raise UserError(_not_finite(stage, step, "gradient", mine))
         seconds = time.perf_counter() - start
+        if saver:
+            saver.before_telling()
         record(
             {
                 "stage": stage, "step": step, "epoch": epoch, "num_samples": num_samples, "num_tokens": num_tokens,

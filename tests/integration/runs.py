@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +144,75 @@ def run_dpa(
     The recipe's YAML goes to `folder` (beside a local store by default). A command that exceeds `timeout_s` is ended
     with all that it started, and fails the test with what it had printed.
     """
+    running = start_dpa(recipe, store, name, *arguments, env=env, folder=folder)
+    return running.finished(timeout_s)
+
+
+@dataclass
+class Running:
+    """A command under way, to be watched and hurt. All that it starts carries a mark in its environment."""
+
+    process: subprocess.Popen[str]
+    mark: str
+    run: Run  # without its result
+
+    def finished(self, timeout_s: float = 400) -> Run:
+        """Wait for its end. One that takes longer is ended with all that it started, and fails the test."""
+        try:
+            stdout, stderr = self.process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            stdout, stderr = self.process.communicate()
+            raise AssertionError(f"no end after {timeout_s} s: {stdout[-6000:]}\n{stderr[-6000:]}") from None
+        return dataclasses.replace(self.run, returncode=self.process.returncode, stdout=stdout, stderr=stderr)
+
+    def wait_for(self, stage: str, step: int, timeout_s: float = 200) -> None:
+        """Until metrics.jsonl has this step."""
+        until = time.monotonic() + timeout_s
+        while self.process.poll() is None and time.monotonic() < until:
+            if (self.run.folder / "metrics.jsonl").exists():
+                lines = (self.run.folder / "metrics.jsonl").read_text().split("\n")[:-1]
+                if any((r["stage"], r["step"]) == (stage, step) for r in map(json.loads, lines)):
+                    return
+            time.sleep(0.02)
+        stdout, stderr = self.process.communicate(timeout=60) if self.process.poll() is not None else ("", "")
+        raise AssertionError(f"{stage} step {step} never came: {stdout[-6000:]}\n{stderr[-6000:]}")
+
+    def processes(self, title: str) -> list[int]:
+        """Those of this command whose command line has `title` in it."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                is_ours = self.mark.encode() in (folder / "environ").read_bytes()
+                if is_ours and title.encode() in (folder / "cmdline").read_bytes():
+                    found.append(int(folder.name))
+            except OSError:  # it ended meanwhile, or is another user's
+                continue
+        return sorted(found)
+
+    def kill_worker(self, number: int = 0) -> None:
+        """SIGKILL to one training worker."""
+        os.kill(self.processes("ray::RayTrainWorker")[number], signal.SIGKILL)
+
+    def kill_driver(self) -> None:
+        """SIGKILL to the command itself; its local Ray dies with it."""
+        self.process.kill()
+        self.process.communicate()
+        until = time.monotonic() + 60
+        while self.processes("ray") and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not self.processes("ray"), "Ray outlived its driver"
+
+
+def start_dpa(
+    recipe: dict[str, Any] | Path,
+    store: Path | str,
+    name: str,
+    *arguments: str,
+    env: dict[str, str] | None = None,
+    folder: Path | None = None,
+) -> Running:
+    """Start `python jobs/run_dpa.py RECIPE ... --store STORE --name NAME`, as `run_dpa` does."""
     local = Path(store) if "://" not in str(store) else None
     folder = folder or (local.parent if local else Path(ROOT))
     file = recipe if isinstance(recipe, Path) else folder / f"{name}.yaml"
@@ -149,19 +221,15 @@ def run_dpa(
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "jobs/run_dpa.py", str(file), *arguments, "--store", str(store), "--name", name]
+    mark = f"DPA_RAY_TEST_MARK={uuid.uuid4().hex}"
     environment = {k: v for k, v in os.environ.items() if k not in UNSET}
     environment |= {"DPA_RAY_CACHE": str(folder / "cache"), **ENVIRONMENT, **(env or {})}
+    environment |= dict([mark.split("=")])
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    try:
-        stdout, stderr = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        stdout, stderr = process.communicate()
-        raise AssertionError(f"no end after {timeout_s} s: {command}\n{stdout[-6000:]}\n{stderr[-6000:]}") from None
-    return Run(process.returncode, stdout, stderr, local or Path(), name, values)
+    return Running(process, mark, Run(0, "", "", local or Path(), name, values))
 
 
 def losses(run: Run, stage: str, key: str = "loss") -> list[float]:

@@ -1,0 +1,178 @@
+"""Does a run that is killed end as one that was not? Workers and drivers die by SIGKILL, at steps that the tests choose.
+
+fp32 on CPU: bit for bit on as many workers as before, dropout included; on others the same samples in each step, and
+losses to 1e-5. Checkpoints come every second step, so that at most two steps are made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny_models
+from tests.integration.runs import STAGES, Run, Running, losses, make_recipe, start_dpa
+
+pytestmark = pytest.mark.ci
+
+NUM_STEPS = 12
+EVERY_STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def recipe(assets_dir: Path, tiny_llm: Callable, tiny_tower: Callable) -> Callable[..., dict[str, Any]]:
+    """`recipe(**changes)`: all stages train for 12 steps of 8 samples, two epochs of 45; stage 1 with dropout."""
+    folder = assets_dir / "survival"
+    data = (
+        tiny_models.make_captions(folder / "captions", 45, text_only=(4, 20), seed=5),
+        tiny_models.make_conversations(folder / "conversations", 45, text_only=(7, 30), several_images=(3,), seed=6),
+    )
+
+    def make(**changes: Any) -> dict[str, Any]:
+        changed = {
+            "checkpoint__every_steps": EVERY_STEPS, "cluster__workers": 2, "stages__proxy_llm__lora__dropout": 0.1,
+        } | changes  # fmt: skip
+        made = make_recipe(tiny_llm("llama", bos=True), tiny_tower("clip"), *data, method="dpa", **changed)
+        for stage, lr in zip(STAGES, (2.0e-3, 2.0e-3, 5.0e-4), strict=True):
+            made["stages"][stage] |= {"lr": lr, "global_batch_size": 8, "epochs": 4, "max_steps": NUM_STEPS}
+        return made
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, recipe: Callable[..., dict[str, Any]]) -> Callable[..., Run]:
+    """`whole(**changes)`: a run that nobody disturbed, made once for the same changes."""
+    done: dict[str, Run] = {}
+
+    def run(**changes: Any) -> Run:
+        label = repr(sorted(changes.items()))
+        if label not in done:
+            done[label] = start_dpa(recipe(**changes), tmp_path_factory.mktemp("whole") / "store", "run").finished()
+            assert done[label].returncode == 0, done[label].output
+        return done[label]
+
+    return run
+
+
+def weights(run: Run) -> dict[str, str]:
+    """SHA-256 of what each stage trained."""
+    files = {stage: sorted(run.artifact(stage).glob("*.safetensors")) for stage in STAGES}
+    return {
+        stage: hashlib.sha256(b"".join(f.read_bytes() for f in found)).hexdigest() for stage, found in files.items()
+    }
+
+
+def resumed_from(run: Run, stage: str) -> list[int]:
+    steps: list[int] = run.info()["timings"][stage]["resumed_from"]
+    return steps
+
+
+def assert_same_samples(run: Run, expected: Run) -> None:
+    for stage in STAGES:
+        assert [line["step"] for line in run.metrics(stage)] == list(range(1, NUM_STEPS + 1))
+        assert run.samples(stage) == expected.samples(stage), stage
+
+
+def assert_same_to_the_bit(run: Run, expected: Run) -> None:
+    assert_same_samples(run, expected)
+    for stage in STAGES:
+        for key in ("loss", "nll_mean", "weight_mean", "grad_norm"):
+            assert losses(run, stage, key) == losses(expected, stage, key), (stage, key)
+    assert weights(run) == weights(expected)
+
+
+@pytest.mark.parametrize(("stage", "step"), [("proxy_llm", 7), ("proxy_mllm", 4), ("instruct", 11)])
+def test_a_lost_worker_is_replaced_and_nothing_changes(
+    tmp_path: Path, recipe: Callable, whole: Callable[..., Run], stage: str, step: int
+) -> None:
+    running = start_dpa(recipe(), tmp_path / "store", "run")
+    running.wait_for(stage, step)
+    running.kill_worker(step % 2)
+    run = running.finished()
+    assert run.returncode == 0, run.output
+    assert "was lost" in run.stdout, run.output
+    (step_before,) = resumed_from(run, stage)
+    assert step - EVERY_STEPS <= step_before, "at most two steps are made again"
+    assert_same_to_the_bit(run, whole())
+    assert list((tmp_path / "store" / "checkpoints").rglob("*.safetensors")) == [], "finished stages leave none"
+
+
+def test_the_same_command_goes_on_after_its_driver_was_killed(
+    tmp_path: Path, recipe: Callable, whole: Callable[..., Run]
+) -> None:
+    """In stage 2, and again in stage 3; the first stage is not made a second time."""
+    store = tmp_path / "store"
+    for stage, step in (("proxy_mllm", 6), ("instruct", 9)):
+        running = start_dpa(recipe(), store, "run")
+        running.wait_for(stage, step)
+        running.kill_driver()
+    run = start_dpa(recipe(), store, "run").finished()
+    assert run.returncode == 0, run.output
+    assert run.info()["timings"]["proxy_mllm"]["reused"]
+    assert resumed_from(run, "proxy_mllm")
+    assert resumed_from(run, "instruct")
+    assert_same_to_the_bit(run, whole())
+
+
+def test_other_numbers_of_workers_take_the_same_samples(
+    tmp_path: Path, recipe: Callable, whole: Callable[..., Run]
+) -> None:
+    """2 workers, killed, then 1, killed, then 3: one stage, each sample once an epoch. ZeRO-3 at the end, torch first."""
+    plain = {"stages__proxy_llm__lora__dropout": 0.0}
+    store = tmp_path / "store"
+    attempts: list[tuple[dict[str, Any], int | None]] = [
+        ({"cluster__workers": 2, "engine": "torch"}, 4),
+        ({"cluster__workers": 1}, 8),
+        ({"cluster__workers": 3, "deepspeed__zero_stage": 3}, None),
+    ]
+    for stage in ("proxy_llm",):
+        for changes, step in attempts:
+            running: Running = start_dpa(recipe(**plain, **changes), store, "run")
+            if step is not None:
+                running.wait_for(stage, step)
+                running.kill_driver()
+    run = running.finished()
+    assert run.returncode == 0, run.output
+    assert len(resumed_from(run, "proxy_llm")) == 2
+    assert "saved by 1 workers, on 3" in run.stdout, run.output
+    assert_same_samples(run, whole(**plain))
+    for stage in STAGES:
+        assert losses(run, stage) == pytest.approx(losses(whole(**plain), stage), rel=1e-5), stage
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
+    tmp_path: Path, recipe: Callable, whole: Callable[..., Run]
+) -> None:
+    store = tmp_path / "store"
+    running = start_dpa(recipe(), store, "run")
+    running.wait_for("proxy_mllm", 9)
+    running.kill_driver()
+    saved = sorted((store / "checkpoints").glob("proxy-mllm-*/step-*/manifest.json"))
+    assert len(saved) == 2, saved
+    state = saved[-1].parent / "rank-00001.safetensors"
+    content = bytearray(state.read_bytes())
+    content[-3] ^= 1
+    state.write_bytes(content)
+    run = start_dpa(recipe(), store, "run").finished()
+    assert run.returncode == 0, run.output
+    assert "a checkpoint is passed over" in run.stdout
+    assert "rank-00001.safetensors: expected SHA-256" in run.stdout
+    assert resumed_from(run, "proxy_mllm") == [int(saved[0].parent.name.split("-")[1])]
+    assert_same_to_the_bit(run, whole())
+
+
+def test_a_worker_that_dies_each_time_ends_the_run_and_keeps_what_was_saved(tmp_path: Path, recipe: Callable) -> None:
+    running = start_dpa(recipe(cluster__max_failures=0), tmp_path / "store", "run")
+    running.wait_for("proxy_mllm", 5)
+    running.kill_worker()
+    run = running.finished()
+    assert run.returncode == 1, run.output
+    assert "was lost" in run.stderr
+    assert "cluster.max_failures: 0" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert list((tmp_path / "store" / "checkpoints").glob("proxy-mllm-*/step-*/manifest.json"))
+    assert run.info()["status"] == "failed"

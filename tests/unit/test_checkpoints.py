@@ -1,0 +1,127 @@
+"""Which checkpoints of a stage count, and what is said of those that do not?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpa_ray.errors import UserError
+from dpa_ray.store import checkpoints
+from dpa_ray.store.digests import digest_folder
+from dpa_ray.store.fs import Store
+
+STAGE, KEY = "proxy-llm", "abc123"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+def save(store: Store, step: int, attempt: str = "a", content: str = "state", whole: bool = True) -> str:
+    """A checkpoint of one file; its path."""
+    path = checkpoints.path_of(STAGE, KEY, step, attempt)
+    source = Path(store.url("")).parent / f"source-{step}-{attempt}"
+    source.mkdir()
+    (source / "file").write_text(content)
+    store.upload(source, path)
+    if whole:
+        checkpoints.finish(store, path, STAGE, KEY, step, {"files": digest_folder(source)})
+    return path
+
+
+def steps(store: Store, stage: str = STAGE, key: str = KEY) -> list[int]:
+    return [checkpoint.step for checkpoint in checkpoints.whole_ones(store, stage, key)]
+
+
+def test_the_latest_comes_first_and_what_has_no_manifest_does_not_count(store: Store) -> None:
+    assert steps(store) == []
+    for step in (2, 10, 4):
+        save(store, step)
+    save(store, 12, whole=False)
+    assert steps(store) == [10, 4, 2]
+    assert steps(store, key="abc124") == steps(store, stage="instruct") == []
+
+
+def test_only_the_latest_are_kept_and_what_a_kill_left_goes(store: Store) -> None:
+    for step in (2, 4, 6):
+        save(store, step)
+    save(store, 7, whole=False)
+    newest = save(store, 8)
+    checkpoints.collect(store, STAGE, KEY, keep=2, newest=newest)
+    assert steps(store) == [8, 6]
+    assert len(store.list_dirs(checkpoints.folder(STAGE, KEY))) == 2
+
+
+def test_an_older_step_that_was_just_saved_stays(store: Store) -> None:
+    """Those after it were damaged, say: the run went on from before them."""
+    for step in (8, 10):
+        save(store, step)
+    newest = save(store, 6, attempt="b")
+    checkpoints.collect(store, STAGE, KEY, keep=1, newest=newest)
+    assert 6 in steps(store)
+
+
+def test_files_are_checked_when_they_are_fetched(store: Store) -> None:
+    path = save(store, 2)
+    (checkpoint,) = checkpoints.whole_ones(store, STAGE, KEY)
+    assert (checkpoints.fetch(store, checkpoint, ["file"]) / "file").read_text() == "state"
+    with pytest.raises(UserError, match="expected other among its files, found none"):
+        checkpoints.fetch(store, checkpoint, ["other"])
+    store.write_bytes(f"{path}/file", b"stale")
+    with pytest.raises(UserError, match=r"step-00000002-a: file: expected SHA-256 .* found"):
+        checkpoints.fetch(store, checkpoint, ["file"])
+    store.write_bytes(f"{path}/file", b"st")
+    with pytest.raises(UserError, match="file: expected 5 bytes, found 2"):
+        checkpoints.fetch(store, checkpoint, ["file"])
+    store.delete(f"{path}/file")
+    with pytest.raises(UserError, match="file: expected 5 bytes, found no file"):
+        checkpoints.fetch(store, checkpoint, ["file"])
+
+
+GOOD = {"schema": 1, "stage": STAGE, "key": KEY, "step": 3, "files": {"x": {"size_bytes": 1, "sha256": "0" * 64}}}
+BAD: dict[str, Any] = {
+    "no JSON": b"{",
+    "binary": b"\xff\x00",
+    "a list": [],
+    "another schema": {**GOOD, "schema": 2},
+    "another key": {**GOOD, "key": "abc124"},
+    "another stage": {**GOOD, "stage": "instruct"},
+    "no step": {k: v for k, v in GOOD.items() if k != "step"},
+    "a step as text": {**GOOD, "step": "3"},
+    "step true": {**GOOD, "step": True},
+    "step 0": {**GOOD, "step": 0},
+    "no files": {**GOOD, "files": None},
+    "a file outside": {**GOOD, "files": {"../x": {"size_bytes": 1, "sha256": "0" * 64}}},
+    "an absolute file": {**GOOD, "files": {"/etc/passwd": {"size_bytes": 1, "sha256": "0" * 64}}},
+    "no digest": {**GOOD, "files": {"x": {"size_bytes": 1}}},
+    "a size as text": {**GOOD, "files": {"x": {"size_bytes": "1", "sha256": "0" * 64}}},
+}
+
+
+@pytest.mark.parametrize("manifest", BAD.values(), ids=BAD)
+def test_a_manifest_that_is_none_is_named_and_passed_over(
+    store: Store, manifest: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(store, 2)
+    path = f"{checkpoints.path_of(STAGE, KEY, 3, 'b')}/manifest.json"
+    store.write_bytes(path, manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode())
+    assert steps(store) == [2]
+    assert store.url(path) in caplog.text
+
+
+def test_the_good_manifest_is_good(store: Store) -> None:
+    """Else the cases above would say nothing."""
+    store.write_json(f"{checkpoints.path_of(STAGE, KEY, 3, 'b')}/manifest.json", GOOD)
+    assert steps(store) == [3]
+
+
+def test_a_finished_stage_leaves_none(store: Store) -> None:
+    save(store, 2)
+    save(store, 4, whole=False)
+    checkpoints.drop(store, STAGE, KEY)
+    assert store.list("checkpoints") == []
+    checkpoints.drop(store, STAGE, KEY)
