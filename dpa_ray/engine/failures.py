@@ -27,7 +27,7 @@ class Failures(UserCallback):
         self.progress, self.failures = 0, 0
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raises: UserError that a worker raised; RuntimeError where there were too many failures."""
+        """Raises: UserError that a worker raised, or where workers were lost too often; RuntimeError where it was an error."""
         del run_context
         causes = {rank: root_causes(err) for rank, err in worker_exceptions.items()}
         for found in causes.values():
@@ -44,7 +44,8 @@ class Failures(UserCallback):
         self.failures += 1
         if self.failures > self.max_failures:
             times = f", for the {self.failures}th time without a new checkpoint" if self.failures > 1 else ""
-            raise RuntimeError(
+            lost = any(isinstance(c, RayActorError) for found in causes.values() for c in found)
+            raise (UserError if lost else RuntimeError)(
                 f"{what}{times} (cluster.max_failures: {self.max_failures}); what was saved stays, and the same command "
                 "goes on from there"
             )

@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,14 +195,13 @@ class Running:
         """SIGKILL to one training worker."""
         os.kill(self.processes("ray::RayTrainWorker")[number], signal.SIGKILL)
 
-    def kill_driver(self) -> None:
-        """SIGKILL to the command itself; its local Ray dies with it."""
-        self.process.kill()
+    def kill_all(self) -> None:
+        """SIGKILL to the command, its workers and all of its local Ray at once, as when a machine goes down."""
+        for title in ("ray::RayTrainWorker", "run_dpa.py", ""):
+            for pid in self.processes(title):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self.process.communicate()
-        until = time.monotonic() + 60
-        while self.processes("ray") and time.monotonic() < until:
-            time.sleep(0.1)
-        assert not self.processes("ray"), "Ray outlived its driver"
 
 
 def start_dpa(
