@@ -122,6 +122,16 @@ def share(notations: Sequence[str], rank: int, world_size: int, passes: int) -> 
     return batches
 
 
+def take_step(engine: Engine, step: int, rank: int = 0, world_size: int = 1) -> None:
+    """One of STEPS in one pass, as the loop makes it."""
+    (batch,) = share(STEPS[step], rank, world_size, 1)
+    num_targets = sum(batch_of([n]).num_targets for n in STEPS[step])
+    sums = engine.forward(batch)
+    weight = float(all_sum(sums.detached())[StepSums.names().index("weight")])
+    engine.backward(sums.loss / num_targets, last=True)
+    engine.update(weight / num_targets, LEARNING_RATES[step])
+
+
 def run(case: Case, rank: int, world_size: int) -> Outcome:
     module = make_module(case)
     names = [name for name, _ in module.model.named_parameters(remove_duplicate=False)]

@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 
 from dpa_ray.engine import state
-from dpa_ray.engine.protocol import Engine, all_sum
+from dpa_ray.engine.protocol import Engine
 from dpa_ray.engine.zero import _import_deepspeed
-from dpa_ray.model.step import StepSums
-from tests.engine_worker import LEARNING_RATES, STEPS, Case, make_engine, make_module, share
-from tests.random_models import batch_of
+from tests.engine_worker import STEPS, Case, make_engine, make_module, take_step
 
 SAVED_AFTER = 3
 WORLDS = (1, 2, 3)
@@ -63,12 +61,7 @@ def resumed(place: Place, origin: Place) -> str:
 
 def steps(engine: Engine, first: int, last: int, rank: int, world_size: int) -> None:
     for step in range(first, last):
-        batches = share(STEPS[step], rank, world_size, 1)
-        num_targets = sum(batch_of([n]).num_targets for n in STEPS[step])
-        sums = engine.forward(batches[0])
-        total = all_sum(sums.detached())
-        engine.backward(sums.loss / num_targets, last=True)
-        engine.update(float(total[StepSums.names().index("weight")]) / num_targets, LEARNING_RATES[step])
+        take_step(engine, step, rank, world_size)
 
 
 def write(engine: Engine, folder: Path, rank: int, world_size: int) -> None:

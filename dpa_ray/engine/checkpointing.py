@@ -8,6 +8,8 @@ step sums over the ranks anyway.
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import tempfile
 import threading
 import time
@@ -34,6 +36,9 @@ from dpa_ray.store.fs import Store
 DRAIN_EVERY_S = 2.0
 """How often the ranks ask whether a node of theirs is about to go."""
 POLL_S = 0.05
+
+TMP_PREFIX = "dpa_ray-checkpoint-"
+"""Of local folders, followed by the number of the process that writes there."""
 
 _log = logging.getLogger(__name__)
 
@@ -87,6 +92,7 @@ class Checkpointer:
         self.pending: _Pending | None = None
         self.was_drained = False
         self.last_save = self.last_ask = time.monotonic()
+        sweep_tmp()
 
     def votes(self) -> list[float]:
         """Rank 0: is it time to save, and to ask about nodes that go? Any rank: is it still writing, has it failed to?"""
@@ -179,7 +185,7 @@ class Checkpointer:
         try:
             with (
                 bridging(self.task.recipe.data.retry_s),
-                tempfile.TemporaryDirectory(prefix="dpa_ray-checkpoint-") as tmp,
+                tempfile.TemporaryDirectory(prefix=f"{TMP_PREFIX}{os.getpid()}-") as tmp,
             ):
                 store, folder = BridgedStore(self.store), Path(tmp)
                 name = _file_of(rank())
@@ -221,6 +227,24 @@ class Checkpointer:
         checkpoints.finish(store, pending.path, self.stage, self.key, pending.step, rest)
         checkpoints.collect(store, self.stage, self.key, keep=self.section.keep, newest=pending.path)
         self.saved(pending.step)
+
+
+def sweep_tmp() -> None:
+    """Remove the local folders of processes that were killed while they saved."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{TMP_PREFIX}*-*"):
+        process = folder.name.removeprefix(TMP_PREFIX).split("-")[0]
+        if process.isdigit() and not _lives(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 def candidates(store: Store, task: TrainTask) -> list[Checkpoint]:
