@@ -6,6 +6,7 @@ two); the tests compare what came out. No Ray.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import subprocess
@@ -235,12 +236,18 @@ NOTATIONS = ["s1 I t6", "s2 t4", "I t5", "s2 I s1 t4 s1 u3", "s3 I g2 t3", "s1 t
 
 
 def run_loop(
-    engine: PlainEngine, *, micro_batch_size: int = 8, notations: list[str] | None = None, packing: bool = False
+    engine: PlainEngine,
+    *,
+    micro_batch_size: int = 8,
+    notations: list[str] | None = None,
+    packing: bool = False,
+    seed: int = 0,
+    steps_done: int = 0,
 ) -> list[dict[str, Any]]:
     """Two epochs of two steps of 4 over eight samples; gives the recorded metrics."""
     samples = notations or NOTATIONS
     cursor = Cursor([len(samples)], seed=0, global_batch_size=4, window=100)
-    plan = Plan(cursor, 4, rank=0, world_size=1, micro_batch_size=micro_batch_size)
+    plan = Plan(cursor, 4, rank=0, world_size=1, micro_batch_size=micro_batch_size, steps_done=steps_done)
 
     def batches() -> Iterator[Batch]:
         for rows, filler in plan:
@@ -253,7 +260,7 @@ def run_loop(
 
     lines: list[dict[str, Any]] = []
     train(
-        engine, batches(), plan, Schedule(4, 1e-2, 0.5), stage="instruct", device=torch.device("cpu"),
+        engine, batches(), plan, Schedule(4, 1e-2, 0.5), stage="instruct", seed=seed, device=torch.device("cpu"),
         record=lambda line, _: lines.append(line),
     )  # fmt: skip
     return lines
@@ -287,6 +294,42 @@ def test_a_plan_knows_how_long_it_is_before_it_is_made(num_rows: int, world_size
     assert [len(plan) for plan in plans] == [sum(passes)] * world_size == list(map(len, made))
     taken = sorted(int(row) for one in made for rows, _ in one for row in rows)
     assert taken == sorted([*range(num_rows)] * 2)
+
+
+@pytest.mark.parametrize("steps_done", [0, 1, 3, 6])
+def test_a_plan_without_its_first_steps_is_the_rest_of_it(steps_done: int) -> None:
+    cursor = Cursor([9], seed=0, global_batch_size=4, window=100)
+    whole = Plan(cursor, 6, rank=1, world_size=2, micro_batch_size=1)
+    left = dataclasses.replace(whole, steps_done=steps_done)
+    skipped = sum(whole.num_passes(step) for step in range(1, steps_done + 1))
+    assert len(left) == len(whole) - skipped == len(list(left))
+    assert [(rows.tolist(), filler) for rows, filler in left] == [(rows.tolist(), filler) for rows, filler in whole][
+        skipped:
+    ]
+    assert list(left.steps()) == list(whole.steps())[steps_done:]
+
+
+def test_what_dropout_draws_follows_from_seed_and_step_alone() -> None:
+    """Whatever was drawn before: a stage that goes on at step 3 draws there what it would have drawn."""
+
+    def log(seed: int, steps_done: int = 0) -> list[float]:
+        engine = PlainEngine(dropping(), SETTINGS, torch.device("cpu"))
+        lines = run_loop(engine, seed=seed, steps_done=steps_done)
+        return [line["loss"] for line in lines]
+
+    def dropping() -> Any:
+        step = make_step(make_vlm(attention_dropout=0.3), "uniform").train()
+        assert step.model.config.text_config.attention_dropout == 0.3
+        return step
+
+    first = log(0)
+    torch.manual_seed(123)
+    assert log(0) == first
+    assert log(1) != first
+    steps_left = log(0, steps_done=1)
+    assert steps_left != first[1:], "it begins with other parameters"
+    torch.rand(7)
+    assert log(0, steps_done=1) == steps_left
 
 
 def test_packing_does_not_change_the_loop() -> None:
