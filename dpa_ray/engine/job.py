@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import shutil
 import tempfile
@@ -19,13 +20,14 @@ from dpa_ray.stages.pipeline import HELD_OUT, Pipeline, Plan, make_plan, num_ste
 from dpa_ray.stages.preflight import trainables
 from dpa_ray.stages.runs import RUN_FILE, Run
 from dpa_ray.stages.spec import Task
+from dpa_ray.store import lease
 from dpa_ray.store.fs import Store
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
     """Run `recipe` to its end, or from where an earlier attempt left it; returns what run.json says.
 
-    Raises: RecipeError where the run's name is taken; UserError for whatever the user can mend. Finished stages are
+    Raises: RecipeError where the run's name is taken; LeaseTaken where another process is at work on it; UserError for whatever the user can mend. Finished stages are
         kept in every case.
     """
     store = Store(recipe.store)
@@ -35,14 +37,17 @@ def run(recipe: Recipe) -> dict[str, Any]:
     trackers.check(recipe.trackers)
     device = "GPU" if recipe.cluster.gpus_per_worker else "CPU"
     console.header(recipe, device=device, workers=recipe.cluster.workers, store=store.uri)
-    with console.Progress() as progress:
+    with (
+        console.Progress() as progress,
+        lease.held(store, f"{run_record.path}/lease", report=progress.note, lost=_thread.interrupt_main) as taken,
+    ):
         plan = make_plan(recipe, store, make=True, report=progress.note)
         pipeline = Pipeline(plan, store, run_record, progress.note)
         view = View(progress, recipe, store, run_record.path)
         try:
             pipeline.carry_out(lambda tasks: _launch(tasks, store, recipe, view), start=lambda: _start(recipe, view))
         except BaseException as err:
-            if run_record.values:  # else nothing was begun
+            if run_record.values and not taken.is_set():  # else nothing was begun, or another process goes on
                 run_record.write("failed", error=str(err) or type(err).__name__)
             raise
         finally:

@@ -175,3 +175,15 @@ def test_a_worker_that_dies_each_time_ends_the_run_and_keeps_what_was_saved(tmp_
     assert "Traceback" not in run.stderr
     assert list((tmp_path / "store" / "checkpoints").glob("proxy-mllm-*/step-*/manifest.json"))
     assert run.info()["status"] == "failed"
+
+
+def test_the_same_command_is_refused_while_the_first_one_lives(tmp_path: Path, recipe: Callable) -> None:
+    store = tmp_path / "store"
+    first = start_dpa(recipe(), store, "run")
+    first.wait_for("proxy_llm", 1)
+    second = start_dpa(recipe(), store, "run", folder=tmp_path / "second").finished()
+    assert second.returncode == 1, second.output
+    assert f"process {first.process.pid} on" in second.stderr, second.output
+    assert "is at work on this" in second.stderr
+    run = first.finished()
+    assert run.returncode == 0, run.output

@@ -1,0 +1,181 @@
+"""Who may write under a path? One process at a time, as long as it says that it lives.
+
+A lease is a chain of small files, <path>/1.json, 2.json, ...: the highest number counts. Its holder writes it anew every
+few seconds; whoever takes over makes the next number, which a conditional write gives to one process alone. A holder
+that was thought dead sees the higher number and stops. Clocks of different machines are not compared: a lease lapses
+when it was watched for its time and stayed the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dpa_ray.errors import UserError
+from dpa_ray.store.fs import Store
+
+LAPSES_AFTER_S = 30.0
+RENEWALS = 5
+"""How often a lease is written anew in the time in which it would lapse."""
+POLL_S = 0.5
+
+_log = logging.getLogger(__name__)
+
+
+class LeaseTaken(UserError):
+    """Another process that lives holds it."""
+
+
+@contextmanager
+def held(
+    store: Store,
+    path: str,
+    *,
+    report: Callable[[str], None],
+    lost: Callable[[], None],
+    lapses_after_s: float = LAPSES_AFTER_S,
+) -> Iterator[threading.Event]:
+    """Hold the lease at `path` in this block; what the block gets is set when another process has taken over.
+
+    Where another process holds it, it is watched until it lapses or is written anew, `lapses_after_s` at most.
+    Args:
+        report: is told once that there is something to wait for.
+        lost: called, from a thread, when another process has taken over; it should end this one's work.
+    Raises: LeaseTaken where the other process lives.
+    """
+    number = _acquire(store, path, report, lapses_after_s)
+    ended, taken = threading.Event(), threading.Event()
+
+    def told() -> None:
+        taken.set()
+        lost()
+
+    thread = threading.Thread(target=_renew, args=(store, path, number, lapses_after_s, ended, told), daemon=True)
+    thread.start()
+    try:
+        yield taken
+    finally:
+        ended.set()
+        thread.join()
+        try:
+            if not taken.is_set() and _highest(store, path) == number:
+                store.write_bytes(_file(path, number), _content(number, released=True))
+        except UserError as err:  # it lapses by itself
+            _log.warning("%s", err)
+
+
+def _acquire(store: Store, path: str, report: Callable[[str], None], lapses_after_s: float) -> int:
+    seen: tuple[int, bytes] | None = None
+    since = time.monotonic()
+    while True:
+        number = _highest(store, path)
+        content = _read(store, path, number) if number else b""
+        if (number, content) != seen:
+            if seen is not None and content and not _is_free(content):
+                raise LeaseTaken(
+                    f"{store.url(path)}: {_holder(content)} is at work on this; wait for its end, or stop it"
+                )
+            seen, since = (number, content), time.monotonic()
+            if number and not _is_free(content):
+                report(
+                    f"{_holder(content)} was at work on this; waiting up to {lapses_after_s:g} s to see whether it lives"
+                )
+        if not number or _is_free(content) or time.monotonic() - since >= lapses_after_s:
+            if store.put_if_absent(_file(path, number + 1), _content(number + 1)):
+                for old in range(number, 0, -1):
+                    if not store.exists(_file(path, old)):
+                        break
+                    store.delete(_file(path, old))
+                return number + 1
+            continue  # another one was faster: look at what it wrote
+        time.sleep(min(POLL_S, lapses_after_s / RENEWALS))
+
+
+def _renew(
+    store: Store, path: str, number: int, lapses_after_s: float, ended: threading.Event, lost: Callable[[], None]
+) -> None:
+    while not ended.wait(lapses_after_s / RENEWALS):
+        try:
+            if _highest(store, path) != number:
+                _log.error("%s: another process has taken over", store.url(path))
+                lost()
+                return
+            store.write_bytes(_file(path, number), _content(number))
+        except UserError as err:
+            _log.warning("%s: this lease cannot be renewed now: %s", store.url(path), err)
+
+
+def _highest(store: Store, path: str) -> int:
+    """The number that counts; 0 where there is none."""
+    names = [name.removesuffix(".json") for name in store.list(path, recursive=False)]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def _file(path: str, number: int) -> str:
+    return f"{path}/{number}.json"
+
+
+def _read(store: Store, path: str, number: int) -> bytes:
+    try:
+        return store.read_bytes(_file(path, number))
+    except FileNotFoundError:  # taken over at this moment
+        return b""
+
+
+def _content(number: int, *, released: bool = False) -> bytes:
+    """Different at every call: that is the sign of life."""
+    values = {
+        "number": number, "host": socket.gethostname(), "pid": os.getpid(), "boot": _boot(), "released": released,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "nonce": uuid.uuid4().hex,
+    }  # fmt: skip
+    return json.dumps(values).encode()
+
+
+def _boot() -> str:
+    """This start of this machine."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _values(content: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(content)
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _is_free(content: bytes) -> bool:
+    """Released, or of a process of this machine that is no more."""
+    values = _values(content)
+    if values.get("released") is True:
+        return True
+    boot = _boot()
+    if not boot or (values.get("boot"), values.get("host")) != (boot, socket.gethostname()):
+        return False
+    pid = values.get("pid")
+    if type(pid) is not int or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _holder(content: bytes) -> str:
+    values = _values(content)
+    return f"process {values.get('pid', '?')} on {values.get('host', '?')} (last heard of {values.get('written', '?')})"

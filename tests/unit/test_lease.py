@@ -1,0 +1,128 @@
+"""Can two processes be at work on the same run? One is refused while the other lives, and takes over when it does not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpa_ray.store.fs import Store
+from dpa_ray.store.lease import LeaseTaken, held
+
+PATH = "runs/a/lease"
+TTL_S = 1.0
+
+
+def hold(store: Store, notes: list[str] | None = None, lost: Callable[[], None] = lambda: None):  # noqa: ANN201
+    return held(store, PATH, report=(notes if notes is not None else []).append, lost=lost, lapses_after_s=TTL_S)
+
+
+CHILD = """
+import sys, time
+from dpa_ray.store.fs import Store
+from dpa_ray.store.lease import held
+with held(Store(sys.argv[1]), "runs/a/lease", report=print, lost=lambda: None, lapses_after_s=float(sys.argv[2])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def child(store: Store) -> subprocess.Popen[str]:
+    """Another process that holds the lease."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, store.uri, str(TTL_S)], stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path))
+
+
+def test_a_lease_that_was_given_back_is_free_at_once(store: Store) -> None:
+    for _ in range(3):
+        begun = time.monotonic()
+        with hold(store):
+            pass
+        assert time.monotonic() - begun < TTL_S
+    assert len(store.list(PATH)) == 1, "old numbers are removed"
+
+
+def test_whoever_comes_while_the_holder_lives_is_refused_and_told_of_it(store: Store) -> None:
+    other = child(store)
+    try:
+        notes: list[str] = []
+        with pytest.raises(LeaseTaken, match=rf"process {other.pid} on .* is at work on this"), hold(store, notes):
+            pass
+        assert len(notes) == 1
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_the_lease_of_a_dead_process_of_this_machine_is_free_at_once(store: Store) -> None:
+    other = child(store)
+    other.kill()
+    other.wait()
+    begun = time.monotonic()
+    with hold(store):
+        assert time.monotonic() - begun < TTL_S / 2
+
+
+def test_the_lease_of_another_machine_lapses(store: Store) -> None:
+    foreign = b'{"number": 7, "host": "elsewhere", "pid": 1, "boot": "another", "released": false, "nonce": "x"}'
+    store.write_bytes(f"{PATH}/7.json", foreign)
+    notes: list[str] = []
+    begun = time.monotonic()
+    with hold(store, notes):
+        assert time.monotonic() - begun >= TTL_S
+        assert store.list(PATH) == ["8.json"]
+    assert "process 1 on elsewhere" in notes[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"pid": "x"}'])
+def test_what_is_no_lease_lapses_too(store: Store, content: bytes) -> None:
+    store.write_bytes(f"{PATH}/1.json", content)
+    with hold(store):
+        assert store.list(PATH) == ["2.json"]
+
+
+def test_a_holder_whose_lease_was_taken_over_is_told(store: Store) -> None:
+    lost = threading.Event()
+    with hold(store, lost=lost.set):
+        assert not lost.wait(TTL_S)
+        store.write_bytes(f"{PATH}/2.json", b"{}")
+        assert lost.wait(2 * TTL_S)
+    assert store.read_bytes(f"{PATH}/2.json") == b"{}", "the other one's lease is left alone"
+
+
+def test_of_many_at_once_one_gets_it(store: Store) -> None:
+    got, refused = [], []
+    release = threading.Event()
+
+    def contend(number: int) -> None:
+        try:
+            with hold(store):
+                got.append(number)
+                release.wait(20)
+        except LeaseTaken:
+            refused.append(number)
+
+    threads = [threading.Thread(target=contend, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + 20
+    while len(refused) < 5 and time.monotonic() < until:
+        time.sleep(0.05)
+    release.set()
+    for thread in threads:
+        thread.join()
+    assert (len(got), len(refused)) == (1, 5)
