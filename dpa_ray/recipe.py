@@ -7,9 +7,9 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from dpa_ray.recipe_errors import RecipeError, key_path, message, shown
 from dpa_ray.recipe_sources import ColumnsSection, Section, SourceEntry, SourceOptions, SourceSection
@@ -163,14 +163,45 @@ class DeepspeedSection(Section):
     zero_stage: int = Field(2, ge=0, le=3)
 
 
+class ElasticSection(Section):
+    """As many workers as the cluster has room for."""
+
+    min: int = Field(gt=0)
+    max: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ElasticSection:
+        if self.min > self.max:
+            raise ValueError(f"expected min <= max, found min {self.min} and max {self.max}")
+        return self
+
+
+def _is_range(workers: Any) -> str:
+    return "<range>" if isinstance(workers, dict | ElasticSection) else "<number>"
+
+
 class ClusterSection(Section):
-    workers: int = Field(8, gt=0)
+    workers: Annotated[
+        Annotated[int, Field(gt=0), Tag("<number>")] | Annotated[ElasticSection, Tag("<range>")],
+        Discriminator(_is_range),
+    ] = Field(
+        8,
+        description="a number, or {min, max}: as many as there is room for, fewer when nodes go and more when they come",
+    )
     gpus_per_worker: float = Field(1, ge=0)
     cpus_per_worker: float = Field(0.5, gt=0)
     start_timeout_s: float = Field(600, gt=0, description="how long to wait for these resources before giving up")
     max_failures: int = Field(
         3, ge=0, description="lost workers that a run gets over by itself, one after the other without a new checkpoint"
     )
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.max
 
 
 class CheckpointSection(Section):

@@ -36,7 +36,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     run_record.check_name()
     trackers.check(recipe.trackers)
     device = "GPU" if recipe.cluster.gpus_per_worker else "CPU"
-    console.header(recipe, device=device, workers=recipe.cluster.workers, store=store.uri)
+    console.header(recipe, device=device, store=store.uri)
     with (
         console.Progress() as progress,
         lease.held(store, f"{run_record.path}/lease", report=progress.note, lost=_thread.interrupt_main) as taken,

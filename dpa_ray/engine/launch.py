@@ -63,7 +63,7 @@ def connect(cluster: ClusterSection) -> str:
         return f"cluster at {address}"
     num_cpus = os.cpu_count() or 1
     # Logical CPUs only say what may run at once: training workers wait for data tasks, and must leave room for one.
-    wanted = cluster.workers * cluster.cpus_per_worker + 1
+    wanted = cluster.max_workers * cluster.cpus_per_worker + 1
     ray.init(address="local", num_cpus=max(num_cpus, int(-(-wanted // 1))), include_dashboard=False, **quiet)
     return "local Ray"
 
@@ -102,7 +102,9 @@ def launch(
         train_loop_config=Orders(store.uri, order, board),
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=_resources(cluster)
+            num_workers=_num_workers(cluster),
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=_resources(cluster),
         ),
         run_config=RunConfig(
             name="fit",
@@ -123,12 +125,12 @@ def launch(
 
 
 def wait_for_resources(cluster: ClusterSection, poll_s: float = 1.0) -> None:
-    """Wait until the cluster has what all workers together need; an autoscaler may bring it.
+    """Wait until the cluster has what all workers (of an elastic run, the fewest) need; an autoscaler may bring it.
 
     Raises: UserError after `cluster.start_timeout_s` with what was asked for and what there is. (Ray itself would wait
         for ever, without a word.)
     """
-    needed = {k: v * cluster.workers for k, v in _resources(cluster).items()}
+    needed = {k: v * cluster.min_workers for k, v in _resources(cluster).items()}
     deadline = time.monotonic() + cluster.start_timeout_s
     local = os.environ.get("RAY_ADDRESS") is None
     while True:
@@ -140,10 +142,14 @@ def wait_for_resources(cluster: ClusterSection, poll_s: float = 1.0) -> None:
             asked = ", ".join(f"{v:g} {k}" for k, v in needed.items())
             found = ", ".join(f"{there.get(k, 0.0):g} {k}" for k in needed)
             raise UserError(
-                f"the cluster cannot place {cluster.workers} workers: expected {asked}, found {found}. Add nodes, or set "
+                f"the cluster cannot place {cluster.min_workers} workers: expected {asked}, found {found}. Add nodes, or set "
                 "cluster.workers, cluster.gpus_per_worker (0 trains on CPUs) or cluster.cpus_per_worker to fit"
             )
         time.sleep(poll_s)
+
+
+def _num_workers(cluster: ClusterSection) -> int | tuple[int, int]:
+    return cluster.workers if isinstance(cluster.workers, int) else (cluster.min_workers, cluster.max_workers)
 
 
 def _resources(cluster: ClusterSection) -> dict[str, float]:

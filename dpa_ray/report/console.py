@@ -71,9 +71,11 @@ def terminal(file: IO[str] | None = None, width: int | None = None) -> Console:
     return Console(file=file, width=width, markup=False, highlight=False, emoji=False)
 
 
-def header(recipe: Recipe, *, device: str, workers: int, store: str, to: Console | None = None) -> None:
+def header(recipe: Recipe, *, device: str, store: str, to: Console | None = None) -> None:
     """What runs, on what, and where its results go."""
     engine = f"deepspeed ZeRO-{recipe.deepspeed.zero_stage}" if recipe.engine == "deepspeed" else recipe.engine
+    fewest, most = recipe.cluster.min_workers, recipe.cluster.max_workers
+    workers = _count(most, "worker") if fewest == most else f"{fewest} to {_count(most, 'worker')}"
     model = f"{recipe.model.llm} + {recipe.model.vision} (layer {recipe.model.vision_layer})"
     console = to or terminal()
     console.print(f"dpa_ray: {recipe.name}", style="bold", soft_wrap=True)
@@ -81,7 +83,7 @@ def header(recipe: Recipe, *, device: str, workers: int, store: str, to: Console
         {
             "method": f"{recipe.method}, seed {recipe.seed}",
             "model": model,
-            "device": f"{device}, {_count(workers, 'worker')}, {engine}, {recipe.precision}",
+            "device": f"{device}, {workers}, {engine}, {recipe.precision}",
             "store": store,
         },
         console,

@@ -69,7 +69,7 @@ def run(screen: Screen, num_steps: int, step_time_s: float, first_step: int = 1)
 
 
 def test_the_header_names_recipe_method_device_workers_and_store(screen: Screen) -> None:
-    console.header(load("tiny"), device="cpu", workers=2, store=LONG, to=screen.console)
+    console.header(load("tiny", ["cluster.workers=2"]), device="cpu", store=LONG, to=screen.console)
     text = "\n".join(screen.lines)
     assert "tiny" in screen.lines[0]
     for word in ("dpa", "builtin:tiny-llm", "builtin:tiny-vit", "cpu, 2 workers", "deepspeed ZeRO-2", "fp32", LONG):

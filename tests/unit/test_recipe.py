@@ -271,6 +271,26 @@ def test_equal_bounds_are_allowed() -> None:
     assert parse(changed(cmo={"lower": 0.3, "upper": 0.3})).bounds("instruct") == (0.3, 0.3)
 
 
+@pytest.mark.parametrize(
+    ("override", "fewest", "most"), [("cluster.workers=3", 3, 3), ("cluster.workers={min: 2, max: 8}", 2, 8)]
+)
+def test_workers_are_a_number_or_a_range(override: str, fewest: int, most: int) -> None:
+    cluster = load("tiny", [override]).cluster
+    assert (cluster.min_workers, cluster.max_workers) == (fewest, most)
+
+
+@pytest.mark.parametrize(
+    ("workers", "told"),
+    [("0", "0"), ("{min: 3, max: 2}", "min <= max"), ("{min: 0, max: 2}", "min"), ("{min: 2}", "max"), ("two", "two"),
+     ("{min: 1, max: 2, mean: 1}", "mean"), ("1.5", "1.5"), ("null", "null")],
+)  # fmt: skip
+def test_workers_that_are_neither_are_told_by_their_key(workers: str, told: str) -> None:
+    errors = tiny_with(f"cluster.workers={workers}")
+    ((key, text),) = errors.items()
+    assert key.startswith("cluster.workers")
+    assert told in f"{key} {text}"
+
+
 # The schema for editors
 
 
