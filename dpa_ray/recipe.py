@@ -69,6 +69,9 @@ class DataSection(Section):
     retry_s: float = Field(
         DEFAULT_RETRY_S, ge=0, description="how long an S3 outage may last before reading data gives up"
     )
+    stall_timeout_s: float = Field(
+        900, gt=0, description="how long a worker waits for one batch before the run ends and says so"
+    )
     shuffle_window: int = Field(
         65536, gt=0, description="samples that are shuffled together; shards are read about once"
     )

@@ -14,6 +14,9 @@ from ray.train import UserCallback
 
 from dpa_ray.errors import NoAnswer, UserError
 
+FAILED = "failed"
+"""The event that workers are gone and others are to come."""
+
 INNER = ("cause", "_base_exc", "health_check_failure", "controller_failure", "__cause__")
 """Where Ray's exceptions keep those that they wrap."""
 
@@ -39,7 +42,7 @@ class Failures(UserCallback):
         if progress > self.progress:
             self.progress, self.failures = progress, 0
         if any(isinstance(c, RayActorError) and c.preempted for found in causes.values() for c in found):
-            self.board.put.remote("note", {"text": f"a node was taken away ({what}); going on with what is left"})
+            self._go_on(f"a node was taken away ({what}); going on with what is left")
             return
         self.failures += 1
         if self.failures > self.max_failures:
@@ -49,10 +52,11 @@ class Failures(UserCallback):
                 f"{what}{times} (cluster.max_failures: {self.max_failures}); what was saved stays, and the same command "
                 "goes on from there"
             )
-        self.board.put.remote(
-            "note",
-            {"text": f"{what}; going on from the last checkpoint (failure {self.failures} of {self.max_failures})"},
-        )
+        self._go_on(f"{what}; going on from the last checkpoint (failure {self.failures} of {self.max_failures})")
+
+    def _go_on(self, text: str) -> None:
+        self.board.put.remote("note", {"text": text})
+        self.board.put.remote(FAILED, {})
 
 
 def describe(causes: dict[int, list[BaseException]]) -> str:

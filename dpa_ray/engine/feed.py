@@ -7,6 +7,7 @@ every small operation of the model (measured on the embedded default: steps five
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,12 +15,12 @@ from itertools import islice
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpa_ray.batch import Batch
 from dpa_ray.data import wire
-from dpa_ray.data.ingest import DEATH_HINT, Loader, MicroBatch, MicroBatches, stream
+from dpa_ray.data.ingest import DEATH_HINT, TASK_CPUS, Loader, MicroBatch, MicroBatches, stream
 from dpa_ray.data.retry import first_line
 from dpa_ray.errors import UserError
 
@@ -68,11 +69,20 @@ class Feed:
         """Start the actor beside this worker; it needs some seconds, during which a model can be loaded."""
         self.actor = _actor()
 
-    def batches(self, loader: Loader, micro_batches: MicroBatches, *, prefetch: int, workers: int) -> Iterator[Batch]:
+    def batches(
+        self,
+        loader: Loader,
+        micro_batches: MicroBatches,
+        *,
+        prefetch: int,
+        workers: int,
+        stall_timeout_s: float = math.inf,
+    ) -> Iterator[Batch]:
         """The batches of `micro_batches` in order; `prefetch` of them are asked for ahead, the first ones at once.
 
         Data tasks start while the caller goes on, to make its engine, say. A Feeder that dies is replaced, and goes on
-        where it was. Iterating raises: UserError with what a data task said, or where Feeders die one after the other.
+        where it was. Iterating raises: UserError with what a data task said, where Feeders die one after the other, or
+        where one batch does not come for `stall_timeout_s`.
         """
 
         def ask(num_taken: int) -> deque[Any]:
@@ -88,7 +98,10 @@ class Feed:
             num_taken = num_restarts = 0
             while num_taken < num:
                 try:
-                    tensors, rest, error = ray.get(asked[0])
+                    timeout_s = None if math.isinf(stall_timeout_s) else stall_timeout_s
+                    tensors, rest, error = ray.get(asked[0], timeout=timeout_s)
+                except GetTimeoutError:
+                    raise UserError(_stalled(num_taken + 1, num, stall_timeout_s)) from None
                 except RayActorError as err:
                     if num_restarts == MAX_RESTARTS:
                         raise UserError(
@@ -116,7 +129,18 @@ class Feed:
         ray.kill(self.actor)
 
 
+def _stalled(batch: int, num: int, stall_timeout_s: float) -> str:
+    """What was waited for, and what there is to make it with."""
+    there, free = ray.cluster_resources(), ray.available_resources()
+    return (
+        f"no batch for {stall_timeout_s:g} s (data.stall_timeout_s): waiting for batch {batch:,} of {num:,} from tasks that "
+        f"ask for {TASK_CPUS:g} CPU each; the cluster has {there.get('CPU', 0):g} CPU, {free.get('CPU', 0):g} free. Give it more "
+        "CPUs for data, see whether the store answers, or set data.stall_timeout_s higher. What was saved stays, and the same "
+        "command goes on from there"
+    )
+
+
 def _actor() -> Any:
     """A Feeder on the caller's node."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0)(Feeder).options(scheduling_strategy=here).remote()

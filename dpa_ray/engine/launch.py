@@ -14,7 +14,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from dpa_ray.data.ray_tasks import RETRY_ENVIRONMENT
-from dpa_ray.engine.failures import Failures, first_line, root_causes
+from dpa_ray.engine.failures import FAILED, Failures, first_line, root_causes
 from dpa_ray.engine.messages import Board, Orders
 from dpa_ray.engine.worker import run_worker
 from dpa_ray.errors import UserError
@@ -75,25 +75,12 @@ def launch(
     name: str,
     handle: Callable[[str, dict[str, Any]], None],
 ) -> None:
-    """Run `tasks` on the workers of one TorchTrainer; their events go to `handle`, in order, from one thread.
+    """Run `tasks` on the workers of one TorchTrainer; their events go to `handle`, in order.
 
     One worker group does all tasks: starting one costs more than a short stage, and GPUs stay warm in between.
-    Raises: UserError with what a worker said.
+    Raises: UserError with what a worker said, or where workers cannot be started (again) in time.
     """
     board: Any = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=_here()).remote()
-    done = threading.Event()
-
-    def poll() -> None:
-        while True:
-            finished = done.is_set()
-            for kind, values in ray.get(board.take.remote()):
-                handle(kind, values)
-            if finished:
-                return
-            time.sleep(POLL_S)
-
-    thread = threading.Thread(target=poll, daemon=True)
-    thread.start()
     storage = f"runs/{name}/.train"
     store.delete(storage)  # state of an earlier attempt: what is finished is known from the artifacts alone
     order = ray.put(tuple(tasks))
@@ -113,15 +100,67 @@ def launch(
             callbacks=[Failures(board, cluster.max_failures)],
         ),
     )
+    fit, starting = _Fit(trainer), Starting(cluster)
     try:
-        trainer.fit()
-    except Exception as err:
-        raise _for_user(err) from err
+        while True:
+            ended = fit.ended
+            for kind, values in ray.get(board.take.remote()):
+                starting.saw(kind)
+                handle(kind, values)
+            if ended:
+                break
+            starting.check()
+            fit.join(POLL_S)
+        if fit.error is not None:
+            raise _for_user(fit.error) from fit.error
     finally:
-        done.set()
-        thread.join(timeout=30)
         ray.kill(board)
         store.delete(storage)
+
+
+class _Fit(threading.Thread):
+    """`trainer.fit` in a thread, so that the driver can give up waiting, and Ctrl-C is the driver's own."""
+
+    def __init__(self, trainer: TorchTrainer):
+        super().__init__(name="fit", daemon=True)
+        self.trainer = trainer
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.trainer.fit()
+        except Exception as err:
+            self.error = err
+
+    @property
+    def ended(self) -> bool:
+        return not self.is_alive()
+
+
+class Starting:
+    """Are there workers, or are they waited for, at first and after each failure? Ray would wait for ever."""
+
+    def __init__(self, cluster: ClusterSection):
+        self.cluster = cluster
+        self.since: float | None = time.monotonic()
+
+    def saw(self, kind: str) -> None:
+        """An event: FAILED begins the wait for new workers, what a worker tells ends it."""
+        if kind == FAILED:
+            self.since = time.monotonic()
+        elif kind != "note":
+            self.since = None
+
+    def check(self) -> None:
+        """Raises: UserError where there have been no workers for `cluster.start_timeout_s`."""
+        if self.since is None or time.monotonic() - self.since < self.cluster.start_timeout_s:
+            return
+        raise UserError(
+            f"no workers for {self.cluster.start_timeout_s:g} s (cluster.start_timeout_s): {_asked_and_found(self.cluster)} "
+            f"in all, {_there(self.cluster, ray.available_resources())} free. What was saved stays, and the same command "
+            "goes on from there"
+        )
 
 
 def wait_for_resources(cluster: ClusterSection, poll_s: float = 1.0) -> None:
@@ -130,22 +169,31 @@ def wait_for_resources(cluster: ClusterSection, poll_s: float = 1.0) -> None:
     Raises: UserError after `cluster.start_timeout_s` with what was asked for and what there is. (Ray itself would wait
         for ever, without a word.)
     """
-    needed = {k: v * cluster.min_workers for k, v in _resources(cluster).items()}
     deadline = time.monotonic() + cluster.start_timeout_s
     local = os.environ.get("RAY_ADDRESS") is None
     while True:
         there = ray.cluster_resources()
-        missing = {k: v for k, v in needed.items() if there.get(k, 0.0) + 1e-9 < v}
-        if not missing:
+        if all(there.get(k, 0.0) + 1e-9 >= v for k, v in _needed(cluster).items()):
             return
         if local or time.monotonic() > deadline:
-            asked = ", ".join(f"{v:g} {k}" for k, v in needed.items())
-            found = ", ".join(f"{there.get(k, 0.0):g} {k}" for k in needed)
             raise UserError(
-                f"the cluster cannot place {cluster.min_workers} workers: expected {asked}, found {found}. Add nodes, or set "
+                f"the cluster cannot place {cluster.min_workers} workers: {_asked_and_found(cluster)}. Add nodes, or set "
                 "cluster.workers, cluster.gpus_per_worker (0 trains on CPUs) or cluster.cpus_per_worker to fit"
             )
         time.sleep(poll_s)
+
+
+def _needed(cluster: ClusterSection) -> dict[str, float]:
+    return {k: v * cluster.min_workers for k, v in _resources(cluster).items()}
+
+
+def _asked_and_found(cluster: ClusterSection) -> str:
+    asked = ", ".join(f"{v:g} {k}" for k, v in _needed(cluster).items())
+    return f"expected {asked}, found {_there(cluster, ray.cluster_resources())}"
+
+
+def _there(cluster: ClusterSection, resources: dict[str, float]) -> str:
+    return ", ".join(f"{resources.get(k, 0.0):g} {k}" for k in _needed(cluster))
 
 
 def _num_workers(cluster: ClusterSection) -> int | tuple[int, int]:
@@ -160,9 +208,10 @@ def _resources(cluster: ClusterSection) -> dict[str, float]:
 
 
 def _here() -> Any:
+    """On the driver's node, not beside it: with `soft` Ray leaves a head without CPUs for a node that may go."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _for_user(err: Exception) -> Exception:

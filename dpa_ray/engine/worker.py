@@ -44,6 +44,7 @@ def run_worker(orders: Orders) -> None:
 
     tasks: tuple[Task, ...] = ray.get(orders.tasks)
     worker = Worker(Store(orders.store_uri), _device(), orders.board)
+    worker.tell("workers_started", number=world_size())
     for task in tasks:
         if find(worker.store, task.result.stage, task.result.key) is None:
             worker.run(task)
@@ -163,7 +164,9 @@ class Worker:
         for checkpoint in [*candidates(self.store, task), None]:
             left = replace(plan, steps_done=checkpoint.step if checkpoint else 0)
             # before the engine, so that the first batches are made while the model is put on it
-            batches = self.feed.batches(loader, left, prefetch=data.prefetch_batches, workers=data.workers)
+            batches = self.feed.batches(
+                loader, left, prefetch=data.prefetch_batches, workers=data.workers, stall_timeout_s=data.stall_timeout_s
+            )
             engine = engine or make_engine(built, task, self.device, accumulation_steps=plan.most_passes)
             if checkpoint is None:
                 break

@@ -17,7 +17,7 @@ RUN_FILE = "run.json"
 HOW_ONLY = ("name", "store", "cluster", "engine", "deepspeed", "checkpoint", "trackers", "debug")
 """Sections that say how a run is done, not what it is: the same name may go on with others."""
 
-DATA_HOW_ONLY = ("prefetch_batches", "workers", "retry_s", "check_supervision")
+DATA_HOW_ONLY = ("prefetch_batches", "workers", "retry_s", "stall_timeout_s", "check_supervision")
 """The same of `data`."""
 
 

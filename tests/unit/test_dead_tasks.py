@@ -20,7 +20,9 @@ from dpa_ray.data.ingest import Loader, stream
 from dpa_ray.data.prepare import prepare
 from dpa_ray.engine import feed as feed_module
 from dpa_ray.engine.feed import Feed
+from dpa_ray.engine.launch import Starting
 from dpa_ray.errors import UserError
+from dpa_ray.recipe import ClusterSection
 from dpa_ray.store import Store
 from tests.unit.test_ingest import equal, prepared_loader
 from tests.unit.test_prepare import small_parts, tree  # noqa: F401
@@ -190,3 +192,42 @@ def test_a_part_that_kills_every_process_ends_with_what_to_do(tmp_path, small_pa
     store = AlwaysFatalStore(str(tmp_path / "a" / "store"))
     with pytest.raises(UserError, match=r"that prepare set.json died again and again \(WorkerCrashedError: .*are kept"):
         prepare(store, section, max_quarantined_fraction=0)
+
+
+class Stuck(Loader):
+    """Makes nothing of row 13 for longer than anybody waits here."""
+
+    def load(self, rows: np.ndarray, filler_row: int) -> Batch:
+        if rows[0] == 13:
+            time.sleep(60)
+        return super().load(rows, filler_row)
+
+
+def test_a_batch_that_does_not_come_is_said_with_what_was_asked_for_and_what_there_is(
+    local_ray: None, tmp_path: Path
+) -> None:
+    loader = loader_of(Stuck, tmp_path)
+    feed = Feed()
+    try:
+        batches = feed.batches(loader, WANTED, prefetch=2, workers=1, stall_timeout_s=8)
+        with pytest.raises(
+            UserError, match=r"no batch for 8 s \(data\.stall_timeout_s\): waiting for batch \d+ of 40"
+        ) as told:
+            assert [next(batches).rows for _ in range(20)]
+        assert "the cluster has 2 CPU" in str(told.value)
+    finally:
+        feed.close()
+
+
+def test_workers_that_do_not_come_are_said_with_what_was_asked_for_and_what_there_is(local_ray: None) -> None:
+    cluster = ClusterSection(workers=3, gpus_per_worker=0, cpus_per_worker=1, start_timeout_s=0.2)
+    starting = Starting(cluster)
+    starting.check()
+    starting.saw("workers_started")
+    time.sleep(0.3)
+    starting.check()  # they are there: no limit
+    starting.saw("failed")
+    starting.saw("note")
+    time.sleep(0.3)
+    with pytest.raises(UserError, match=r"no workers for 0\.2 s .*expected 3 CPU, found 2 CPU in all, \S+ CPU free"):
+        starting.check()

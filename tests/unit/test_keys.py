@@ -59,6 +59,7 @@ CHANGES: dict[str, tuple[Any, str | None]] = {
     "data.max_quarantined_fraction": (0.5, None),
     "data.shuffle_window": (7, "proxy_llm"),
     "data.prefetch_batches": (3, None),
+    "data.stall_timeout_s": (5, None),
     "data.workers": (3, None),
     "data.retry_s": (3.0, None),
     "data.check_supervision": (False, None),
