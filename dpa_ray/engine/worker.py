@@ -49,6 +49,8 @@ def run_worker(orders: Orders) -> None:
         if find(worker.store, task.result.stage, task.result.key) is None:
             worker.run(task)
         worker.barrier()
+        if rank() == 0:  # also what a kill left between a stage's end and this
+            checkpoints.drop(worker.store, task.result.stage, task.result.key)
     worker.feed.close()
 
 
@@ -151,8 +153,6 @@ class Worker:
         saver.close()
         recorder.close()
         self._finish(task, built, engine, trained, recorder)
-        if rank() == 0:
-            checkpoints.drop(self.store, task.result.stage, task.result.key)
 
     def _begin(
         self, task: TrainTask, built: Built, loader: Loader, plan: Plan
