@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpa_ray.batch import Batch, Encoded
+from dpa_ray.batch import Arrays, Batch, Encoded
 from dpa_ray.data import wire
 from dpa_ray.data.collate import collate
 from dpa_ray.data.encode import Encoder
@@ -103,11 +103,15 @@ class Loader:
 
     def load(self, rows: np.ndarray, filler_row: int) -> Batch:
         """The micro-batch of `rows`; of none, a filler: `filler_row` without targets, counted nowhere."""
+        return Batch.of(self.arrays(rows, filler_row))
+
+    def arrays(self, rows: np.ndarray, filler_row: int) -> Arrays:
+        """`load` without torch."""
         is_filler = len(rows) == 0
         samples = self.samples([filler_row] if is_filler else rows)
         encoded = [self.encoder(sample) for sample in samples]
         images = [array for s, e in zip(samples, encoded, strict=True) for array in self._pixels(s, e)]
-        batch = collate(
+        arrays = collate(
             encoded,
             images,
             pad_token_id=self.pad_token_id,
@@ -117,15 +121,15 @@ class Loader:
             num_filler=1 if is_filler else 0,
             image_shape=pixel_shape(self.image_processor),
             layout=pack([len(e.input_ids) for e in encoded], self.encoder.max_length) if self.packing else None,
-            pixel_table=None if self.image_processor is None else self.image_processor.table,
+            pixel_scale=None if self.image_processor is None else self.image_processor.scale,
         )
         if not is_filler:
-            batch.untaught = [
+            arrays["untaught"] = [
                 (int(row), sample.id, sample.place)
                 for row, sample, e in zip(rows, samples, encoded, strict=True)
                 if not e.target.any()
             ]
-        return batch
+        return arrays
 
     def _pixels(self, sample: Sample, encoded: Encoded) -> list[np.ndarray]:
         if encoded.num_images and self.image_processor is None:
@@ -214,6 +218,13 @@ class _Reader:
 
 
 def stream(loader: Loader, micro_batches: Iterable[MicroBatch], *, prefetch: int, workers: int) -> Iterator[Batch]:
+    """The batches of `micro_batches`, in order: see `packed_stream`."""
+    return map(wire.loads, packed_stream(loader, micro_batches, prefetch=prefetch, workers=workers))
+
+
+def packed_stream(
+    loader: Loader, micro_batches: Iterable[MicroBatch], *, prefetch: int, workers: int
+) -> Iterator[wire.Packed]:
     """The batches of `micro_batches`, in order, made by Ray Data tasks ahead of the caller.
 
     At most `workers` tasks run at once, and about prefetch + workers batches are made and not taken. `micro_batches` are
@@ -303,8 +314,8 @@ def _load(reference: Any, requests: pa.Table) -> pa.Table:
     made: list[tuple[bytes, str, str]] = []
     for request in requests.to_pylist():
         try:
-            batch = _LOADERS[key].load(np.asarray(request["rows"], np.int64), request["filler"])
-            made.append((*wire.dumps(batch), ""))
+            arrays = _LOADERS[key].arrays(np.asarray(request["rows"], np.int64), request["filler"])
+            made.append((*wire.dumps(arrays), ""))
         except UserError as err:  # as a value: an exception would come back as a traceback
             made.append((b"", "", str(err)))
             break
@@ -312,9 +323,9 @@ def _load(reference: Any, requests: pa.Table) -> pa.Table:
     return pa.table({"tensors": pa.array(tensors, pa.large_binary()), "rest": rest, "error": errors})
 
 
-def _batches(table: pa.Table) -> Iterator[Batch]:
+def _batches(table: pa.Table) -> Iterator[wire.Packed]:
     for i in range(table.num_rows):
         row = {name: table[name][i].as_py() for name in table.column_names}
         if row["error"]:
             raise UserError(row["error"])
-        yield wire.loads(row["tensors"], row["rest"])
+        yield row["tensors"], row["rest"]

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpa_ray.batch import Batch
 from dpa_ray.data import wire
-from dpa_ray.data.ingest import DEATH_HINT, Loader, MicroBatch, MicroBatches, stream
+from dpa_ray.data.ingest import DEATH_HINT, Loader, MicroBatch, MicroBatches, packed_stream
 from dpa_ray.data.retry import first_line
 from dpa_ray.errors import UserError
 
@@ -28,8 +28,8 @@ MAX_RESTARTS = 3
 
 _log = logging.getLogger(__name__)
 
-Packed = tuple[bytes, bytes | str, str]
-"""A batch on its way (see data/wire.py), or two empty parts and what to tell the user."""
+Answer = tuple[wire.Packed | None, str]
+"""A batch on its way, or what to tell the user."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,18 @@ class Feeder:
     """The actor that streams for one training worker, stage after stage."""
 
     def __init__(self) -> None:
-        self.batches: Iterator[Batch] = iter(())
+        self.batches: Iterator[wire.Packed] = iter(())
 
     def start(self, loader: Loader, micro_batches: _From, prefetch: int, workers: int) -> None:
         """Drop what was streamed before, and begin."""
-        self.batches = stream(loader, micro_batches, prefetch=prefetch, workers=workers)
+        self.batches = packed_stream(loader, micro_batches, prefetch=prefetch, workers=workers)
 
-    def next(self) -> Packed:
+    def next(self) -> Answer:
         """The next batch."""
         try:
-            return (*wire.dumps(next(self.batches)), "")
+            return next(self.batches), ""
         except UserError as err:  # as a value: an exception would come back as a traceback
-            return b"", "", str(err)
+            return None, str(err)
 
 
 class Feed:
@@ -88,7 +88,7 @@ class Feed:
             num_taken = num_restarts = 0
             while num_taken < num:
                 try:
-                    tensors, rest, error = ray.get(asked[0])
+                    packed, error = ray.get(asked[0])
                 except RayActorError as err:
                     if num_restarts == MAX_RESTARTS:
                         raise UserError(
@@ -107,7 +107,7 @@ class Feed:
                 num_taken, num_restarts = num_taken + 1, 0
                 if num_taken + len(asked) < num:
                     asked.append(self.actor.next.remote())
-                yield wire.loads(tensors, rest)
+                yield wire.loads(packed)
 
         return taken()
 

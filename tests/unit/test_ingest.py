@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import LlavaImageProcessorPil
 
-from dpa_ray.batch import IGNORE_INDEX, Batch
+from dpa_ray.batch import IGNORE_INDEX, Arrays, Batch
 from dpa_ray.data import ingest, shards
 from dpa_ray.data.cursor import Cursor, shares
 from dpa_ray.data.images import decode
@@ -300,9 +300,9 @@ class Counting(Loader):
         self.__dict__.update(state)
         (Path(self.store.url("log")) / f"process-{os.getpid()}-{time.monotonic_ns()}").touch()
 
-    def load(self, rows: np.ndarray, filler_row: int) -> Batch:
+    def arrays(self, rows: np.ndarray, filler_row: int) -> Arrays:
         (Path(self.store.url("log")) / f"load-{time.monotonic_ns()}").touch()
-        return super().load(rows, filler_row)
+        return super().arrays(rows, filler_row)
 
 
 def test_it_runs_ahead_within_bounds_and_ships_the_loader_once_per_process(tmp_path, local_ray, monkeypatch):
