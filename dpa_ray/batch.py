@@ -75,7 +75,8 @@ class Batch:
         """The batch of `arrays`, in their memory."""
         import torch
 
-        return cls(**{k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in arrays.items()})
+        values: Arrays = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in arrays.items()}
+        return cls(**values)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`, and there with pixel values of float32."""

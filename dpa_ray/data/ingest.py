@@ -219,7 +219,8 @@ class _Reader:
 
 def stream(loader: Loader, micro_batches: Iterable[MicroBatch], *, prefetch: int, workers: int) -> Iterator[Batch]:
     """The batches of `micro_batches`, in order: see `packed_stream`."""
-    return map(wire.loads, packed_stream(loader, micro_batches, prefetch=prefetch, workers=workers))
+    for packed in packed_stream(loader, micro_batches, prefetch=prefetch, workers=workers):
+        yield wire.loads(packed)
 
 
 def packed_stream(

@@ -47,6 +47,8 @@ class Feeder:
     """The actor that streams for one training worker, stage after stage."""
 
     def __init__(self) -> None:
+        import ray.data  # noqa: F401  (a second of CPU, not to be spent between the first request and its batch)
+
         self.batches: Iterator[wire.Packed] = iter(())
 
     def start(self, loader: Loader, micro_batches: _From, prefetch: int, workers: int) -> None:
