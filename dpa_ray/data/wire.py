@@ -10,8 +10,8 @@ from safetensors.numpy import save
 
 from dpa_ray.batch import Arrays, Batch
 
-Packed = tuple[bytes, str]
-"""The arrays of a batch, and everything else of it."""
+Packed = tuple[Any, str]
+"""The arrays of a batch, as bytes or an array of them, and everything else of it."""
 
 
 def dumps(arrays: Arrays) -> Packed:
@@ -25,7 +25,7 @@ def loads(packed: Packed) -> Batch:
     from safetensors.torch import load
 
     tensors, rest = packed
-    values: dict[str, Any] = {**load(tensors), **json.loads(rest)}
+    values: dict[str, Any] = {**load(bytes(tensors)), **json.loads(rest)}
     values["rows"] = [(digest, row) for digest, row in values["rows"]]
     values["untaught"] = [(row, name, place) for row, name, place in values.get("untaught", [])]
     return Batch(**values)

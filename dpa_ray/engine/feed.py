@@ -1,7 +1,7 @@
-"""Batches from a process of their own: what Ray Data does in the background must not hold up training.
+"""Batches from a process of their own: asking for them ahead must neither wait for training nor hold it up.
 
-Ray Data's executor is a thread that hardly rests. In the training process it fights for the interpreter's lock with
-every small operation of the model (measured on the embedded default: steps five times as long).
+Measured when Ray Data made them, whose executor is a thread that hardly rests: in the training process it fought for the
+interpreter's lock with every small operation of the model (on the embedded default, steps took five times as long).
 """
 
 from __future__ import annotations
@@ -47,8 +47,6 @@ class Feeder:
     """The actor that streams for one training worker, stage after stage."""
 
     def __init__(self) -> None:
-        import ray.data  # noqa: F401  (a second of CPU, not to be spent between the first request and its batch)
-
         self.batches: Iterator[wire.Packed] = iter(())
 
     def start(self, loader: Loader, micro_batches: _From, prefetch: int, workers: int) -> None:
