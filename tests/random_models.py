@@ -169,10 +169,10 @@ def packed_of(batch: Batch, layout: Sequence[Sequence[int]], *, pad_id: int = 0)
         ids, turn = batch.input_ids[b, mask].numpy(), batch.turn[b, mask].numpy()
         num_images = int(batch.image_mask[b].sum()) // NUM_IMAGE_TOKENS
         encoded.append(Encoded(ids, turn != NO_TURN, turn, batch.grounded[b, mask].numpy(), num_images))
-    return collate(
+    return Batch.of(collate(
         encoded, list(batch.pixel_values.numpy()), pad_token_id=pad_id, image_token_id=image_token_id,
         rows=batch.rows, ids=batch.ids, image_shape=(3, IMAGE_SIZE, IMAGE_SIZE), layout=layout,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def blind_mask(image: Tensor, window: int | None) -> Tensor:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
-from dpa_ray.batch import IGNORE_INDEX, NO_SAMPLE, NO_TURN, Batch, Encoded
+from dpa_ray.batch import IGNORE_INDEX, NO_SAMPLE, NO_TURN, Arrays, Encoded
 
 
 def collate(
@@ -21,14 +20,14 @@ def collate(
     num_filler: int = 0,
     image_shape: tuple[int, int, int] = (3, 0, 0),
     layout: Sequence[Sequence[int]] | None = None,
-    pixel_table: torch.Tensor | None = None,
-) -> Batch:
-    """Right-padded tensors of `encoded`; the last `num_filler` of them are filler: no targets, in no count.
+    pixel_scale: np.ndarray | None = None,
+) -> Arrays:
+    """A Batch's fields, right-padded, of `encoded`; the last `num_filler` of them are filler: no targets, in no count.
 
     `layout` packs: the numbers of the samples in each row, each in one place.
 
     `pixels`: one (C, H, W) array for each image span, in the order of the spans, fillers' included: uint8 levels where
-    `pixel_table` says what they stand for, else float32; where there is none, `pixel_values` has the shape
+    `pixel_scale` says what they stand for, else float32; where there is none, `pixel_values` has the shape
     (0, *image_shape). `rows` and `ids` are those of the real samples.
     Raises: ValueError where counts disagree.
     """
@@ -69,22 +68,22 @@ def collate(
     if layout is not None:
         spans = np.split(np.arange(num_images), np.cumsum([e.num_images for e in encoded])[:-1])
         pixels = [pixels[i] for row in places for number in row for i in spans[number]]
-    dtype = np.float32 if pixel_table is None else np.uint8
+    dtype = np.float32 if pixel_scale is None else np.uint8
     images = np.stack(pixels).astype(dtype, copy=False) if pixels else np.zeros((0, *image_shape), dtype)
-    return Batch(
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(attention_mask),
-        labels=torch.from_numpy(np.where(target, input_ids, IGNORE_INDEX)),
-        turn=torch.from_numpy(turn),
-        grounded=torch.from_numpy(grounded),
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": np.where(target, input_ids, IGNORE_INDEX),
+        "turn": turn,
+        "grounded": grounded,
         # the padding may be the image token's own id in no tokenizer we make, but a mask that asks both cannot be wrong
-        image_mask=torch.from_numpy((input_ids == image_token_id) & (attention_mask == 1)),
-        pixel_values=torch.from_numpy(images),
-        num_samples=num_real,
-        num_tokens=num_tokens,
-        num_targets=int(target.sum()),
-        rows=list(rows),
-        ids=list(ids),
-        sample=None if layout is None else torch.from_numpy(sample_number),
-        pixel_table=pixel_table,
-    )
+        "image_mask": (input_ids == image_token_id) & (attention_mask == 1),
+        "pixel_values": images,
+        "num_samples": num_real,
+        "num_tokens": num_tokens,
+        "num_targets": int(target.sum()),
+        "rows": list(rows),
+        "ids": list(ids),
+        "sample": None if layout is None else sample_number,
+        "pixel_scale": pixel_scale,
+    }

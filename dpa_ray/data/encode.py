@@ -77,6 +77,10 @@ class Encoder:
         if self._control:
             self._spelled = re.compile("|".join(re.escape(content) for content in self._control.values()))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Only a chat template needs more of the tokenizer than `_raw`: whoever unpickles it imports transformers."""
+        return {**vars(self), "tokenizer": self.tokenizer if self.template == "chat" else None}
+
     def __call__(self, sample: Sample) -> Encoded:
         """Ids and targets of `sample`. Raises: UserError, naming its place, where the template cannot take it."""
         try:

@@ -1,4 +1,4 @@
-"""How do prepared shards become a stream of batches? Ray Data tasks read, decode and encode; batches come in order.
+"""How do prepared shards become a stream of batches? Ray tasks read, decode and encode; batches come in order.
 
 `Loader.load` is the whole of it without Ray: any micro-batch, by the numbers of its rows, on its own. `stream` runs it
 ahead of its consumer. Nothing is replayed and nothing has a position: resuming is asking for a shorter list.
@@ -6,11 +6,9 @@ ahead of its consumer. Nothing is replayed and nothing has a position: resuming 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain, islice
 from typing import Any, Protocol
 
@@ -18,15 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpa_ray.batch import Batch, Encoded
-from dpa_ray.data import wire
+from dpa_ray.batch import Arrays, Batch, Encoded
+from dpa_ray.data import ray_tasks, wire
 from dpa_ray.data.collate import collate
 from dpa_ray.data.encode import Encoder
 from dpa_ray.data.images import ImageError, decode
 from dpa_ray.data.pack import pack
 from dpa_ray.data.pixels import Geometry, levels, pixel_shape
 from dpa_ray.data.prepared import Prepared, StoreLike
-from dpa_ray.data.ray_tasks import bounded_retries, deaths_told, quiet_ray_data
 from dpa_ray.data.retry import bridging, first_line, retried
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.shards import from_row
@@ -54,10 +51,7 @@ DEATH_HINT = "lower data.workers (tasks at once) or data.prefetch_batches (batch
 
 BLOCK_BYTES = 4 * 2**20
 MAX_BLOCK_BATCHES = 8
-"""Small micro-batches are made several to a task: Ray Data spends about 10 ms of the caller's CPU on each block."""
-
-SEGMENT = 512
-"""Blocks of one Ray Data execution: each costs about a millisecond when it starts, whenever its turn comes."""
+"""Small micro-batches are made several to a task: each task costs the caller and Ray's own processes about a millisecond."""
 
 _OPEN_SHARDS = 16
 _BYTES_PER_TOKEN = 30  # of a Batch's tensors
@@ -103,11 +97,15 @@ class Loader:
 
     def load(self, rows: np.ndarray, filler_row: int) -> Batch:
         """The micro-batch of `rows`; of none, a filler: `filler_row` without targets, counted nowhere."""
+        return Batch.of(self.arrays(rows, filler_row))
+
+    def arrays(self, rows: np.ndarray, filler_row: int) -> Arrays:
+        """`load` without torch."""
         is_filler = len(rows) == 0
         samples = self.samples([filler_row] if is_filler else rows)
         encoded = [self.encoder(sample) for sample in samples]
         images = [array for s, e in zip(samples, encoded, strict=True) for array in self._pixels(s, e)]
-        batch = collate(
+        arrays = collate(
             encoded,
             images,
             pad_token_id=self.pad_token_id,
@@ -117,15 +115,15 @@ class Loader:
             num_filler=1 if is_filler else 0,
             image_shape=pixel_shape(self.image_processor),
             layout=pack([len(e.input_ids) for e in encoded], self.encoder.max_length) if self.packing else None,
-            pixel_table=None if self.image_processor is None else self.image_processor.table,
+            pixel_scale=None if self.image_processor is None else self.image_processor.scale,
         )
         if not is_filler:
-            batch.untaught = [
+            arrays["untaught"] = [
                 (int(row), sample.id, sample.place)
                 for row, sample, e in zip(rows, samples, encoded, strict=True)
                 if not e.target.any()
             ]
-        return batch
+        return arrays
 
     def _pixels(self, sample: Sample, encoded: Encoded) -> list[np.ndarray]:
         if encoded.num_images and self.image_processor is None:
@@ -214,11 +212,19 @@ class _Reader:
 
 
 def stream(loader: Loader, micro_batches: Iterable[MicroBatch], *, prefetch: int, workers: int) -> Iterator[Batch]:
-    """The batches of `micro_batches`, in order, made by Ray Data tasks ahead of the caller.
+    """The batches of `micro_batches`, in order: see `packed_stream`."""
+    for packed in packed_stream(loader, micro_batches, prefetch=prefetch, workers=workers):
+        yield wire.loads(packed)
 
-    At most `workers` tasks run at once, and about prefetch + workers batches are made and not taken. `micro_batches` are
-    asked for as they are needed, SEGMENT blocks ahead; the first is taken for the largest. Ray must be running; called in a
-    Ray Train worker, the tasks may run on any node. Raises: UserError with a task's own message.
+
+def packed_stream(
+    loader: Loader, micro_batches: Iterable[MicroBatch], *, prefetch: int, workers: int
+) -> Iterator[wire.Packed]:
+    """The batches of `micro_batches`, in order, made by Ray tasks ahead of the caller.
+
+    At most `workers` tasks run at once, and prefetch + workers are asked for and not taken: as far ahead `micro_batches`
+    are asked for too; the first is taken for the largest. Ray must be running; called in a Ray Train worker, the tasks
+    may run on any node. Raises: UserError with a task's own message.
     """
     import ray
 
@@ -229,92 +235,57 @@ def stream(loader: Loader, micro_batches: Iterable[MicroBatch], *, prefetch: int
     leading = list(islice(wanted, 1))
     batch_bytes = loader.batch_bytes(max([1, *(len(rows) for rows, _ in leading)]))
     per_block = int(np.clip(BLOCK_BYTES // batch_bytes, 1, MAX_BLOCK_BATCHES))
-    ahead_bytes = (prefetch + workers) * per_block * batch_bytes
     blocks = _blocks(chain(leading, wanted), per_block, workers)
+    task = ray.remote(_load).options(
+        num_returns=2, num_cpus=TASK_CPUS, max_retries=ray_tasks.TASK_RETRIES, scheduling_strategy="SPREAD"
+    )
+    asked: deque[Any] = deque()
+    ends: deque[Any] = deque(maxlen=workers)
 
-    def start() -> tuple[int, Iterator[pa.Table]]:
-        """How many blocks the next segment has, and what becomes of them: the first is there."""
-        segment = list(islice(blocks, SEGMENT))
-        if not segment:
-            return 0, iter(())
-        tables = _tables(reference, segment, prefetch, workers, ahead_bytes)
-        return len(segment), chain([next(tables)], tables)
+    def ask(num_blocks: int) -> None:
+        """A task for each of the next blocks; it waits until the one `workers` before it is at its end."""
+        for block in islice(blocks, num_blocks):
+            made, end = task.remote([reference], block, ends[0] if len(ends) == workers else None)
+            asked.append(made)
+            ends.append(end)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="next-segment") as pool:
-        num_blocks, tables = start()
-        while num_blocks:
-            following: Future[tuple[int, Iterator[pa.Table]]] | None = None
-            for done, table in enumerate(tables, 1):
-                if following is None and done >= num_blocks - prefetch - workers:
-                    following = pool.submit(start)
-                yield from _batches(table)
-            assert following is not None
-            num_blocks, tables = following.result()
+    ask(prefetch + workers)
+    while asked:
+        with ray_tasks.deaths_told("the processes that decode and encode", DEATH_HINT):
+            made = ray.get(asked[0])
+        asked.popleft()
+        ask(1)
+        for tensors, rest, error in made:
+            if error:
+                raise UserError(error)
+            yield tensors, rest
 
 
-def _blocks(micro_batches: Iterator[MicroBatch], per_block: int, num_first: int) -> Iterator[pa.Table]:
-    """The micro-batches as Ray Data's input, `per_block` in a block, but the first few alone, to begin soon."""
+def _blocks(micro_batches: Iterator[MicroBatch], per_block: int, num_first: int) -> Iterator[list[MicroBatch]]:
+    """The micro-batches, `per_block` to a task, but the first few alone, to begin soon."""
     number = 0
-    while part := list(islice(micro_batches, 1 if number < num_first else per_block)):
+    while block := list(islice(micro_batches, 1 if number < num_first else per_block)):
         number += 1
-        rows, filler = [rows.tolist() for rows, _ in part], [filler for _, filler in part]
-        yield pa.table({"rows": rows, "filler": filler}, _REQUEST)
+        yield block
 
 
-def _tables(
-    reference: Any, blocks: list[pa.Table], prefetch: int, workers: int, ahead_bytes: int
-) -> Iterator[pa.Table]:
-    """One Ray Data execution, a task for each block."""
-    import ray
-    from ray.data import TaskPoolStrategy
-
-    data = ray.data.from_blocks(blocks)
-    context = data.context
-    quiet_ray_data(context)
-    context.memory_usage_poll_interval_s = None
-    execution = context.execution_options
-    execution.preserve_order = True
-    execution.resource_limits = execution.resource_limits.copy(object_store_memory=ahead_bytes)
-    with bounded_retries() as options:
-        made = data.map_batches(
-            partial(_load, reference),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=TASK_CPUS,
-            compute=TaskPoolStrategy(size=min(workers, len(blocks))),
-            **options,
-        )
-    with deaths_told("the processes that decode and encode", DEATH_HINT):
-        yield from made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch)
-
-
-_REQUEST = pa.schema([("rows", pa.list_(pa.int64())), ("filler", pa.int64())])
 _LOADERS: dict[str, Loader] = {}
 
 
-def _load(reference: Any, requests: pa.Table) -> pa.Table:
-    """Some micro-batches, in a worker process; the loader is fetched once per process."""
+def _load(references: list[Any], block: list[MicroBatch], before: None) -> tuple[list[tuple[Any, str, str]], None]:
+    """Some micro-batches, in a worker process (the loader is fetched once per process), and what the next task awaits."""
     import ray
 
-    key = reference.hex()
+    key = references[0].hex()
     if key not in _LOADERS:
         _LOADERS.clear()  # of an earlier stage
-        _LOADERS[key] = ray.get(reference)
-    made: list[tuple[bytes, str, str]] = []
-    for request in requests.to_pylist():
+        _LOADERS[key] = ray.get(references[0])
+    made: list[tuple[Any, str, str]] = []
+    for rows, filler_row in block:
         try:
-            batch = _LOADERS[key].load(np.asarray(request["rows"], np.int64), request["filler"])
-            made.append((*wire.dumps(batch), ""))
+            tensors, rest = wire.dumps(_LOADERS[key].arrays(rows, filler_row))
+            made.append((np.frombuffer(tensors, np.uint8), rest, ""))  # an array is not copied into a pickle
         except UserError as err:  # as a value: an exception would come back as a traceback
-            made.append((b"", "", str(err)))
+            made.append((None, "", str(err)))
             break
-    tensors, rest, errors = zip(*made, strict=True)
-    return pa.table({"tensors": pa.array(tensors, pa.large_binary()), "rest": rest, "error": errors})
-
-
-def _batches(table: pa.Table) -> Iterator[Batch]:
-    for i in range(table.num_rows):
-        row = {name: table[name][i].as_py() for name in table.column_names}
-        if row["error"]:
-            raise UserError(row["error"])
-        yield wire.loads(row["tensors"], row["rest"])
+    return made, None

@@ -1,4 +1,4 @@
-"""What do our Ray Data executions have in common? They are quiet, and a dead task is done again, but not for ever."""
+"""What do our Ray tasks have in common? A dead one is done again, but not for ever; Ray Data is quiet."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dpa_ray.data.retry import first_line
 from dpa_ray.errors import UserError
 
 TASK_RETRIES = 8
-"""How often a task is done again whose process or node died. Ray Data's own is for ever: a sample that ends its process
-would end nothing and hang the run."""
+"""How often a task is done again whose process or node died. Ray Data's own is for ever, Ray's 3: a sample that ends
+its process must not hang the run, nor a node that goes away end it."""
 
 RETRY_ENVIRONMENT = {"RAY_task_oom_retries": str(TASK_RETRIES)}
 """The same for tasks that Ray itself ends because a node's memory is nearly full. Ray reads it in the process that starts

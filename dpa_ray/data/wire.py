@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from typing import Any
 
-import torch
-from safetensors.torch import load, save
+import numpy as np
+from safetensors.numpy import save
 
-from dpa_ray.batch import Batch
+from dpa_ray.batch import Arrays, Batch
 
-
-def dumps(batch: Batch) -> tuple[bytes, str]:
-    """(tensors, everything else) of `batch`."""
-    tensors: dict[str, torch.Tensor] = {}
-    rest: dict[str, Any] = {}
-    for field in fields(batch):
-        value = getattr(batch, field.name)
-        if isinstance(value, torch.Tensor):
-            tensors[field.name] = value.contiguous()
-        else:
-            rest[field.name] = value
-    return save(tensors), json.dumps(rest)
+Packed = tuple[Any, str]
+"""The arrays of a batch, as bytes or an array of them, and everything else of it."""
 
 
-def loads(tensors: bytes, rest: str) -> Batch:
-    """The batch that `dumps` was given."""
-    values: dict[str, Any] = {**load(tensors), **json.loads(rest)}
+def dumps(arrays: Arrays) -> Packed:
+    """The Batch of `arrays`, packed."""
+    blocks = {name: np.ascontiguousarray(value) for name, value in arrays.items() if isinstance(value, np.ndarray)}
+    return save(blocks), json.dumps({name: value for name, value in arrays.items() if name not in blocks})
+
+
+def loads(packed: Packed) -> Batch:
+    """The batch of the arrays that `dumps` was given."""
+    from safetensors.torch import load
+
+    tensors, rest = packed
+    values: dict[str, Any] = {**load(bytes(tensors)), **json.loads(rest)}
     values["rows"] = [(digest, row) for digest, row in values["rows"]]
-    values["untaught"] = [(row, name, place) for row, name, place in values["untaught"]]
+    values["untaught"] = [(row, name, place) for row, name, place in values.get("untaught", [])]
     return Batch(**values)

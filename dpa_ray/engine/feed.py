@@ -1,7 +1,7 @@
-"""Batches from a process of their own: what Ray Data does in the background must not hold up training.
+"""Batches from a process of their own: asking for them ahead must neither wait for training nor hold it up.
 
-Ray Data's executor is a thread that hardly rests. In the training process it fights for the interpreter's lock with
-every small operation of the model (measured on the embedded default: steps five times as long).
+Measured when Ray Data made them, whose executor is a thread that hardly rests: in the training process it fought for the
+interpreter's lock with every small operation of the model (on the embedded default, steps took five times as long).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpa_ray.batch import Batch
 from dpa_ray.data import wire
-from dpa_ray.data.ingest import DEATH_HINT, TASK_CPUS, Loader, MicroBatch, MicroBatches, stream
+from dpa_ray.data.ingest import DEATH_HINT, TASK_CPUS, Loader, MicroBatch, MicroBatches, packed_stream
 from dpa_ray.data.retry import first_line
 from dpa_ray.errors import UserError
 
@@ -29,8 +29,8 @@ MAX_RESTARTS = 3
 
 _log = logging.getLogger(__name__)
 
-Packed = tuple[bytes, bytes | str, str]
-"""A batch on its way (see data/wire.py), or two empty parts and what to tell the user."""
+Answer = tuple[wire.Packed | None, str]
+"""A batch on its way, or what to tell the user."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,18 @@ class Feeder:
     """The actor that streams for one training worker, stage after stage."""
 
     def __init__(self) -> None:
-        self.batches: Iterator[Batch] = iter(())
+        self.batches: Iterator[wire.Packed] = iter(())
 
     def start(self, loader: Loader, micro_batches: _From, prefetch: int, workers: int) -> None:
         """Drop what was streamed before, and begin."""
-        self.batches = stream(loader, micro_batches, prefetch=prefetch, workers=workers)
+        self.batches = packed_stream(loader, micro_batches, prefetch=prefetch, workers=workers)
 
-    def next(self) -> Packed:
+    def next(self) -> Answer:
         """The next batch."""
         try:
-            return (*wire.dumps(next(self.batches)), "")
+            return next(self.batches), ""
         except UserError as err:  # as a value: an exception would come back as a traceback
-            return b"", "", str(err)
+            return None, str(err)
 
 
 class Feed:
@@ -99,7 +99,7 @@ class Feed:
             while num_taken < num:
                 try:
                     timeout_s = None if math.isinf(stall_timeout_s) else stall_timeout_s
-                    tensors, rest, error = ray.get(asked[0], timeout=timeout_s)
+                    packed, error = ray.get(asked[0], timeout=timeout_s)
                 except GetTimeoutError:
                     raise UserError(_stalled(num_taken + 1, num, stall_timeout_s)) from None
                 except RayActorError as err:
@@ -120,7 +120,7 @@ class Feed:
                 num_taken, num_restarts = num_taken + 1, 0
                 if num_taken + len(asked) < num:
                     asked.append(self.actor.next.remote())
-                yield wire.loads(tensors, rest)
+                yield wire.loads(packed)
 
         return taken()
 

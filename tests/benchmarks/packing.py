@@ -60,14 +60,16 @@ def passes(samples: list[Encoded], micro_batch: int, *, packing: bool) -> list[B
     for start in range(0, len(samples), micro_batch):
         part = samples[start : start + micro_batch]
         batches.append(
-            collate(
-                part,
-                [],
-                pad_token_id=0,
-                image_token_id=-1,
-                rows=[("", start + i) for i in range(len(part))],
-                ids=[None] * len(part),
-                layout=pack([len(e.input_ids) for e in part], MAX_LENGTH) if packing else None,
+            Batch.of(
+                collate(
+                    part,
+                    [],
+                    pad_token_id=0,
+                    image_token_id=-1,
+                    rows=[("", start + i) for i in range(len(part))],
+                    ids=[None] * len(part),
+                    layout=pack([len(e.input_ids) for e in part], MAX_LENGTH) if packing else None,
+                )
             )  # fmt: skip
         )
     return batches

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dpa_ray.batch import IGNORE_INDEX, NO_SAMPLE, NO_TURN, Encoded
+from dpa_ray.batch import IGNORE_INDEX, NO_SAMPLE, NO_TURN, Batch, Encoded
 from dpa_ray.data import wire
 from dpa_ray.data.collate import collate
 
@@ -19,9 +19,13 @@ def encoded(ids, targets=(), num_images=0):
     return Encoded(np.array(ids), target, turn, target.copy(), num_images)
 
 
-def batch(samples, pixels=(), **options):
+def arrays(samples, pixels=(), **options):
     options = {"rows": [("d", i) for i in range(len(samples))], "ids": ["x"] * len(samples), **options}
     return collate(samples, list(pixels), pad_token_id=PAD, image_token_id=IMAGE, **options)
+
+
+def batch(samples, pixels=(), **options):
+    return Batch.of(arrays(samples, pixels, **options))
 
 
 def test_right_padding_labels_and_counts():
@@ -38,13 +42,15 @@ def test_right_padding_labels_and_counts():
 
 
 def test_padding_with_the_image_token_is_no_image():
-    out = collate(
-        [encoded([9, 9], num_images=1), encoded([1])],
-        [np.zeros((3, 1, 1))],
-        pad_token_id=IMAGE,
-        image_token_id=IMAGE,
-        rows=[("d", 0), ("d", 1)],
-        ids=[None, None],
+    out = Batch.of(
+        collate(
+            [encoded([9, 9], num_images=1), encoded([1])],
+            [np.zeros((3, 1, 1))],
+            pad_token_id=IMAGE,
+            image_token_id=IMAGE,
+            rows=[("d", 0), ("d", 1)],
+            ids=[None, None],
+        )
     )
     assert out.image_mask.tolist() == [[True, True], [False, False]]
 
@@ -77,9 +83,9 @@ def test_rows_must_be_those_of_the_real_samples():
 @pytest.mark.parametrize("samples", [[encoded([1, 9, 5], [2], 1)], [encoded([1, 2], [1])]], ids=["image", "text only"])
 def test_a_batch_crosses_the_wire_unchanged(samples):
     pixels = [np.random.default_rng(0).normal(size=(3, 2, 2)).astype(np.float32)] * samples[0].num_images
-    out = batch(samples, pixels, ids=[None])
-    back = wire.loads(*wire.dumps(out))
-    for name, value in vars(out).items():
+    made = arrays(samples, pixels, ids=[None])
+    back = wire.loads(wire.dumps(made))
+    for name, value in vars(Batch.of(made)).items():
         found = getattr(back, name)
         assert (found.dtype, found.shape) == (value.dtype, value.shape) if hasattr(value, "dtype") else found == value
         assert not hasattr(value, "dtype") or found.equal(value)
@@ -100,7 +106,7 @@ def test_a_layout_packs_samples_and_their_images_into_rows():
     assert out.pixel_values[:, 0, 0, 0].tolist() == [20, 10]
     assert (out.num_samples, out.num_tokens, out.num_targets) == (3, 9, 4)
     assert out.rows == [("d", 0), ("d", 1), ("d", 2)]
-    back = wire.loads(*wire.dumps(out))
+    back = wire.loads(wire.dumps(arrays(samples, images, layout=[[2, 0], [1]])))
     assert back.sample.tolist() == out.sample.tolist()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpa_ray.batch import Batch
+from dpa_ray.batch import Arrays, Batch
 from dpa_ray.data import ingest, ray_tasks
 from dpa_ray.data import prepare as prepare_module
 from dpa_ray.data.ingest import Loader, stream
@@ -43,19 +43,19 @@ def local_ray() -> Iterator[None]:
 class Traced(Loader):
     """Leaves a file for each load, named after its process; takes a while, so that a kill meets it at work."""
 
-    def load(self, rows: np.ndarray, filler_row: int) -> Batch:
+    def arrays(self, rows: np.ndarray, filler_row: int) -> Arrays:
         (Path(self.store.url("log")) / f"{os.getpid()}-{time.monotonic_ns()}").touch()
         time.sleep(0.02)
-        return super().load(rows, filler_row)
+        return super().arrays(rows, filler_row)
 
 
 class Fatal(Traced):
     """Ends its process at row 13, every time."""
 
-    def load(self, rows: np.ndarray, filler_row: int) -> Batch:
+    def arrays(self, rows: np.ndarray, filler_row: int) -> Arrays:
         if rows[0] == 13:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().load(rows, filler_row)
+        return super().arrays(rows, filler_row)
 
 
 class Poison(Loader):

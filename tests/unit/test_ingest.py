@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import LlavaImageProcessorPil
 
-from dpa_ray.batch import IGNORE_INDEX, Batch
+from dpa_ray.batch import IGNORE_INDEX, Arrays, Batch
 from dpa_ray.data import ingest, shards
 from dpa_ray.data.cursor import Cursor, shares
 from dpa_ray.data.images import decode
@@ -270,9 +270,8 @@ def micro_batches(loader: Loader, rank: int, world_size: int = 2) -> list[tuple[
     return [(rows, int(step[0])) for step in steps for rows in shares(step, world_size, 3)[rank]]
 
 
-@pytest.mark.parametrize(("segment", "block_bytes"), [(512, 2**22), (7, 1)], ids=["blocks of 8", "segments of 7"])
-def test_the_stream_gives_what_loads_give_in_order(loader, local_ray, monkeypatch, segment, block_bytes):
-    monkeypatch.setattr(ingest, "SEGMENT", segment)
+@pytest.mark.parametrize("block_bytes", [2**22, 1], ids=["blocks of 8", "blocks of 1"])
+def test_the_stream_gives_what_loads_give_in_order(loader, local_ray, monkeypatch, block_bytes):
     monkeypatch.setattr(ingest, "BLOCK_BYTES", block_bytes)
     wanted = micro_batches(loader, rank=1)
     assert any(len(rows) == 0 for rows, _ in wanted), "with filler"
@@ -300,9 +299,9 @@ class Counting(Loader):
         self.__dict__.update(state)
         (Path(self.store.url("log")) / f"process-{os.getpid()}-{time.monotonic_ns()}").touch()
 
-    def load(self, rows: np.ndarray, filler_row: int) -> Batch:
+    def arrays(self, rows: np.ndarray, filler_row: int) -> Arrays:
         (Path(self.store.url("log")) / f"load-{time.monotonic_ns()}").touch()
-        return super().load(rows, filler_row)
+        return super().arrays(rows, filler_row)
 
 
 def test_it_runs_ahead_within_bounds_and_ships_the_loader_once_per_process(tmp_path, local_ray, monkeypatch):
@@ -337,7 +336,7 @@ def test_it_asks_for_micro_batches_only_as_far_as_it_needs_them(tmp_path, local_
     rows = [next(batches).rows[0][1] for _ in range(5)]
     batches.close()
     assert rows == [1, 2, 3, 4, 5]
-    assert asked <= ingest.SEGMENT * ingest.MAX_BLOCK_BATCHES
+    assert asked <= 2 + (5 + 2 + 2) * ingest.MAX_BLOCK_BATCHES
 
 
 def test_stopping_early_stops_the_tasks(tmp_path, local_ray, monkeypatch):
@@ -366,7 +365,7 @@ def test_an_error_in_a_task_is_its_message_alone(tmp_path, local_ray, capfd, cap
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING and r.name.startswith("ray")]
 
 
-def test_ray_data_says_nothing(loader, local_ray, capfd):
+def test_ray_says_nothing(loader, local_ray, capfd):
     list(stream(loader, micro_batches(loader, rank=0)[:3], prefetch=1, workers=1))
     captured = capfd.readouterr()
     assert captured.out.strip() == ""

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, LlavaImageProcessorPil
 
-from dpa_ray.batch import apply_table
+from dpa_ray.batch import scaled
 from dpa_ray.data.images import decode
-from dpa_ray.data.pixels import levels, pixel_shape, pixels
+from dpa_ray.data.pixels import levels, pixel_scale, pixel_shape, pixels
 from dpa_ray.model.tower import image_processor, tower_spec
 from dpa_ray.model.vlm import ModelRef
 
@@ -58,10 +58,15 @@ def test_pixels_are_the_processors_of_every_kind_of_tower(
         assert_the_processors(picture, processor)
 
 
-def test_a_table_is_looked_up_by_channel():
-    entries = torch.arange(3 * 256, dtype=torch.float32).view(3, 256)
-    found = apply_table(torch.tensor([0, 255, 7, 1], dtype=torch.uint8).view(1, 1, 2, 2).expand(2, 3, 2, 2), entries)
-    assert found[1].tolist() == [[[256 * c, 256 * c + 255], [256 * c + 7, 256 * c + 1]] for c in range(3)]
+@pytest.mark.parametrize("factor", [1 / 255, 1 / 127.5, 1 / 256])
+def test_levels_scaled_at_the_model_are_the_processors_to_the_last_bit(factor):
+    """All 256 of every channel: the processor multiplies in float64 and rounds, `scaled` divides in float32."""
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    processor = LlavaImageProcessorPil(rescale_factor=factor, image_mean=mean, image_std=std)
+    shades = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
+    expected = processor.normalize(processor.rescale(shades, factor), mean, std)
+    found = scaled(torch.from_numpy(shades.copy())[None], torch.from_numpy(pixel_scale(processor)))
+    assert np.array_equal(found[0].numpy(), expected)
 
 
 def test_a_column_of_one_colour_keeps_it():
