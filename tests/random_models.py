@@ -33,6 +33,7 @@ from dpa_ray.model.tower import TowerSpec
 VOCABULARY = 13  # few, so that probabilities are neither 0 nor 1
 IMAGE_SIZE, PATCH_SIZE, NUM_IMAGE_TOKENS = 12, 6, 4
 WIDTH = 32
+CHUNK_ROWS = 4  # fewer than most samples have targets: ranks differ in their number of chunks
 
 
 def make_llm(family: str, *, window: int = 16, attention: str | None = None, seed: int = 0, **changes: Any) -> Any:
@@ -88,12 +89,15 @@ def make_vlm(
 
 
 def make_step(model: Any, kind: str, *, window: int = 3, bounds: tuple[float, float] | None = None) -> StepModule:
-    """The StepModule of a model from here; the bounds are the method's."""
+    """The StepModule of a model from here; the bounds are the method's. The head takes CHUNK_ROWS targets at once."""
     lower, upper = bounds or {"uniform": (1.0, 1.0), "prob": (0.05, 0.5), "logit": (1.0, 5.0)}[kind]
     config = model.config.get_text_config()
     num_rows = VOCABULARY if config.vocab_size > VOCABULARY else None
     weighting = Weighting(kind, lower, upper, window)
-    return StepModule(model, weighting, softcap=vlm.softcap_of(config), num_softmax_rows=num_rows)
+    return StepModule(
+        model, weighting, softcap=vlm.softcap_of(config), num_softmax_rows=num_rows,
+        chunk_bytes=CHUNK_ROWS * 4 * VOCABULARY,
+    )  # fmt: skip
 
 
 @dataclass

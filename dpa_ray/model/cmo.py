@@ -1,6 +1,6 @@
-"""Contrastive Modality Optimization: token probabilities, token weights and the weighted sums of the loss.
+"""Contrastive Modality Optimization: the weight of each target token.
 
-Source: arXiv 2509.14735 (CMO), arXiv 2405.17871 (CAL). Shape letters: N targets of a micro-batch, V vocabulary.
+Source: arXiv 2509.14735 (CMO), arXiv 2405.17871 (CAL). Shape letters: N targets of a micro-batch.
 """
 
 from __future__ import annotations
@@ -27,22 +27,6 @@ class Weighting:
     lower: float
     upper: float
     window: int
-
-
-def score_targets(logits_NV: Tensor, target_N: Tensor, *, softcap: float | None, num_rows: int | None) -> TargetScores:
-    """Log-probability and logit of each target, in float32 whatever the logits' dtype (p and q are subtracted).
-
-    Args:
-        logits_NV: raw output of the language model's head, any float dtype.
-        target_N: (N,) int64 token ids.
-        softcap: final logit soft-capping (Gemma-2: cap * tanh(logit / cap)), or None.
-        num_rows: vocabulary rows that take part in the softmax (an appended image row does not), or None for all.
-    """
-    logits = logits_NV.float() if num_rows is None else logits_NV[:, :num_rows].float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    target_logit = logits.gather(1, target_N.unsqueeze(1)).squeeze(1)
-    return TargetScores(target_logit - torch.logsumexp(logits, dim=1), target_logit)
 
 
 def smooth_within_turn(weight_N: Tensor, turn_N: Tensor, window: int) -> Tensor:

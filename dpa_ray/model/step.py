@@ -14,8 +14,12 @@ from transformers import LlavaForConditionalGeneration
 
 from dpa_ray.batch import IGNORE_INDEX, Batch
 from dpa_ray.model.blind import attention_argument, drop_images
-from dpa_ray.model.cmo import TargetScores, Weighting, raw_weights, score_targets, smooth_within_turn
+from dpa_ray.model.cmo import TargetScores, Weighting, raw_weights, smooth_within_turn
 from dpa_ray.model.packed import apart, block_masks, in_one_row, num_slots, positions_of, takes_one_row
+from dpa_ray.model.score import TargetScorer
+
+MOST_TURNS = 2**31
+"""No turn's number is as large (int32)."""
 
 
 @dataclass
@@ -56,18 +60,28 @@ class StepModule(nn.Module):
     (4) the head on target positions only; (5) q by the blind pass, where the weights need it; (6) the sums.
     """
 
-    def __init__(self, model: Any, weighting: Weighting, *, softcap: float | None, num_softmax_rows: int | None):
+    def __init__(
+        self,
+        model: Any,
+        weighting: Weighting,
+        *,
+        softcap: float | None,
+        num_softmax_rows: int | None,
+        chunk_bytes: int | None = None,
+    ):
         """
         Args:
             model: LlavaForConditionalGeneration, or a causal LLM (text only).
             softcap: the LLM's final logit soft-capping, or None.
             num_softmax_rows: rows of the head that take part in the softmax, or None for all.
+            chunk_bytes: see TargetScorer.
         """
         super().__init__()
         self.model = model
         self.weighting = weighting
-        self.softcap = softcap
         self.num_softmax_rows = num_softmax_rows
+        head = model.get_output_embeddings()
+        self.scorer = TargetScorer(head, softcap=softcap, num_rows=num_softmax_rows, chunk_bytes=chunk_bytes)
         self.is_vlm = isinstance(model, LlavaForConditionalGeneration)
 
     @property
@@ -92,7 +106,7 @@ class StepModule(nn.Module):
             position_ids=positions,
             use_cache=False,
         ).last_hidden_state
-        seen = self._score(hidden, row, column - 1, target)  # the first of a sample is no target
+        seen = self.scorer.score(hidden[row, column - 1], target)  # the first of a sample is no target
 
         if self.weighting.kind == "uniform":
             raw = torch.ones_like(seen.log_prob)
@@ -105,7 +119,7 @@ class StepModule(nn.Module):
             blind.log_prob = torch.where(pictured, blind.log_prob, seen.log_prob.detach())
             blind.logit = torch.where(pictured, blind.logit, seen.logit.detach())
             raw = raw_weights(seen, blind, has_blind, self.weighting)
-            turn = sample * (int(batch.turn.max()) + 1) + batch.turn[row, column]
+            turn = sample * MOST_TURNS + batch.turn[row, column]
             weight = smooth_within_turn(raw, turn, self.weighting.window)
 
         nll = -seen.log_prob
@@ -145,14 +159,6 @@ class StepModule(nn.Module):
             return embeds + 0.0 * features.sum().to(embeds.dtype)
         return embeds.masked_scatter(batch.image_mask.unsqueeze(-1), features.to(embeds.dtype))
 
-    def _score(self, hidden: Tensor, row: Tensor, column: Tensor, target: Tensor) -> TargetScores:
-        """Scores of `target` (N,) from `hidden` (B, T, D) at (row, column); the head never sees another row."""
-        if target.numel() == 0:  # the head is called all the same: under ZeRO-3 every rank must gather it
-            logits = self.model.get_output_embeddings()(hidden[:1, 0])[:0]
-        else:
-            logits = self.model.get_output_embeddings()(hidden[row, column])
-        return score_targets(logits, target, softcap=self.softcap, num_rows=self.num_softmax_rows)
-
     @torch.no_grad()
     def _blind(self, batch: Batch, sample: Tensor, position: Tensor, target: Tensor) -> tuple[TargetScores, Tensor]:
         """Scores of the target at `position` of `sample` without the image, from the last text token before it, and
@@ -169,7 +175,7 @@ class StepModule(nn.Module):
                 use_cache=False,
             ).last_hidden_state
             before = text.index_BT[sample, position]  # text tokens before the target: the last one predicts it
-            scores = self._score(hidden, sample, (before - 1).clamp(min=0), target)
+            scores = self.scorer.score(hidden[sample, (before - 1).clamp(min=0)], target)
         finally:
             self.train(training)
         return scores, before > 0

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpa_ray.model.cmo import TargetScores, Weighting, raw_weights, score_targets, smooth_within_turn
+from dpa_ray.model.cmo import TargetScores, Weighting, raw_weights, smooth_within_turn
+from dpa_ray.model.score import TargetScorer
 
 PROB = Weighting("prob", 0.05, 0.5, 3)
 LOGIT = Weighting("logit", 1.0, 5.0, 3)
@@ -20,6 +21,13 @@ LOGIT = Weighting("logit", 1.0, 5.0, 3)
 def random_logits(num_targets: int = 50, num_rows: int = 300, *, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return (torch.randn(num_targets, num_rows, generator=generator) * 6).to(dtype)
+
+
+def score_targets(logits: Tensor, target: Tensor, *, softcap: float | None, num_rows: int | None) -> TargetScores:
+    """The scorer's answer for given logits: hidden states under a head that is the identity, which is exact."""
+    head = torch.nn.Linear(logits.shape[1], logits.shape[1], bias=False, dtype=logits.dtype).requires_grad_(False)
+    torch.nn.init.eye_(head.weight)
+    return TargetScorer(head, softcap=softcap, num_rows=num_rows).score(logits, target)
 
 
 def random_targets(num_targets: int = 50, num_rows: int = 300) -> Tensor:

@@ -21,15 +21,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpa_ray.batch import Batch
+from dpa_ray.batch import IGNORE_INDEX, Batch
 from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.pack import pack
 from dpa_ray.engine.loop import Plan, Schedule, train
 from dpa_ray.engine.plain import PlainEngine
 from dpa_ray.engine.protocol import OptimizerSettings
 from dpa_ray.errors import UserError
-from tests.engine_worker import BROKEN, LEARNING_RATES, SETTINGS, STEPS, Case, Outcome, cases, make_module
-from tests.random_models import batch_of, make_step, make_vlm, packed_of
+from tests.engine_worker import BROKEN, LEARNING_RATES, SETTINGS, STEPS, Case, Outcome, cases, make_module, share
+from tests.random_models import CHUNK_ROWS, batch_of, make_step, make_vlm, packed_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 400
@@ -128,6 +128,17 @@ def test_every_engine_takes_the_same_steps(outcomes: Any, world_size: int, case:
     if case.bf16:
         same = [(found.final[name] == wanted).flatten() for name, wanted in expected.final.items()]
         assert torch.cat(same).float().mean() > 0.9
+
+
+def test_ranks_differ_in_their_number_of_chunks() -> None:
+    """What is compared above says something of gathering a sharded head: one rank's targets take more chunks than the
+    other's, and once the other has none."""
+    counts = []
+    for notations in STEPS:
+        batches = [share(notations, rank, 2, 1)[0] for rank in (0, 1)]
+        counts.append([-(-int((batch.labels != IGNORE_INDEX).sum()) // CHUNK_ROWS) for batch in batches])
+    assert sum(first != second for first, second in counts) >= 3, counts
+    assert any(first > 1 and second == 0 for first, second in counts), counts
 
 
 def test_the_steps_are_clipped_and_not_clipped() -> None:
