@@ -51,6 +51,7 @@ def collate(
     turn = np.full((size, length), NO_TURN, np.int32)
     grounded = np.zeros((size, length), bool)
     sample_number = np.full((size, length), NO_SAMPLE, np.int32)
+    blind = None if encoded[0].blind is None else np.zeros((2, size, length), np.float32)
     num_tokens = 0
     for b, row in enumerate(places):
         start = 0
@@ -65,6 +66,9 @@ def collate(
                 target[b, place] = sample.target
                 turn[b, place] = sample.turn
                 grounded[b, place] = sample.grounded
+                if blind is not None:
+                    assert sample.blind is not None, "of all samples or of none"
+                    blind[:, b, place] = sample.blind
                 num_tokens += len(sample.input_ids)
     if layout is not None:
         spans = np.split(np.arange(num_images), np.cumsum([e.num_images for e in encoded])[:-1])
@@ -86,5 +90,7 @@ def collate(
         rows=list(rows),
         ids=list(ids),
         sample=None if layout is None else torch.from_numpy(sample_number),
+        log_q=None if blind is None else torch.from_numpy(blind[0]),
+        blind_logit=None if blind is None else torch.from_numpy(blind[1]),
         pixel_table=pixel_table,
     )
