@@ -140,6 +140,33 @@ def test_broken_off_it_goes_on_with_what_is_not_committed(
     assert before == {name: store.read_bytes(f"{artifact.path}/{name}") for name in artifact.files}
 
 
+def _rank(rank: int, meeting: str, task: BlindTask) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    told = run(task)
+    assert told.num_computed == (2 if rank == 0 else 1), "three shards are left"
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.ci
+def test_two_workers_share_what_is_left(small: Callable[..., BlindTask], tmp_path: Path) -> None:
+    """Three of four shards, after one was done by a worker alone: the same files, to the bit."""
+    task = small()
+    store = Store(task.recipe.store)
+    run(task)
+    alone = {name: store.read_bytes(f"{task.result.path}/{name}") for name in store.list(task.result.path)}
+    (tmp_path / file_name(0)).write_bytes(alone[file_name(0)])
+    blind_job._stage(store, task, tmp_path, file_name(0))
+    store.delete(task.result.path)
+    torch.multiprocessing.spawn(_rank, (str(tmp_path / "meeting"), task), nprocs=2)
+    for name, data in alone.items():
+        if name != "manifest.json":
+            assert store.read_bytes(f"{task.result.path}/{name}") == data
+    artifact = find(store, task.result.stage, task.result.key)
+    assert artifact is not None
+    meta = artifact.manifest["meta"]
+    assert (meta["world_size"], meta["num_shards"], meta["num_shards_found"]) == (2, 4, 1)
+
+
 @pytest.mark.parametrize("overrides", [("data.pretrain.fraction=0.5",), ("stages.proxy_mllm.max_steps=2",)])
 def test_only_samples_that_stage_two_takes_are_computed(
     overrides: tuple[str, ...], small: Callable[..., BlindTask]
