@@ -40,6 +40,9 @@ class Encoded:
     grounded: np.ndarray  # (T,) bool: is the token part of a word that the image shows? all False where unknown
     num_images: int  # images whose span is in input_ids (a span that truncation would cut is left out whole)
     truncated: bool = False
+    blind: np.ndarray | None = (
+        None  # (2, T) float32 if computed beforehand: log q and logit of each target, 0 elsewhere
+    )
 
 
 @dataclass
@@ -65,6 +68,11 @@ class Batch:
     sample: torch.Tensor | None = (
         None  # (B, T) int32, packed: number of the position's sample in the batch, or NO_SAMPLE
     )
+    log_q: torch.Tensor | None = (
+        None  # (B, T) float32, where q was computed beforehand: of each target without the image,
+    )
+    # -inf where no text comes before it; 0 elsewhere
+    blind_logit: torch.Tensor | None = None  # (B, T) float32, with log_q
     pixel_scale: torch.Tensor | None = None  # (3, C) float32, where pixel_values are levels: see `scaled`
     untaught: list[tuple[int, str | None, str]] = field(
         default_factory=list

@@ -83,7 +83,11 @@ class CmoSection(Section):
     lower: float | None = Field(None, ge=0)
     upper: float | None = Field(None, gt=0)
     window: int = Field(3, ge=1)
-    blind: Literal["auto", "live"] = "auto"
+    blind: Literal["auto", "cached", "live"] = Field(
+        "auto",
+        description="q of stage 2: computed once and kept (cached, and auto where it can be), or at every step (live); "
+        "in stage 3, whose LLM may be trained, it is always live",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> CmoSection:
@@ -286,6 +290,11 @@ class Recipe(Section):
             upper if self.cmo.upper is None else self.cmo.upper,
         )
 
+    @property
+    def caches_blind(self) -> bool:
+        """Is stage 2 given a q that was computed beforehand? (Its LLM is frozen, whatever the method.)"""
+        return self.cmo.blind != "live" and self.weights("proxy_mllm") != "uniform" and not self.stages.proxy_mllm.from_
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, aliases as users write them; `parse` gives the same recipe back."""
         return self.model_dump(mode="json", by_alias=True)
@@ -334,6 +343,9 @@ def parse(values: dict[str, Any], where: str = "recipe", extra_errors: list[tupl
                 defaults = "{} and {}".format(*WEIGHT_BOUNDS[weights])
                 found = f"expected lower <= upper, found lower {lower} > upper {upper}"
                 errors.append(("cmo", f"{found} (the defaults of {weights} weights are {defaults})"))
+        if recipe.cmo.blind == "cached" and not recipe.caches_blind:
+            why = "is not trained" if recipe.stages.proxy_mllm.from_ else "has uniform weights, which need no q"
+            errors.append(("cmo.blind", f"expected auto or live, found cached: it is for stage 2, which {why}"))
         errors += _ignored_in_held_out(recipe)
     if errors or recipe is None:
         raise RecipeError(errors, where)

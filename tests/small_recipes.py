@@ -11,7 +11,7 @@ from dpa_ray.stages.pipeline import make_plan
 from dpa_ray.stages.spec import ArtifactRef, Weights
 from dpa_ray.store.fs import Store
 
-ORDER = ("proxy_llm", "proxy_merged", "proxy_mllm", "instruct", "eval")
+ORDER = ("proxy_llm", "proxy_merged", "blind", "proxy_mllm", "instruct", "eval")
 """All results of a run, in the order in which they are made."""
 
 CONNECTOR = {f"model.multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}

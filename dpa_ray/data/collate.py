@@ -50,6 +50,7 @@ def collate(
     turn = np.full((size, length), NO_TURN, np.int32)
     grounded = np.zeros((size, length), bool)
     sample_number = np.full((size, length), NO_SAMPLE, np.int32)
+    blind = None if encoded[0].blind is None else np.zeros((2, size, length), np.float32)
     num_tokens = 0
     for b, row in enumerate(places):
         start = 0
@@ -64,6 +65,9 @@ def collate(
                 target[b, place] = sample.target
                 turn[b, place] = sample.turn
                 grounded[b, place] = sample.grounded
+                if blind is not None:
+                    assert sample.blind is not None, "of all samples or of none"
+                    blind[:, b, place] = sample.blind
                 num_tokens += len(sample.input_ids)
     if layout is not None:
         spans = np.split(np.arange(num_images), np.cumsum([e.num_images for e in encoded])[:-1])
@@ -85,5 +89,7 @@ def collate(
         "rows": list(rows),
         "ids": list(ids),
         "sample": None if layout is None else sample_number,
+        "log_q": None if blind is None else blind[0],
+        "blind_logit": None if blind is None else blind[1],
         "pixel_scale": pixel_scale,
     }

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from dpa_ray.batch import Arrays, Batch, Encoded
 from dpa_ray.data import ray_tasks, wire
+from dpa_ray.data.blind_scores import BlindScores
 from dpa_ray.data.collate import collate
 from dpa_ray.data.encode import Encoder
 from dpa_ray.data.images import ImageError, decode
@@ -64,7 +65,7 @@ class Loader:
 
     `image_processor` is a transformers image processor (its Geometry is kept), None where `encoder` leaves images out (template "text").
     Row numbers are those of the cursor: 0 to prepared.num_rows - 1. `packing` lays a micro-batch's samples into rows
-    without padding (see pack.py).
+    without padding (see pack.py). `blind` has q of every target, computed beforehand.
     """
 
     store: StoreLike
@@ -75,6 +76,7 @@ class Loader:
     packing: bool = False
     cache_bytes: int = CACHE_BYTES
     retry_s: float = 0.0  # an S3 outage as long only delays
+    blind: BlindScores | None = None
     _reader: _Reader | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -104,6 +106,10 @@ class Loader:
         is_filler = len(rows) == 0
         samples = self.samples([filler_row] if is_filler else rows)
         encoded = [self.encoder(sample) for sample in samples]
+        if self.blind is not None:
+            with bridging(self.retry_s):
+                for row, sample, e in zip([filler_row] if is_filler else rows, samples, encoded, strict=True):
+                    self.blind.join(int(row), e, sample.place)
         images = [array for s, e in zip(samples, encoded, strict=True) for array in self._pixels(s, e)]
         arrays = collate(
             encoded,

@@ -23,7 +23,7 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     longest = max(lengths, default=0)
     if longest > max_length:
         raise ValueError(f"expected samples of at most {max_length} tokens, found one of {longest}")
-    best = _first_fit(lengths, longest)
+    best = first_fit(lengths, longest)
     for num_rows in range(1, len(best)):
         rows = _narrowest(lengths, num_rows, max_length)
         if rows is not None and _cost(lengths, rows) < _cost(lengths, best):
@@ -33,13 +33,13 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 def _narrowest(lengths: Sequence[int], num_rows: int, max_length: int) -> list[list[int]] | None:
     """At most `num_rows` rows of the smallest width that a bisection finds, or None where `max_length` is too narrow."""
-    found = _first_fit(lengths, max_length)
+    found = first_fit(lengths, max_length)
     if len(found) > num_rows:
         return None
     low, high = max(max(lengths), -(-sum(lengths) // num_rows)), min(max_length, sum(lengths))
     while low < high:
         middle = (low + high) // 2
-        rows = _first_fit(lengths, middle)
+        rows = first_fit(lengths, middle)
         if len(rows) <= num_rows:
             found, high = rows, middle
         else:
@@ -47,7 +47,7 @@ def _narrowest(lengths: Sequence[int], num_rows: int, max_length: int) -> list[l
     return found
 
 
-def _first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
+def first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
     """First-fit-decreasing: each sample, the longest first, into the first row that has room for it."""
     rows: list[list[int]] = []
     room: list[int] = []

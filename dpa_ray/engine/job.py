@@ -104,6 +104,12 @@ class View:
             self.progress.note(values["text"])
         elif kind == "stage_finished":
             self.progress.stage_finished()
+        elif kind == "blind_started":
+            self.progress.shards_started("blind", values["num_shards"], values["num_done"])
+        elif kind == "blind_shard":
+            self.progress.shard(values["num_samples"])
+        elif kind == "blind_finished":
+            self.progress.stage_finished()
         elif kind == "task_started":
             texts = {"proxy_merged": "merging the proxy's LoRA", "eval": "answering held-out questions"}
             self.progress.note(texts.get(values["stage"], values["stage"]))
@@ -121,7 +127,7 @@ class View:
 def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run) -> dict[str, Any]:
     """The tables at the end, and the finished run.json."""
     rows, stages = [], {}
-    for stage in plan.stages:
+    for stage in plan.shown:
         artifact = plan.found.get(stage)
         if artifact is None:  # not needed: a later stage's artifact is there
             continue
@@ -129,13 +135,14 @@ def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run) -> d
         rows.append(
             console.StageRow(
                 stage,
-                meta.get("trainable", "imported"),
+                meta.get("trainable", "imported") if stage != "blind" else f"q of {meta['num_samples']:,} samples",
                 meta.get("num_steps", 0),
                 meta.get("loss_first"),
                 meta.get("loss_last"),
                 meta.get("wall_time_s", 0.0),
                 reused,
                 store.url(artifact.path),
+                is_trained=stage != "blind",
             )  # fmt: skip
         )
         stages[stage] = {
@@ -180,7 +187,10 @@ def dry_run(recipe: Recipe) -> None:
         sets = trainables(recipe, plan.llm.located(store), plan.tower.located(store), plan.stages)
         counts = {stage: {s.description: s.num_parameters} for stage, s in sets.items()}
     rows, notes = [], []
-    for stage in plan.stages:
+    for stage in plan.shown:
+        if stage == "blind":
+            rows.append(console.PlanRow(stage, plan.refs[stage].key, stage in plan.found, None, is_trained=False))
+            continue
         source, digest = plan.data["instruct" if stage == "instruct" else "pretrain"]
         prepared = find_prepared(store, digest)
         steps = num_steps(recipe, stage, prepared) if prepared is not None else None

@@ -11,7 +11,7 @@ from typing import Any
 
 Event = tuple[str, dict[str, Any]]
 
-PROGRESS = ("saved", "stage_finished")
+PROGRESS = ("saved", "blind_shard", "stage_finished")
 """Kinds of events after which a run that fails does not begin where it began before."""
 
 

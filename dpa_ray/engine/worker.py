@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from dpa_ray.batch import Batch
+from dpa_ray.data.blind_scores import BlindScores
 from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.ingest import Loader
 from dpa_ray.data.sizes import ONE_IMAGE, Sizes
+from dpa_ray.engine.blind_job import compute_blind
 from dpa_ray.engine.checkpointing import Checkpointer, candidates, restore
 from dpa_ray.engine.evaluate import evaluate
 from dpa_ray.engine.feed import Feed
@@ -27,7 +29,7 @@ from dpa_ray.engine.messages import Orders
 from dpa_ray.engine.protocol import Engine, OptimizerSettings, rank, world_size
 from dpa_ray.stages import instruct, proxy_llm, proxy_mllm
 from dpa_ray.stages.build import Built
-from dpa_ray.stages.spec import EvalTask, MergeTask, Task, TrainTask
+from dpa_ray.stages.spec import ArtifactFile, BlindTask, EvalTask, MergeTask, ProxyMllmTask, Task, TrainTask
 from dpa_ray.stages.trainable import TrainableSet, check_trainable, select_trainable
 from dpa_ray.store import checkpoints
 from dpa_ray.store.artifacts import commit, find
@@ -80,6 +82,8 @@ class Worker:
             self._merge(task)
         elif isinstance(task, EvalTask):
             self._evaluate(task)
+        elif isinstance(task, BlindTask):
+            compute_blind(task, self.store, self.device, cursor_of(task.reader, self.store), self.tell_from_any)
         else:
             self._train(task)  # type: ignore[arg-type]
         gc.collect()
@@ -95,6 +99,11 @@ class Worker:
         """A line for people, from any rank."""
         if self.board is not None:
             self.board.put.remote("note", {"text": text})
+
+    def tell_from_any(self, kind: str, **values: Any) -> None:
+        """The same, from every rank."""
+        if self.board is not None:
+            self.board.put.remote(kind, values)
 
     def barrier(self) -> None:
         if world_size() > 1:
@@ -135,7 +144,7 @@ class Worker:
         loader = Loader(
             store=self.store, prepared=task.data, encoder=built.encoder, image_processor=built.image_processor,
             pad_token_id=_pad_token(built.encoder.tokenizer), packing=getattr(section, "packing", False),
-            retry_s=recipe.data.retry_s,
+            retry_s=recipe.data.retry_s, blind=_blind_scores(task, self.store),
         )  # fmt: skip
         loader.check()
         whole = Plan(cursor, task.num_steps, rank(), world_size(), section.micro_batch_size)
@@ -248,6 +257,13 @@ def one_node_at_a_time() -> Iterator[None]:
     finally:
         if world_size() > 1 and rank() == 0:
             torch.distributed.barrier()
+
+
+def _blind_scores(task: TrainTask, store: Store) -> BlindScores | None:
+    """q of the stage's samples, where it was computed beforehand."""
+    if not isinstance(task, ProxyMllmTask) or task.blind is None:
+        return None
+    return BlindScores(task.data, ArtifactFile(store, task.blind), store.url(task.blind.path))
 
 
 ORDERS = {"proxy_mllm": 1}

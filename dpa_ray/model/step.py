@@ -57,7 +57,8 @@ class StepModule(nn.Module):
     """A causal LLM or a LLaVA model together with the loss of its stage; what an engine wraps.
 
     Forward flow: (1) embed the tokens; (2) put the connector's image features in the image positions; (3) the decoder;
-    (4) the head on target positions only; (5) q by the blind pass, where the weights need it; (6) the sums.
+    (4) the head on target positions only; (5) q by the blind pass, where the weights need it and the batch does not
+    have it; (6) the sums.
     """
 
     def __init__(
@@ -113,7 +114,11 @@ class StepModule(nn.Module):
             weight = raw
         else:
             sample = row if batch.sample is None else batch.sample[row, column].long()
-            blind, has_blind = self._blind(batch, sample, positions[row, column], target)
+            if batch.log_q is not None and batch.blind_logit is not None:
+                blind = TargetScores(batch.log_q[row, column], batch.blind_logit[row, column])
+                has_blind = blind.log_prob > -torch.inf
+            else:
+                blind, has_blind = self._blind(batch, sample, positions[row, column], target)
             # Without an image p and q are the same number: the weight is the clamp of 0, not of rounding noise.
             pictured = apart(batch)[2].any(1)[sample]
             blind.log_prob = torch.where(pictured, blind.log_prob, seen.log_prob.detach())

@@ -69,6 +69,13 @@ def tower_spec(ref: ModelRef, layer: int, image_size: int | None) -> TowerSpec:
     return TowerSpec(config, layer, size, (size // config.patch_size) ** 2)
 
 
+def count_image_tokens(ref: ModelRef, image_size: int | None) -> int:
+    """Features per image that `tower_spec` gives, for a content key: nothing is checked."""
+    config = AutoConfig.from_pretrained(**ref.kwargs())
+    size = image_size or _processor_size(_load_processor(ref), ref)
+    return int(size // getattr(config, "vision_config", config).patch_size) ** 2
+
+
 def image_processor(ref: ModelRef, spec: TowerSpec, aspect: str) -> LlavaImageProcessorPil:
     """The image processor for one `image_aspect`; the very object that a finished model is exported with.
 

@@ -42,6 +42,7 @@ class StageRow:
     time_s: float  # of making it, also where it is reused
     reused: bool
     artifact: str  # where it is: a whole path or URI
+    is_trained: bool = True  # else it has neither steps nor losses
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class PlanRow:
     reused: bool
     num_steps: int | None  # None: not known before the data is prepared
     trainable: Mapping[str, int] = field(default_factory=dict)  # what is trained -> number of parameters
+    is_trained: bool = True  # else it has no steps
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def plan(
     for row in rows:
         names = "\n".join(row.trainable) or "nothing"
         counts = "\n".join(f"{count:,}" for count in row.trainable.values())
-        steps = "?" if row.num_steps is None else str(row.num_steps)
+        steps = "-" if not row.is_trained else "?" if row.num_steps is None else str(row.num_steps)
         table.add_row(row.stage, row.key, "reused" if row.reused else "made", steps, names, counts)
     console.print(table)
     if ignored:
@@ -120,7 +122,7 @@ def closing_table(
         table.add_row(
             row.stage,
             row.trained,
-            str(row.num_steps),
+            str(row.num_steps) if row.is_trained else "-",
             _loss(row.loss_first),
             _loss(row.loss_last),
             duration(row.time_s),
@@ -161,6 +163,7 @@ class Progress:
         self._loss = ""
         self._begun_s = self._printed_s = 0.0
         self._printed_step = 0
+        self._num_done = self._num_samples = 0
         self._task: TaskID | None = None
         columns = (
             TextColumn("{task.description}"),
@@ -207,6 +210,30 @@ class Progress:
         if not self.console.is_terminal:
             self.console.print(f"{self.stage}: {text} in {elapsed}", soft_wrap=True)
         self._task = None
+
+    def shards_started(self, name: str, num_shards: int, num_done: int) -> None:
+        """A job over shards begins, or goes on."""
+        self.stage, self.num_steps, self._loss = name, num_shards, ""
+        self._num_done, self._num_samples = num_done, 0
+        self._begun_s = self._printed_s = self.clock()
+        self._printed_step = num_done
+        there = f", {num_done:,} of them are there already" if num_done else ""
+        self.note(f"{name}: {_count(num_shards, 'shard')}{there}")
+        self._task = self._bars.add_task(name, total=num_shards, completed=num_done, state="starts")
+
+    def shard(self, num_samples: int) -> None:
+        """One more shard is done."""
+        now_s = self.clock()
+        self._num_done += 1
+        self._num_samples += num_samples
+        rate = self._num_samples / max(1e-9, now_s - self._begun_s)
+        state = f"{rate:,.0f} samples/s"
+        if self.console.is_terminal:
+            assert self._task is not None, "shards_started comes first"
+            self._bars.update(self._task, completed=self._num_done, state=state)
+        elif self._is_due(self._num_done, now_s):
+            self._printed_step, self._printed_s = self._num_done, now_s
+            self.console.print(f"{self.stage}: {self._num_done}/{self.num_steps} shards, {state}", soft_wrap=True)
 
     def note(self, text: str) -> None:
         """A line of its own, above the live ones."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dpa_ray.recipe import PROXY_METHODS, Recipe, SourceSection
-from dpa_ray.stages import build, instruct, proxy_llm, proxy_mllm
+from dpa_ray.stages import blind, build, instruct, proxy_llm, proxy_mllm
 from dpa_ray.stages.spec import Weights
 
 NOT_IN_KEYS = ("micro_batch_size", "packing", "gradient_checkpointing", "weights", "from")
@@ -69,6 +69,28 @@ def proxy_mllm_inputs(recipe: Recipe, llm_key: str, tower: Weights, data_digest:
         "proxy": recipe.method in PROXY_METHODS, **_vision(recipe, tower, "proxy_mllm"),
         **_weights(recipe, "proxy_mllm"), "data": _data(recipe, recipe.data.pretrain, data_digest),
         "section": _section(recipe, "proxy_mllm"),
+    }  # fmt: skip
+
+
+def blind_inputs(recipe: Recipe, llm_key: str, num_image_tokens: int, data_digest: str) -> dict[str, Any]:
+    """q of stage 2's samples. `llm_key` as in stage 2: it holds the tokenizer too.
+
+    Stage 2 on all samples has nothing of its order in the key, and any seed, batch size and number of epochs shares q.
+    Where it may take fewer (`fraction`, `max_steps`), q is of those alone, and all that chooses them is in the key.
+    """
+    section, source = recipe.stages.proxy_mllm, recipe.data.pretrain
+    chosen: dict[str, Any] = {}
+    if source.fraction < 1 or section.max_steps is not None:
+        chosen = {"fraction": source.fraction, "seed": recipe.seed}
+    if section.max_steps is not None:
+        chosen |= {
+            "max_steps": section.max_steps, "global_batch_size": section.global_batch_size,
+            "shuffle_window": recipe.data.shuffle_window, "order": proxy_mllm.VERSION,
+        }  # fmt: skip
+    return {
+        "format": FORMAT, "version": blind.VERSION, "stage": "blind", "llm": llm_key, "precision": recipe.precision,
+        "template": "plain", "max_length": section.max_length, "num_image_tokens": num_image_tokens,
+        "data": data_digest, "chosen": chosen,
     }  # fmt: skip
 
 

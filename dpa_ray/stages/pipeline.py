@@ -22,6 +22,7 @@ from dpa_ray.stages.runs import Run
 from dpa_ray.stages.spec import (
     ArtifactRef,
     BaseLlm,
+    BlindTask,
     Connector,
     EvalTask,
     InstructTask,
@@ -68,6 +69,11 @@ class Plan:
         return ("proxy_llm", "proxy_mllm", "instruct") if self.has_proxy else ("proxy_mllm", "instruct")
 
     @property
+    def shown(self) -> tuple[str, ...]:
+        """What a person is told of, in order: the training stages, and q before the stage that takes it."""
+        return tuple(n for s in self.stages for n in (("blind", s) if s == "proxy_mllm" else (s,)) if n in self.refs)
+
+    @property
     def held_out(self) -> dict[str, tuple[SourceSection, str]]:
         return {name: value for name, value in self.data.items() if name not in ("pretrain", "instruct")}
 
@@ -77,11 +83,13 @@ class Plan:
         wanted = {"instruct", *(["eval"] if "eval" in self.refs else [])}
         if "instruct" not in self.found:
             wanted.add("proxy_mllm")
-        if "proxy_mllm" in wanted and "proxy_mllm" not in self.found and self.has_proxy:
-            wanted.add("proxy_merged")
-            if "proxy_merged" not in self.found:
-                wanted.add("proxy_llm")
-        order = ("proxy_llm", "proxy_merged", "proxy_mllm", "instruct", "eval")
+        if "proxy_mllm" in wanted and "proxy_mllm" not in self.found:
+            wanted |= {"blind"} & self.refs.keys()
+            if self.has_proxy:
+                wanted.add("proxy_merged")
+                if "proxy_merged" not in self.found:
+                    wanted.add("proxy_llm")
+        order = ("proxy_llm", "proxy_merged", "blind", "proxy_mllm", "instruct", "eval")
         return tuple(name for name in order if name in wanted and name not in self.found)
 
     def add(self, name: str, stage: str, inputs: dict[str, Any], store: Store) -> ArtifactRef:
@@ -134,6 +142,9 @@ def _add_stages(plan: Plan, store: Store, *, make: bool) -> None:
             plan.add("proxy_llm", "proxy-llm", keys.proxy_llm_inputs(recipe, plan.llm, captions), store)
         inputs = keys.merged_inputs(recipe, plan.llm, plan.refs["proxy_llm"].key)
         llm_key = plan.add("proxy_merged", "proxy-merged", inputs, store).key
+    if recipe.caches_blind:
+        num_image_tokens = weights.num_image_tokens(plan.tower, recipe.model.image_size, store)
+        plan.add("blind", "blind", keys.blind_inputs(recipe, llm_key, num_image_tokens, captions), store)
     source = recipe.stages.proxy_mllm.from_
     if source is not None and make:
         plan.put("proxy_mllm", imports.import_connector(source, store), {}, store)
@@ -217,12 +228,17 @@ class Pipeline:
             return ProxyLlmTask(**common, base=base, data=data, num_steps=num_steps(recipe, name, data))
         if name == "proxy_merged":
             return MergeTask(**common, base=base, adapter=ProxyAdapter(plan.refs["proxy_llm"]))
+        if name == "blind":
+            reader = self._task("proxy_mllm")
+            assert isinstance(reader, ProxyMllmTask)
+            return BlindTask(**common, reader=reader, num_image_tokens=plan.inputs[name]["num_image_tokens"])
         if name == "proxy_mllm":
             data = self._prepared("pretrain")
             llm = MergedProxy(plan.refs["proxy_merged"]) if plan.has_proxy else base
             return ProxyMllmTask(
-                **common, llm=llm, tokenizer=base, tower=plan.tower, data=data, num_steps=num_steps(recipe, name, data)
-            )
+                **common, llm=llm, tokenizer=base, tower=plan.tower, data=data, blind=plan.refs.get("blind"),
+                num_steps=num_steps(recipe, name, data),
+            )  # fmt: skip
         if name == "instruct":
             data, connector = self._prepared("instruct"), Connector(plan.refs["proxy_mllm"])
             return InstructTask(

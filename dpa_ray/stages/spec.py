@@ -47,6 +47,17 @@ class ArtifactRef:
 
 
 @dataclass(frozen=True)
+class ArtifactFile:
+    """Gives files of an artifact by their names, each verified. Picklable."""
+
+    store: Store
+    artifact: ArtifactRef
+
+    def __call__(self, name: str) -> Path:
+        return self.artifact.fetched(self.store, [name]) / name
+
+
+@dataclass(frozen=True)
 class Weights:
     """Source weights: a folder or hub id, or (for a built-in model) an artifact that holds them."""
 
@@ -128,6 +139,16 @@ class ProxyMllmTask(Task):
     data: Prepared
     num_steps: int
     stage: str = "proxy_mllm"
+    blind: ArtifactRef | None = None  # q of its samples, where it was computed beforehand
+
+
+@dataclass(frozen=True)
+class BlindTask(Task):
+    """q of the samples that `reader` will take, from the LLM that it will be given."""
+
+    reader: ProxyMllmTask
+    num_image_tokens: int
+    stage: str = "blind"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from transformers.utils.hub import cached_file
 from dpa_ray.data import shapes
 from dpa_ray.errors import UserError
 from dpa_ray.model import tiny
+from dpa_ray.model.tower import count_image_tokens
 from dpa_ray.model.vlm import ModelRef
 from dpa_ray.stages.spec import ArtifactRef, Weights
 from dpa_ray.store.artifacts import commit, content_key, digest_folder, find
@@ -45,6 +46,13 @@ def resolve(name: str, kind: Kind, store: Store, *, make: bool, report: Callable
             f"model.{kind}: expected a model folder, a hub id or builtin:tiny-*, found no such folder: {name}"
         )
     return _hub(name, kind, store, make=make)
+
+
+def num_image_tokens(tower: Weights, image_size: int | None, store: Store) -> int:
+    """Features per image of `tower`, also of a built-in one that is not made yet."""
+    if tower.artifact is not None and find(store, tower.artifact.stage, tower.artifact.key) is None:
+        return int((image_size or tiny.IMAGE_SIZE) // tiny.PATCH_SIZE) ** 2
+    return count_image_tokens(tower.located(store), image_size)
 
 
 def _builtin(name: str, kind: Kind, store: Store, *, make: bool, report: Callable[[str], None]) -> Weights:

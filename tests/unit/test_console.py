@@ -107,6 +107,27 @@ def test_steps_that_are_not_known_yet_are_a_question_mark(screen: Screen) -> Non
     assert screen.lines[-1].split() == ["instruct", "0" * 16, "made", "?", "nothing"]
 
 
+def test_what_is_not_trained_has_no_steps(screen: Screen) -> None:
+    console.plan([PlanRow("blind", "0" * 16, True, None, is_trained=False)], to=screen.console)
+    assert screen.lines[-1].split() == ["blind", "0" * 16, "reused", "-", "nothing"]
+
+
+def test_a_job_over_shards_tells_how_many_and_how_fast(screen: Screen) -> None:
+    """By hand: 20 shards, 8 of them there, each of 100 samples in half a second; a line at 10 %."""
+    clock = Clock()
+    with Progress(screen.console, clock) as progress:
+        progress.shards_started("blind", 20, 8)
+        for _ in range(12):
+            clock.now_s += 0.5
+            progress.shard(100)
+        progress.stage_finished()
+    assert screen.lines == [
+        "blind: 20 shards, 8 of them are there already",
+        *(f"blind: {n}/20 shards, 200 samples/s" for n in range(10, 21, 2)),
+        "blind: done in 6.0 s",
+    ]
+
+
 # The closing tables
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpa_ray.recipe import Recipe
+from dpa_ray.stages import weights
 from dpa_ray.stages.pipeline import make_plan
 from dpa_ray.stages.runs import identity
 from dpa_ray.store.fs import Store
@@ -66,9 +67,8 @@ CHANGES: dict[str, tuple[Any, str | None]] = {
     "cmo.lower": (0.1, "proxy_mllm"),
     "cmo.upper": (0.7, "proxy_mllm"),
     "cmo.window": (5, "proxy_mllm"),
-    "cmo.blind": ("live", None),
     "stages.proxy_llm.packing": (False, None),
-    "stages.proxy_mllm.weights": ("uniform", "proxy_mllm"),
+    "stages.proxy_mllm.weights": ("logit", "proxy_mllm"),
     "stages.instruct.weights": ("logit", "instruct"),
     "stages.instruct.llm": ("lora", "instruct"),
     "stages.instruct.group_by_length": (False, "instruct"),
@@ -88,7 +88,11 @@ for _key, _value in {"rank": 7, "alpha": 7, "dropout": 0.5}.items():
     CHANGES[f"stages.proxy_llm.lora.{_key}"] = (_value, "proxy_llm")
     CHANGES[f"stages.instruct.lora.{_key}"] = (_value, None)  # as long as instruct.llm is not lora
 
+for _key in ("max_length", "max_steps"):  # what is read, and how much of it
+    CHANGES[f"stages.proxy_mllm.{_key}"] = (CHANGES[f"stages.proxy_mllm.{_key}"][0], "blind")
+
 ELSEWHERE = {
+    "cmo.blind": "test_where_q_comes_from_is_in_no_key_but_its_own",
     "method": "test_methods_share_what_they_have_in_common",
     "stages.proxy_llm.llm": "it has one value",
     "stages.proxy_llm.from": "test_an_adapter_of_ones_own_takes_the_place_of_stage_one",
@@ -164,13 +168,70 @@ def test_uniform_weights_have_no_bounds(recipe: Callable[..., Recipe]) -> None:
 def test_methods_share_what_they_have_in_common(recipe: Callable[..., Recipe]) -> None:
     """The proxy of pmo and dpa; nothing else of any two, but where the switches are the same by hand."""
     found = {m: keys_of(recipe(f"method={m}")) for m in ("vanilla", "pmo", "cmo", "cal", "dpa")}
-    assert [set(found[m]) for m in ("vanilla", "cmo", "cal")] == [{"proxy_mllm", "instruct", "eval"}] * 3
+    assert set(found["vanilla"]) == {"proxy_mllm", "instruct", "eval"}
+    assert [set(found[m]) for m in ("cmo", "cal")] == [{"blind", "proxy_mllm", "instruct", "eval"}] * 2
+    assert found["cmo"]["blind"] == found["cal"]["blind"] != found["dpa"]["blind"], "of the base LLM, of the proxy"
+    assert "blind" not in found["pmo"]
     assert found["pmo"]["proxy_llm"] == found["dpa"]["proxy_llm"]
     assert found["pmo"]["proxy_merged"] == found["dpa"]["proxy_merged"]
     for name in ("proxy_mllm", "instruct", "eval"):
         assert len({keys[name] for keys in found.values()}) == 5
     by_hand = keys_of(recipe("method=pmo", "stages.proxy_mllm.weights=prob", "stages.instruct.weights=prob"))
     assert by_hand == found["dpa"]
+
+
+def test_where_q_comes_from_is_in_no_key_but_its_own(recipe: Callable[..., Recipe]) -> None:
+    auto = keys_of(recipe())
+    assert keys_of(recipe("cmo.blind=cached")) == auto
+    assert keys_of(recipe("cmo.blind=live")) == {name: key for name, key in auto.items() if name != "blind"}
+    assert "blind" not in keys_of(recipe("stages.proxy_mllm.weights=uniform"))
+
+
+def test_q_is_shared_by_whatever_reads_the_same_captions_with_the_same_llm(recipe: Callable[..., Recipe]) -> None:
+    """Without a proxy, whose key holds the seed, any seed shares it; on fewer samples all that chooses them counts."""
+
+    def key(*overrides: str) -> str:
+        return keys_of(recipe("method=cmo", *overrides))["blind"]
+
+    whole = key()
+    s = "stages.proxy_mllm"
+    for same in (
+        "seed=9", "cmo.lower=0.2", "cmo.upper=0.9", "cmo.window=5", f"{s}.epochs=3", f"{s}.global_batch_size=2",
+        f"{s}.lr=1", "data.shuffle_window=7", "method=cal", "model.vision_layer=-3", "stages.instruct.max_length=9",
+        "data.pretrain.image_aspect=pad", "model.attention=eager",
+    ):  # fmt: skip
+        assert key(same) == whole, same
+    for other in (
+        "precision=bf16",
+        f"{s}.max_length=9",
+        "data.pretrain.options.seed=5",
+        "data.pretrain.options.size=9",
+    ):
+        assert key(other) != whole, other
+    part = ("data.pretrain.fraction=0.5",)
+    assert key(*part) == key(*part, "data.shuffle_window=7", f"{s}.global_batch_size=2")
+    few = (f"{s}.max_steps=1",)
+    kept = {whole, key(*part), key(*few)}
+    for changed in ("seed=9", "data.shuffle_window=7", f"{s}.global_batch_size=2", f"{s}.max_steps=2", *part):
+        kept.add(key(*few, changed))
+    kept.add(key(*part, "seed=9"))
+    assert len(kept) == 3 + 5 + 1
+
+
+def test_as_many_image_tokens_are_the_same_q_whatever_the_tower(
+    recipe: Callable[..., Recipe], tiny_tower: Callable[..., Path]
+) -> None:
+    """Positions are all that the image leaves of itself; a built-in tower's are known before it is made."""
+    before = keys_of(recipe("method=cmo"))
+    same = keys_of(recipe("method=cmo", f"model.vision={tiny_tower('siglip')}"))
+    assert same["blind"] == before["blind"]
+    assert same["proxy_mllm"] != before["proxy_mllm"]
+    finer = keys_of(recipe("method=cmo", f"model.vision={tiny_tower('clip', patch_size=14)}"))
+    assert finer["blind"] != before["blind"]
+    made = recipe("method=cmo", "model.vision=builtin:tiny-vit")
+    absent = keys_of(made)
+    weights.resolve("builtin:tiny-vit", "vision", Store(made.store), make=True, report=lambda _: None)
+    assert keys_of(made) == absent
 
 
 def test_further_held_out_sets_are_in_the_key_of_eval_alone(recipe: Callable[..., Recipe]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dpa_ray.stages.runs import Run, identity
 from dpa_ray.stages.spec import (
     ArtifactRef,
     BaseLlm,
+    BlindTask,
     Connector,
     EvalTask,
     InstructTask,
@@ -41,7 +43,8 @@ from tests.small_recipes import ORDER, weights_of
 
 def plan_of(recipe: Recipe, *, found: Sequence[str], has_eval: bool = True) -> Plan:
     plan = Plan(recipe, weights_of(), weights_of(), {})
-    names = ORDER if plan.has_proxy else ("proxy_mllm", "instruct", "eval")
+    names = [n for n in ORDER if n != "blind" or recipe.caches_blind]
+    names = names if plan.has_proxy else [n for n in names if "proxy" not in n or n == "proxy_mllm"]
     for name in names:
         if has_eval or name != "eval":
             plan.refs[name] = ArtifactRef(name, "0")
@@ -53,12 +56,17 @@ def plan_of(recipe: Recipe, *, found: Sequence[str], has_eval: bool = True) -> P
     ("found", "needed"),
     [
         ([], ORDER),
-        (["proxy_llm"], ("proxy_merged", "proxy_mllm", "instruct", "eval")),
-        (["proxy_merged"], ("proxy_mllm", "instruct", "eval")),  # the adapter is gone, and nobody asks for it
+        (["proxy_llm"], ("proxy_merged", "blind", "proxy_mllm", "instruct", "eval")),
+        (["proxy_merged", "blind"], ("proxy_mllm", "instruct", "eval")),
+        (["blind"], ("proxy_llm", "proxy_merged", "proxy_mllm", "instruct", "eval")),  # stage 2 needs more than q
+        (["proxy_merged"], ("blind", "proxy_mllm", "instruct", "eval")),  # the adapter is gone, and nobody asks for it
         (["proxy_mllm"], ("instruct", "eval")),
         (["instruct"], ("eval",)),
         (["instruct", "eval"], ()),
-        (["eval"], ("proxy_llm", "proxy_merged", "proxy_mllm", "instruct")),  # the model itself is always wanted
+        (
+            ["eval"],
+            ("proxy_llm", "proxy_merged", "blind", "proxy_mllm", "instruct"),
+        ),  # the model itself is always wanted
         (["proxy_llm", "proxy_mllm"], ("instruct", "eval")),
         (["proxy_llm", "proxy_merged", "instruct"], ("eval",)),
     ],
@@ -72,9 +80,11 @@ def test_only_what_something_absent_needs_is_made(
 def test_methods_without_a_proxy_never_need_one(recipe: Callable[..., Recipe]) -> None:
     for method in ("vanilla", "cmo", "cal"):
         plan = plan_of(recipe(f"method={method}"), found=[])
-        assert plan.needed == ("proxy_mllm", "instruct", "eval")
+        assert plan.needed == (*(["blind"] if method != "vanilla" else []), "proxy_mllm", "instruct", "eval")
         assert plan.stages == ("proxy_mllm", "instruct")
-    assert plan_of(recipe("method=pmo"), found=[], has_eval=False).needed == ORDER[:-1]
+    without_q = tuple(name for name in ORDER[:-1] if name != "blind")
+    assert plan_of(recipe("method=pmo"), found=[], has_eval=False).needed == without_q
+    assert plan_of(recipe("cmo.blind=live"), found=[], has_eval=False).needed == without_q
 
 
 class Launched:
@@ -107,8 +117,11 @@ def carry_out(made: Recipe, tmp_path: Path) -> list[Any]:
 def test_tasks_hand_over_by_artifact_in_order(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     made = recipe()
     tasks = carry_out(made, tmp_path)
-    assert [type(task) for task in tasks] == [ProxyLlmTask, MergeTask, ProxyMllmTask, InstructTask, EvalTask]
-    proxy, merge, mllm, tuned, held_out = tasks
+    assert [type(task) for task in tasks] == [ProxyLlmTask, MergeTask, BlindTask, ProxyMllmTask, InstructTask, EvalTask]
+    proxy, merge, blind, mllm, tuned, held_out = tasks
+    assert blind.reader == mllm
+    assert mllm.blind == blind.result
+    assert blind.num_image_tokens == (28 // 7) ** 2
     assert merge.adapter == ProxyAdapter(proxy.result)
     assert mllm.llm == MergedProxy(merge.result)
     assert tuned.connector == Connector(mllm.result)
@@ -142,7 +155,7 @@ def test_all_that_reads_data_waits_for_s3_as_long_as_the_recipe_says(
     for name in ("exists", "upload", "arrow"):
         monkeypatch.setattr(Store, name, noted(name, getattr(Store, name)))
     made = recipe("data.retry_s=7", "stages.instruct.group_by_length=true")
-    tuned = carry_out(made, tmp_path)[3]
+    tuned = carry_out(made, tmp_path)[4]
     assert {kind for kind, _ in waited} == {"source_digest", "exists", "upload", "arrow"}  # arrow: check_supervision
     num = len(waited)
     worker.cursor_of(tuned, Store(made.store)).rows(0, 0)
@@ -153,9 +166,33 @@ def test_all_that_reads_data_waits_for_s3_as_long_as_the_recipe_says(
 
 def test_without_a_proxy_stage_two_has_the_base_llm(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     tasks = carry_out(recipe("method=cmo", "data.eval=null"), tmp_path)
-    assert [type(task) for task in tasks] == [ProxyMllmTask, InstructTask]
-    assert tasks[0].llm == tasks[0].tokenizer == tasks[1].base
-    assert isinstance(tasks[0].llm, BaseLlm)
+    assert [type(task) for task in tasks] == [BlindTask, ProxyMllmTask, InstructTask]
+    assert tasks[0].reader == tasks[1]
+    assert tasks[1].llm == tasks[1].tokenizer == tasks[2].base
+    assert isinstance(tasks[1].llm, BaseLlm)
+
+
+def test_q_is_made_once_for_all_that_train_on_it(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Seeds, bounds, epochs and weights of a method without a proxy; bounds and epochs of one with. Live has none, and
+    finds stage 2 where cached made it."""
+
+    number = count()
+
+    def kinds(*overrides: str) -> list[type[Task]]:
+        made = recipe(f"name=run{next(number)}", "data.eval=null", *overrides)
+        return [type(task) for task in carry_out(made, tmp_path)]
+
+    assert kinds("method=cmo") == [BlindTask, ProxyMllmTask, InstructTask]
+    for change in ("seed=8", "cmo.lower=0.2", "stages.proxy_mllm.epochs=2", "stages.proxy_mllm.weights=logit"):
+        assert kinds("method=cmo", change) == [ProxyMllmTask, InstructTask], change
+    assert kinds("method=cmo", "cmo.blind=live") == []
+    assert kinds("cmo.blind=live") == [ProxyLlmTask, MergeTask, ProxyMllmTask, InstructTask]
+    assert kinds() == []
+    assert kinds("cmo.lower=0.2") == [BlindTask, ProxyMllmTask, InstructTask]
+    assert kinds("cmo.lower=0.3") == [ProxyMllmTask, InstructTask]
+    told = Store(recipe().store).read_json("runs/run9/run.json")["artifacts"]
+    assert told["blind"]["reused"]
+    assert not told["proxy-mllm"]["reused"]
 
 
 def test_what_is_there_is_reused_and_told(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -169,6 +206,7 @@ def test_what_is_there_is_reused_and_told(recipe: Callable[..., Recipe], tmp_pat
     assert {stage for stage, entry in told.items() if entry.get("reused")} == {
         "proxy-llm",
         "proxy-merged",
+        "blind",
         "proxy-mllm",
         "instruct",
     }
@@ -189,7 +227,7 @@ def test_a_deleted_artifact_is_made_again_where_it_is_needed(recipe: Callable[..
     store = Store(made.store)
     store.delete(tasks[0].result.path)
     assert carry_out(made, tmp_path) == [], "nobody needs the adapter any more"
-    store.delete(tasks[3].result.path)
+    store.delete(tasks[4].result.path)
     assert [type(task) for task in carry_out(made, tmp_path)] == [InstructTask]
 
 
@@ -205,7 +243,7 @@ def test_an_adapter_of_ones_own_takes_the_place_of_stage_one(
     lora.save_adapter(peft_model, tensors, tmp_path / "mine", base_name="x")
     made = recipe(f"stages.proxy_llm.from={tmp_path / 'mine'}", "data.eval=null")
     tasks = carry_out(made, tmp_path)
-    assert [type(task) for task in tasks] == [MergeTask, ProxyMllmTask, InstructTask]
+    assert [type(task) for task in tasks] == [MergeTask, BlindTask, ProxyMllmTask, InstructTask]
     folder = tasks[0].adapter.artifact.fetched(Store(made.store))
     for name in lora.ADAPTER_FILES:
         assert (folder / name).read_bytes() == (tmp_path / "mine" / name).read_bytes()

@@ -331,3 +331,15 @@ def test_recipes_in_the_readme_are_right_and_its_commands_are_the_promised_ones(
             load(written(tmp_path, example))
     for command in ("pip install -e . && python jobs/run_dpa.py", "pip install -e '.[test]' && pytest"):
         assert f"\n{command}\n" in text
+
+
+def test_q_computed_beforehand_is_refused_where_stage_two_needs_none(tmp_path: Path) -> None:
+    """It would be ignored; auto is not."""
+    values = {**SMALLEST, "cmo": {"blind": "cached"}}
+    assert parse(values).caches_blind
+    for change in ({"method": "vanilla"}, {"stages": {"proxy_mllm": {"from": "a.safetensors"}}}):
+        errors = errors_of(lambda change=change: parse({**values, **change}))  # type: ignore[misc]
+        assert list(errors) == ["cmo.blind"]
+        assert "expected auto or live, found cached: it is for stage 2" in errors["cmo.blind"]
+        assert not parse({**SMALLEST, **change}).caches_blind
+    assert not parse({**SMALLEST, "cmo": {"blind": "live"}}).caches_blind
