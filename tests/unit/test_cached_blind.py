@@ -13,7 +13,7 @@ import torch
 
 from dpa_ray.batch import IGNORE_INDEX, Batch
 from dpa_ray.data.pack import first_fit
-from dpa_ray.model import blind as kernel
+from dpa_ray.model import score
 from dpa_ray.model.blind import packed_scores, text_of
 from dpa_ray.model.cmo import TargetScores
 from dpa_ray.model.vlm import softcap_of
@@ -60,7 +60,7 @@ def test_q_computed_beforehand_is_q_of_training(
     family: str, attention: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each text alone in a row, some in a row, all in one; scored in parts that end inside samples."""
-    monkeypatch.setattr(kernel, "SCORED_AT_ONCE", 5)
+    monkeypatch.setitem(score.CHUNK_BYTES, "cpu", 5 * 4 * VOCABULARY)
     llm, batch = make_llm(family, attention=attention), batch_of(SAMPLES)
     scores, known = live(llm, batch)
     found = cached(llm, batch, width)
