@@ -13,6 +13,7 @@ import torch
 
 from dpa_ray.batch import IGNORE_INDEX, Batch
 from dpa_ray.data.pack import first_fit
+from dpa_ray.model import blind as kernel
 from dpa_ray.model import score
 from dpa_ray.model.blind import packed_scores, text_of
 from dpa_ray.model.cmo import TargetScores
