@@ -127,7 +127,7 @@ def take_step(engine: Engine, step: int, rank: int = 0, world_size: int = 1) -> 
     (batch,) = share(STEPS[step], rank, world_size, 1)
     num_targets = sum(batch_of([n]).num_targets for n in STEPS[step])
     sums = engine.forward(batch)
-    weight = float(all_sum(sums.detached())[StepSums.names().index("weight")])
+    weight = float(StepSums.of_detached(all_sum(sums.detached())).weight)
     engine.backward(sums.loss / num_targets, last=True)
     engine.update(weight / num_targets, LEARNING_RATES[step])
 
@@ -144,7 +144,7 @@ def run(case: Case, rank: int, world_size: int) -> Outcome:
         num_targets = sum(batch_of([n]).num_targets for n in notations)
         if case.broken and step == BROKEN:
             outcome.before_broken = engine.gather(names)
-        total = torch.zeros(len(StepSums.names()), dtype=torch.float64)
+        total = torch.zeros(StepSums.size(), dtype=torch.float64)
         for index, batch in enumerate(batches):
             sums, last = engine.forward(batch), index == len(batches) - 1
             total += sums.detached()
@@ -152,10 +152,10 @@ def run(case: Case, rank: int, world_size: int) -> Outcome:
             # as the loop does it: one rank's NaN in the last pass is enough
             engine.backward(loss * torch.nan if case.broken and step == BROKEN and last else loss, last=last)
         total = all_sum(total)
-        sum_of = dict(zip(StepSums.names(), total.tolist(), strict=True))
-        norm = engine.update(sum_of["weight"] / num_targets, LEARNING_RATES[step])
-        outcome.losses.append(sum_of["loss"] / sum_of["weight"])
-        outcome.weights.append(sum_of["weight"])
+        sum_of = vars(StepSums.of_detached(total))
+        norm = engine.update(float(sum_of["weight"]) / num_targets, LEARNING_RATES[step])
+        outcome.losses.append(float(sum_of["loss"] / sum_of["weight"]))
+        outcome.weights.append(float(sum_of["weight"]))
         outcome.norms.append(norm)
         if case.broken and step == BROKEN:
             outcome.after_broken = engine.gather(names)

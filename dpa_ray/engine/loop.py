@@ -16,8 +16,12 @@ from dpa_ray.batch import Batch
 from dpa_ray.data.cursor import Cursor, num_passes, shares
 from dpa_ray.engine.protocol import Engine, all_sum, rank
 from dpa_ray.errors import UserError
+from dpa_ray.model.gain import auc
 from dpa_ray.model.step import StepSums
 from dpa_ray.stages.spec import learning_rate
+
+HISTOGRAM_EVERY = 25
+"""Steps between histograms of p - q in the metrics."""
 
 Pass = tuple[np.ndarray, int]
 """One micro-batch of one rank: the rows of its samples (none: filler), and a row to make filler of."""
@@ -127,7 +131,7 @@ def train(
         num_samples, num_tokens, num_targets, num_untaught, num_slots = (int(x) for x in counts[:5])
         _draw_from(seed, stage, step)
 
-        total = torch.zeros(len(StepSums.names()), dtype=torch.float64, device=device)
+        total = torch.zeros(StepSums.size(), dtype=torch.float64, device=device)
         weight_sum = math.nan
         for index, batch in enumerate(mine):
             sums = engine.forward(batch)
@@ -140,8 +144,7 @@ def train(
             # weight must change nothing, and an update with gradients that are not finite does not.
             loss = sums.loss / max(1, num_targets)
             engine.backward(loss * math.nan if last and weight_sum == 0 else loss, last=last)
-        sums_by_name = dict(zip(StepSums.names(), total.tolist(), strict=True))
-        if not all(map(math.isfinite, sums_by_name.values())):
+        if not total.isfinite().all():
             raise UserError(_not_finite(stage, step, "loss", mine))
         lr = schedule.lr(step)
         norm = engine.update(weight_sum / max(1, num_targets) if weight_sum else 1.0, lr)
@@ -153,7 +156,7 @@ def train(
         record(
             {
                 "stage": stage, "step": step, "epoch": epoch, "num_samples": num_samples, "num_tokens": num_tokens,
-                "num_targets": num_targets, "num_untaught": num_untaught, **ratios(sums_by_name, num_targets), "lr": lr,
+                "num_targets": num_targets, "num_untaught": num_untaught, **ratios(StepSums.of_detached(total.cpu()), num_targets, step), "lr": lr,
                 "grad_norm": norm if weight_sum else 0.0, "updated": bool(weight_sum), "step_time_s": seconds,
                 "data_wait_s": waited, "tokens_per_s": num_tokens / seconds,
                 "packing_efficiency": num_tokens / max(1, num_slots),
@@ -170,23 +173,28 @@ def _draw_from(seed: int, stage: str, step: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
-def ratios(sums: dict[str, float], num_targets: int) -> dict[str, float]:
+def ratios(sums: StepSums, num_targets: int, step: int) -> dict[str, Any]:
     """The step's means from its sums; 0 where there is nothing to take a mean of."""
-    weight, count = sums["weight"], max(1, num_targets)
-    means = {
-        "loss": sums["loss"] / weight if weight else 0.0,
-        "nll_mean": sums["nll"] / count,
+    weight, nll, count = float(sums.weight), float(sums.nll), max(1, num_targets)
+    means: dict[str, Any] = {
+        "loss": float(sums.loss) / weight if weight else 0.0,
+        "nll_mean": nll / count,
         "weight_mean": weight / count,
-        "weight_at_lower_fraction": sums["at_lower"] / count,
-        "weight_at_upper_fraction": sums["at_upper"] / count,
+        "weight_at_lower_fraction": float(sums.at_lower) / count,
+        "weight_at_upper_fraction": float(sums.at_upper) / count,
     }
-    grounded, others = sums["num_grounded"], num_targets - sums["num_grounded"]
+    grounded, others = float(sums.num_grounded), num_targets - float(sums.num_grounded)
     if grounded:  # known on builtin:shapes only
-        means["nll_mean_visual"] = sums["grounded_nll"] / grounded
-        means["weight_mean_visual"] = sums["grounded_weight"] / grounded
+        means["nll_mean_visual"] = float(sums.grounded_nll) / grounded
+        means["weight_mean_visual"] = float(sums.grounded_weight) / grounded
         if others > 0:
-            means["nll_mean_style"] = (sums["nll"] - sums["grounded_nll"]) / others
-            means["weight_mean_style"] = (weight - sums["grounded_weight"]) / others
+            means["nll_mean_style"] = (nll - float(sums.grounded_nll)) / others
+            means["weight_mean_style"] = (weight - float(sums.grounded_weight)) / others
+    gains = sums.gains.numpy()
+    if (area := auc(gains)) is not None:
+        means["gain_auc"] = area
+    if gains.any() and step % HISTOGRAM_EVERY == 1:
+        means["gain_histogram"] = gains.sum(0).astype(int).tolist()
     return means
 
 

@@ -50,6 +50,12 @@ def smooth_within_turn(weight_N: Tensor, turn_N: Tensor, window: int) -> Tensor:
 
 
 @torch.no_grad()
+def probability_gain(seen: TargetScores, blind: TargetScores, has_blind_N: Tensor) -> Tensor:
+    """(N,) p - q; q = 0 where there is no text before the target."""
+    return seen.log_prob.exp() - torch.where(has_blind_N, blind.log_prob.exp(), 0.0)
+
+
+@torch.no_grad()
 def raw_weights(seen: TargetScores, blind: TargetScores, has_blind_N: Tensor, weighting: Weighting) -> Tensor:
     """clamp(p - q, lower, upper), or CAL's clamp(logit difference), before smoothing.
 
@@ -58,8 +64,7 @@ def raw_weights(seen: TargetScores, blind: TargetScores, has_blind_N: Tensor, we
         has_blind_N: (N,) bool: is there any text before this target? Where not, q = 0, and CAL takes its lower bound.
     """
     if weighting.kind == "prob":
-        q = torch.where(has_blind_N, blind.log_prob.exp(), 0.0)
-        return (seen.log_prob.exp() - q).clamp(weighting.lower, weighting.upper)
+        return probability_gain(seen, blind, has_blind_N).clamp(weighting.lower, weighting.upper)
     if weighting.kind == "logit":
         difference = torch.where(has_blind_N, seen.logit - blind.logit, weighting.lower)
         return difference.clamp(weighting.lower, weighting.upper)

@@ -14,7 +14,8 @@ from transformers import LlavaForConditionalGeneration
 
 from dpa_ray.batch import IGNORE_INDEX, Batch
 from dpa_ray.model.blind import attention_argument, drop_images
-from dpa_ray.model.cmo import TargetScores, Weighting, raw_weights, smooth_within_turn
+from dpa_ray.model.cmo import TargetScores, Weighting, probability_gain, raw_weights, smooth_within_turn
+from dpa_ray.model.gain import BINS, counted
 from dpa_ray.model.packed import apart, block_masks, in_one_row, num_slots, positions_of, takes_one_row
 from dpa_ray.model.score import TargetScorer
 
@@ -34,10 +35,23 @@ class StepSums:
     grounded_weight: Tensor  # () float64: sum of w over targets known to be visually grounded
     grounded_nll: Tensor  # () float64
     num_grounded: Tensor  # () float64
+    gains: Tensor  # (2, BINS) float64: p - q of the targets of samples with an image, see gain.py
 
     def detached(self) -> Tensor:
-        """(8,) float64, in the order of the fields; addable over micro-batches and ranks."""
-        return torch.stack([value.detach().double() for value in vars(self).values()])
+        """(8 + 2 BINS,) float64, in the order of the fields; addable over micro-batches and ranks."""
+        return torch.cat([value.detach().double().view(-1) for value in vars(self).values()])
+
+    @classmethod
+    def of_detached(cls, values: Tensor) -> StepSums:
+        """The sums whose `detached` is `values`."""
+        *numbers, gains = values.split([*[1] * (len(cls.names()) - 1), 2 * BINS])
+        shaped = [*(number.squeeze(0) for number in numbers), gains.view(2, BINS)]
+        return cls(**dict(zip(cls.names(), shaped, strict=True)))
+
+    @classmethod
+    def size(cls) -> int:
+        """Of `detached`."""
+        return len(cls.names()) - 1 + 2 * BINS
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -109,6 +123,8 @@ class StepModule(nn.Module):
         ).last_hidden_state
         seen = self.scorer.score(hidden[row, column - 1], target)  # the first of a sample is no target
 
+        gains = torch.zeros(2, BINS, dtype=torch.float64, device=hidden.device)
+        grounded = batch.grounded[row, column]
         if self.weighting.kind == "uniform":
             raw = torch.ones_like(seen.log_prob)
             weight = raw
@@ -126,9 +142,9 @@ class StepModule(nn.Module):
             raw = raw_weights(seen, blind, has_blind, self.weighting)
             turn = sample * MOST_TURNS + batch.turn[row, column]
             weight = smooth_within_turn(raw, turn, self.weighting.window)
+            gains = counted(probability_gain(seen, blind, has_blind), grounded, pictured)
 
         nll = -seen.log_prob
-        grounded = batch.grounded[row, column]
         # hidden's zero keeps the graph whole in a micro-batch without targets.
         loss = (weight * nll).sum() + 0.0 * hidden[:, 0].float().sum()
         with torch.no_grad():
@@ -141,6 +157,7 @@ class StepModule(nn.Module):
                 grounded_weight=weight.double()[grounded].sum(),
                 grounded_nll=nll.double()[grounded].sum(),
                 num_grounded=grounded.double().sum(),
+                gains=gains,
             )
 
     def _embed(self, batch: Batch) -> Tensor:

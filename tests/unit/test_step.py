@@ -100,12 +100,15 @@ def reference(module: StepModule, batch: Batch) -> Expected:
 
 
 def numbers(sums: StepSums) -> dict[str, float]:
-    return dict(zip(StepSums.names(), sums.detached().tolist(), strict=True))
+    return {name: float(value) for name, value in vars(sums).items() if name != "gains"}
 
 
 def check_sums(found: StepSums, expected: Expected | StepSums) -> None:
     """fp32 on both sides, sums in another order (padding, dropped image, several rows at once): 1e-5 relative."""
-    values = {k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in vars(expected).items()}
+    values = {k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in vars(expected).items() if k != "gains"}
+    if isinstance(expected, StepSums):
+        assert found.gains.sum() == expected.gains.sum()
+        assert (found.gains - expected.gains).abs().sum() <= 4, "two on the edge of a bin at most"
     assert numbers(found) == pytest.approx(values, rel=1e-5, abs=1e-6)
 
 
@@ -293,7 +296,7 @@ def test_text_without_image_has_no_weight_above_a_lower_bound_of_zero(kind: str)
 
 def check_zero_but_attached(module: StepModule, batch: Batch) -> None:
     sums = module(batch)
-    assert numbers(sums) == dict.fromkeys(StepSums.names(), 0.0)
+    assert not sums.detached().any()
     for name, gradient in gradients(module, sums.loss).items():
         assert gradient is not None, f"{name} is not in the graph: that rank's backward would fail alone"
         assert (gradient == 0).all(), name
