@@ -326,3 +326,27 @@ def test_grouped_passes_hold_samples_of_like_size_on_all_ranks():
         return max(float(np.ptp(sizes(rows).astype(int))) for ranks in layout for rows in ranks)
 
     assert spread(grouped) <= 12 < 40 < spread(plain)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.3])
+@pytest.mark.parametrize("window", [1500, 4096, 5000])
+def test_large_windows_take_every_sample_once_whatever_the_number_of_workers(window: int, fraction: float) -> None:
+    """Beyond 1,024 rows a window's permutation is asked at single places; group sizes and steps divide nothing."""
+    groups = np.random.default_rng(window).integers(1, 65, 330).tolist()
+    cursor = Cursor(groups, seed=3, global_batch_size=37, window=window, fraction=fraction)
+    assert cursor.num_samples == round(fraction * sum(groups))
+    for epoch in range(2):
+        steps = [cursor.rows(epoch, step) for step in range(cursor.steps_per_epoch)]
+        taken = np.concatenate(steps)
+        assert len(np.unique(taken)) == len(taken) == cursor.num_samples
+        assert 0 <= taken.min() <= taken.max() < sum(groups)
+        fresh = Cursor(groups, seed=3, global_batch_size=37, window=window, fraction=fraction)
+        for step in (cursor.steps_per_epoch - 1, 0, cursor.steps_per_epoch // 2):
+            assert np.array_equal(fresh.rows(epoch, step), steps[step]), "any step alone, in any order"
+        for rows in steps[::20]:
+            for world_size in (1, 2, 3, 5):
+                dealt = [row for rank in shares(rows, world_size, 4) for part in rank for row in part]
+                assert sorted(dealt) == sorted(rows)
+    whole = [set(np.concatenate([cursor.rows(e, s) for s in range(cursor.steps_per_epoch)])) for e in range(2)]
+    assert whole[0] == whole[1], "a fraction is the same subset in every epoch"
+    assert not np.array_equal(cursor.rows(0, 0), cursor.rows(1, 0))
