@@ -16,8 +16,6 @@ import pytest
 from tests import tiny_models
 from tests.integration.runs import STAGES, Run, losses, make_recipe, start_dpa
 
-pytestmark = pytest.mark.ci
-
 NUM_STEPS = 12
 EVERY_STEPS = 2
 
@@ -85,7 +83,14 @@ def assert_same_to_the_bit(run: Run, expected: Run) -> None:
     assert weights(run) == weights(expected)
 
 
-@pytest.mark.parametrize(("stage", "step"), [("proxy_llm", 7), ("proxy_mllm", 4), ("instruct", 11)])
+@pytest.mark.parametrize(
+    ("stage", "step"),
+    [
+        pytest.param("proxy_llm", 7, marks=pytest.mark.full),
+        pytest.param("proxy_mllm", 4, marks=pytest.mark.ci),
+        pytest.param("instruct", 11, marks=pytest.mark.full),
+    ],
+)
 def test_a_lost_worker_is_replaced_and_nothing_changes(
     tmp_path: Path, recipe: Callable, whole: Callable[..., Run], stage: str, step: int
 ) -> None:
@@ -101,6 +106,7 @@ def test_a_lost_worker_is_replaced_and_nothing_changes(
     assert list((tmp_path / "store" / "checkpoints").rglob("*.safetensors")) == [], "finished stages leave none"
 
 
+@pytest.mark.ci
 def test_the_same_command_goes_on_after_all_was_killed(
     tmp_path: Path, recipe: Callable, whole: Callable[..., Run]
 ) -> None:
@@ -118,6 +124,7 @@ def test_the_same_command_goes_on_after_all_was_killed(
     assert_same_to_the_bit(run, whole())
 
 
+@pytest.mark.ci
 def test_other_numbers_of_workers_take_the_same_samples(
     tmp_path: Path, recipe: Callable, whole: Callable[..., Run]
 ) -> None:
@@ -143,6 +150,7 @@ def test_other_numbers_of_workers_take_the_same_samples(
         assert losses(run, stage) == pytest.approx(losses(whole(**plain), stage), rel=1e-5), stage
 
 
+@pytest.mark.ci
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
     tmp_path: Path, recipe: Callable, whole: Callable[..., Run]
 ) -> None:
@@ -164,6 +172,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
     assert_same_to_the_bit(run, whole())
 
 
+@pytest.mark.ci
 def test_a_worker_that_dies_each_time_ends_the_run_and_keeps_what_was_saved(tmp_path: Path, recipe: Callable) -> None:
     running = start_dpa(recipe(cluster__max_failures=0), tmp_path / "store", "run")
     running.wait_for("proxy_mllm", 5)
@@ -177,6 +186,7 @@ def test_a_worker_that_dies_each_time_ends_the_run_and_keeps_what_was_saved(tmp_
     assert run.info()["status"] == "failed"
 
 
+@pytest.mark.ci
 def test_the_same_command_is_refused_while_the_first_one_lives(tmp_path: Path, recipe: Callable) -> None:
     store = tmp_path / "store"
     first = start_dpa(recipe(), store, "run")
