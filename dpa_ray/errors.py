@@ -9,3 +9,7 @@ class UserError(Exception):
 
 class NoAnswer(UserError):
     """A server that cannot be reached now, or is too busy: the same call may succeed later."""
+
+
+class BrokenJson(UserError):
+    """A file that should be JSON and is not."""

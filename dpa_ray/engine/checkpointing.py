@@ -22,14 +22,15 @@ from typing import Any
 import torch
 
 from dpa_ray.data.bridged import BridgedStore
-from dpa_ray.data.retry import bridging
+from dpa_ray.data.retry import bridging, retried
 from dpa_ray.engine import state
 from dpa_ray.engine.logs import METRICS, SAMPLES, Before, Recorder
 from dpa_ray.engine.protocol import Engine, all_sum, from_rank_0, rank, world_size
 from dpa_ray.errors import UserError
 from dpa_ray.stages.spec import TrainTask
 from dpa_ray.store import checkpoints
-from dpa_ray.store.checkpoints import Checkpoint
+from dpa_ray.store.cache import forget
+from dpa_ray.store.checkpoints import Checkpoint, Damaged
 from dpa_ray.store.digests import digest_folder
 from dpa_ray.store.fs import Store
 
@@ -77,20 +78,20 @@ class Checkpointer:
         *,
         note: Callable[[str], None],
         saved: Callable[[int], None],
-        drained: Callable[[], bool],
+        drained: Callable[[], object | None],
     ):
         """
         Args:
             note: takes what a person should know, on any rank.
             saved: rank 0: is told the step of every checkpoint that is whole.
-            drained: is a worker's node about to go? Asked on all ranks at once.
+            drained: which workers' nodes are about to go, or None? Asked on all ranks at once.
         """
         self.store, self.task, self.engine, self.recorder, self.device = store, task, engine, recorder, device
         self.section = task.recipe.checkpoint
         self.note, self.saved, self.drained = note, saved, drained
         self.stage, self.key = task.result.stage, task.result.key
         self.pending: _Pending | None = None
-        self.was_drained = False
+        self.leaving: object | None = None
         self.last_save = self.last_ask = time.monotonic()
         sweep_tmp()
 
@@ -98,7 +99,7 @@ class Checkpointer:
         """Rank 0: is it time to save, and to ask about nodes that go? Any rank: is it still writing, has it failed to?"""
         now, first, every_s = time.monotonic(), rank() == 0, self.section.every_s
         due = first and every_s is not None and now - self.last_save >= every_s
-        ask = first and not self.was_drained and now - self.last_ask >= DRAIN_EVERY_S
+        ask = first and now - self.last_ask >= DRAIN_EVERY_S
         return [float(vote) for vote in (due, ask, *self._progress())]
 
     def before_telling(self) -> None:
@@ -113,10 +114,11 @@ class Checkpointer:
         """`step` (from 1) is done; `votes` are summed over the ranks. Save, where it is time."""
         begun = time.monotonic()
         due, ask, busy, failed = map(bool, votes)
+        leaving = False
         if ask:
             self.last_ask = begun
-            self.was_drained = self.drained()
-        leaving = ask and self.was_drained
+            before, self.leaving = self.leaving, self.drained()
+            leaving = self.leaving is not None and self.leaving != before
         if failed:
             self._give_up()
         every_steps = self.section.every_steps
@@ -225,8 +227,11 @@ class Checkpointer:
             "untaught": untaught, "meta": pending.meta,
         }  # fmt: skip
         checkpoints.finish(store, pending.path, self.stage, self.key, pending.step, rest)
-        checkpoints.collect(store, self.stage, self.key, keep=self.section.keep, newest=pending.path)
         self.saved(pending.step)
+        try:
+            checkpoints.collect(store, self.stage, self.key, keep=self.section.keep, newest=pending.path)
+        except (UserError, OSError) as err:  # the checkpoint itself is whole
+            _log.warning("older checkpoints could not be removed: %s", err)
 
 
 def sweep_tmp() -> None:
@@ -248,42 +253,59 @@ def _lives(process: int) -> bool:
 
 
 def candidates(store: Store, task: TrainTask) -> list[Checkpoint]:
-    """What the stage could go on from, latest first; the same on every rank."""
-    found = checkpoints.whole_ones(store, task.result.stage, task.result.key) if rank() == 0 else []
+    """What the stage could go on from, latest first; the same on every rank. Raises: UserError where the store is away."""
+    found = []
+    if rank() == 0:
+        with bridging(task.recipe.data.retry_s):
+            found = checkpoints.whole_ones(BridgedStore(store), task.result.stage, task.result.key)
     return from_rank_0([checkpoint for checkpoint in found if checkpoint.step <= task.num_steps])
 
 
-def restore(store: Store, checkpoint: Checkpoint, engine: Engine, device: torch.device) -> tuple[Before, str | None]:
+def restore(
+    store: Store, checkpoint: Checkpoint, engine: Engine, device: torch.device, retry_s: float = 0.0
+) -> tuple[Before, str | None]:
     """Put the state of `checkpoint` into `engine`; returns what was written down until then (rank 0), and what is wrong
-    with the checkpoint, where nothing was changed.
+    with the checkpoint, where it is damaged: then the engine is not to be used before another one was restored into it.
 
-    All ranks call it, and all or none go on from it.
+    All ranks call it, and all or none go on from it. Raises: UserError or OSError where it cannot be read, though it may
+    be sound (a server that is away for longer than `retry_s`, a full disk).
     """
-    manifest, fragments, before, problem = checkpoint.manifest, engine.fragments(), Before(), None
+    fragments, before, problem, num_updates = engine.fragments(), Before(), None, 0
+    kept = state.snapshot(fragments)
     try:
-        index = {name: [(s, n, file) for s, n, file in places] for name, places in manifest["index"].items()}
-        folder = checkpoints.fetch(store, checkpoint, state.files_for(fragments, index))
-        num_updates = int(manifest["num_updates"])
-        if rank() == 0:
-            before = _written_until(store, checkpoint)
-    except (UserError, ValueError, KeyError, TypeError, OSError) as err:
-        problem = f"{store.url(checkpoint.path)}: {type(err).__name__}: {err}" if _is_odd(err) else str(err)
+        with bridging(retry_s):
+            index = _index(checkpoint.manifest)
+            names = state.files_for(fragments, index)
+            url = store.url(checkpoint.path)
+            folder = retried(lambda: checkpoints.fetch(store, checkpoint, names), url)
+            num_updates = int(checkpoint.manifest["num_updates"])
+            if rank() == 0:
+                before = retried(lambda: _written_until(store, checkpoint), url)
+            state.load(fragments, index, folder)
+    except Damaged as err:
+        problem = str(err)
+    except (UserError, OSError):
+        raise
+    except Exception as err:  # whatever odd content leads to: it is content, and another checkpoint may be sound
+        problem = f"{store.url(checkpoint.path)}: {type(err).__name__}: {err}"
     if all_sum(torch.tensor([float(problem is not None)], device=device)) > 0:
-        return before, problem or f"{store.url(checkpoint.path)}: another worker could not read its part"
-    state.load(fragments, index, folder)
+        for fragment, old in zip(fragments, kept, strict=True):
+            for kind, tensor in fragment.tensors.items():
+                tensor.copy_(old.tensors[kind])
+        return Before(), problem or f"{store.url(checkpoint.path)}: another worker could not read its part"
     engine.restored(num_updates)
+    forget(checkpoint.path)  # its copy of S3's files; all ranks have read theirs
     return before, None
 
 
-def _is_odd(err: Exception) -> bool:
-    """Does the message lack the place?"""
-    return not isinstance(err, UserError | OSError)
+def _index(manifest: dict[str, Any]) -> state.Index:
+    return {name: [(int(s), int(n), str(file)) for s, n, file in places] for name, places in manifest["index"].items()}
 
 
 def _written_until(store: Store, checkpoint: Checkpoint) -> Before:
-    """Raises: UserError where it is damaged."""
+    """Raises: Damaged where it is."""
     manifest = checkpoint.manifest
-    names = [name for name in (METRICS, SAMPLES) if name in manifest["files"]]
+    names = [METRICS, *([SAMPLES] if SAMPLES in manifest["files"] else [])]
     folder = checkpoints.fetch(store, checkpoint, names)
     lines = {name: (folder / name).read_text().splitlines(keepends=True) for name in names}
     meta = manifest["meta"]

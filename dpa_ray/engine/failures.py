@@ -14,8 +14,8 @@ from ray.train import UserCallback
 
 from dpa_ray.errors import NoAnswer, UserError
 
-FAILED = "failed"
-"""The event that workers are gone and others are to come."""
+FAILED, STARTED = "failed", "workers_started"
+"""The events that workers are gone and others are to come, and that they are there."""
 
 INNER = ("cause", "_base_exc", "health_check_failure", "controller_failure", "__cause__")
 """Where Ray's exceptions keep those that they wrap."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import _thread
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +36,33 @@ def run(recipe: Recipe) -> dict[str, Any]:
     trackers.check(recipe.trackers)
     device = "GPU" if recipe.cluster.gpus_per_worker else "CPU"
     console.header(recipe, device=device, store=store.uri)
-    with (
-        console.Progress() as progress,
-        lease.held(store, f"{run_record.path}/lease", report=progress.note, lost=_thread.interrupt_main) as taken,
-    ):
-        plan = make_plan(recipe, store, make=True, report=progress.note)
-        pipeline = Pipeline(plan, store, run_record, progress.note)
-        view = View(progress, recipe, store, run_record.path)
-        try:
-            pipeline.carry_out(lambda tasks: _launch(tasks, store, recipe, view), start=lambda: _start(recipe, view))
-        except BaseException as err:
-            if run_record.values and not taken.is_set():  # else nothing was begun, or another process goes on
-                run_record.write("failed", error=str(err) or type(err).__name__)
-            raise
-        finally:
-            view.close()
-    return _closing(plan, pipeline, store, run_record)
+    with lease.held(store, f"{run_record.path}/lease", report=_print, lost=lambda: None) as taken:
+        run_record.check_name()  # again: another run may have had the lease meanwhile
+
+        def check() -> None:
+            if taken.is_set():
+                raise lease.LeaseTaken(f"{store.url(run_record.path)}: another process has taken this run over")
+
+        with console.Progress() as progress:
+            plan = make_plan(recipe, store, make=True, report=progress.note)
+            pipeline = Pipeline(plan, store, run_record, progress.note)
+            view = View(progress, recipe, store, run_record.path)
+            try:
+                pipeline.carry_out(
+                    lambda tasks: _launch(tasks, store, recipe, view, check), start=lambda: _start(recipe, view)
+                )
+            except BaseException as err:
+                if run_record.values and not taken.is_set():  # else nothing was begun, or another process goes on
+                    run_record.write("failed", error=str(err) or type(err).__name__)
+                raise
+            finally:
+                view.close()
+        check()
+        return _closing(plan, pipeline, store, run_record)
+
+
+def _print(text: str) -> None:
+    console.terminal().print(text, soft_wrap=True)
 
 
 def _start(recipe: Recipe, view: View) -> None:
@@ -65,10 +75,10 @@ def _start(recipe: Recipe, view: View) -> None:
     launch.wait_for_resources(recipe.cluster)
 
 
-def _launch(tasks: Sequence[Task], store: Store, recipe: Recipe, view: View) -> None:
+def _launch(tasks: Sequence[Task], store: Store, recipe: Recipe, view: View, check: Callable[[], None]) -> None:
     from dpa_ray.engine import launch
 
-    launch.launch(tasks, store, recipe.cluster, recipe.name, view.handle)
+    launch.launch(tasks, store, recipe.cluster, recipe.name, view.handle, check)
 
 
 class View:

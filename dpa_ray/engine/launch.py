@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -14,7 +15,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from dpa_ray.data.ray_tasks import RETRY_ENVIRONMENT
-from dpa_ray.engine.failures import FAILED, Failures, first_line, root_causes
+from dpa_ray.engine.failures import FAILED, STARTED, Failures, first_line, root_causes
 from dpa_ray.engine.messages import Board, Orders
 from dpa_ray.engine.worker import run_worker
 from dpa_ray.errors import UserError
@@ -74,8 +75,11 @@ def launch(
     cluster: ClusterSection,
     name: str,
     handle: Callable[[str, dict[str, Any]], None],
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Run `tasks` on the workers of one TorchTrainer; their events go to `handle`, in order.
+
+    `check` is called now and then; what it raises ends the work.
 
     One worker group does all tasks: starting one costs more than a short stage, and GPUs stay warm in between.
     Raises: UserError with what a worker said, or where workers cannot be started (again) in time.
@@ -110,12 +114,17 @@ def launch(
             if ended:
                 break
             starting.check()
+            check()
             fit.join(POLL_S)
         if fit.error is not None:
             raise _for_user(fit.error) from fit.error
     finally:
-        ray.kill(board)
-        store.delete(storage)
+        if fit.ended:
+            ray.kill(board)
+        elif ray.get_runtime_context().get_actor_id() is None:
+            ray.shutdown()  # ends the workers, before anybody else may take the run over
+        with suppress(UserError):  # of no use to anybody; what is under way may matter more
+            store.delete(storage)
 
 
 class _Fit(threading.Thread):
@@ -146,10 +155,11 @@ class Starting:
         self.since: float | None = time.monotonic()
 
     def saw(self, kind: str) -> None:
-        """An event: FAILED begins the wait for new workers, what a worker tells ends it."""
+        """An event: FAILED begins the wait for new workers; only theirs that they are there ends it, as what is left of
+        the old ones may still tell something."""
         if kind == FAILED:
             self.since = time.monotonic()
-        elif kind != "note":
+        elif kind == STARTED:
             self.since = None
 
     def check(self) -> None:

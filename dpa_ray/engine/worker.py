@@ -18,20 +18,22 @@ from dpa_ray.batch import Batch
 from dpa_ray.data.blind_scores import BlindScores
 from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.ingest import Loader
+from dpa_ray.data.retry import bridging, retried
 from dpa_ray.data.sizes import ONE_IMAGE, Sizes
 from dpa_ray.engine.blind_job import compute_blind
 from dpa_ray.engine.checkpointing import Checkpointer, candidates, restore
 from dpa_ray.engine.evaluate import evaluate
+from dpa_ray.engine.failures import STARTED
 from dpa_ray.engine.feed import Feed
 from dpa_ray.engine.logs import Before, Recorder
 from dpa_ray.engine.loop import Plan, Schedule, train
 from dpa_ray.engine.messages import Orders
-from dpa_ray.engine.protocol import Engine, OptimizerSettings, rank, world_size
+from dpa_ray.engine.protocol import Engine, OptimizerSettings, from_rank_0, rank, world_size
 from dpa_ray.stages import instruct, proxy_llm, proxy_mllm
 from dpa_ray.stages.build import Built
 from dpa_ray.stages.spec import ArtifactFile, BlindTask, EvalTask, MergeTask, ProxyMllmTask, Task, TrainTask
 from dpa_ray.stages.trainable import TrainableSet, check_trainable, select_trainable
-from dpa_ray.store import checkpoints
+from dpa_ray.store import checkpoints, lease
 from dpa_ray.store.artifacts import commit, find
 from dpa_ray.store.checkpoints import Checkpoint
 from dpa_ray.store.fs import Store
@@ -46,13 +48,17 @@ def run_worker(orders: Orders) -> None:
 
     tasks: tuple[Task, ...] = ray.get(orders.tasks)
     worker = Worker(Store(orders.store_uri), _device(), orders.board)
-    worker.tell("workers_started", number=world_size())
+    worker.tell(STARTED, number=world_size())
     for task in tasks:
-        if find(worker.store, task.result.stage, task.result.key) is None:
-            worker.run(task)
+        result, retry_s = task.result, task.recipe.data.retry_s
+        with bridging(retry_s):
+            url = worker.store.url(result.path)
+            # one look for all ranks: another run may make the same at this moment
+            there = retried(lambda r=result: find(worker.store, r.stage, r.key), url) if rank() == 0 else None  # type: ignore[misc]
+        if not from_rank_0(there is not None):
+            with worker.alone(task):
+                worker.run(task)
         worker.barrier()
-        if rank() == 0:  # also what a kill left between a stage's end and this
-            checkpoints.drop(worker.store, task.result.stage, task.result.key)
     worker.feed.close()
 
 
@@ -95,6 +101,18 @@ class Worker:
         if self.board is not None and rank() == 0:
             self.board.put.remote(kind, values)
 
+    @contextmanager
+    def alone(self, task: Task) -> Iterator[None]:
+        """Of all runs, this one alone makes the task's result: checkpoints belong to its key, not to a run."""
+        if rank() != 0:
+            yield
+            return
+        path = f"leases/{task.result.stage}-{task.result.key}"
+        # a worker that lost its lease must not write another byte; training is then over for all ranks
+        with lease.held(self.store, path, report=self.note, lost=lambda: os._exit(1)):
+            yield
+            checkpoints.drop(self.store, task.result.stage, task.result.key)
+
     def note(self, text: str) -> None:
         """A line for people, from any rank."""
         if self.board is not None:
@@ -128,7 +146,12 @@ class Worker:
                 self._commit(task, Path(tmp), {"wall_time_s": time.perf_counter() - start})
 
     def _commit(self, task: Task, folder: Path, meta: dict[str, Any]) -> None:
-        commit(self.store, task.result.stage, task.result.key, folder, inputs=task.inputs, meta=meta)
+        result = task.result
+        with bridging(task.recipe.data.retry_s):  # a whole commit can be made again
+            retried(
+                lambda: commit(self.store, result.stage, result.key, folder, inputs=task.inputs, meta=meta),
+                self.store.url(result.path),
+            )
 
     def _train(self, task: TrainTask) -> None:
         start = time.perf_counter()
@@ -179,7 +202,7 @@ class Worker:
             engine = engine or make_engine(built, task, self.device, accumulation_steps=plan.most_passes)
             if checkpoint is None:
                 break
-            before, problem = restore(self.store, checkpoint, engine, self.device)
+            before, problem = restore(self.store, checkpoint, engine, self.device, task.recipe.data.retry_s)
             if problem is None:
                 if rank() == 0:
                     self.note(_resumed(task, checkpoint, built))
@@ -233,11 +256,11 @@ def has_dropout(module: torch.nn.Module) -> bool:
     )  # fmt: skip
 
 
-def _drained() -> bool:
-    """Is a node with a worker of ours about to go? All ranks ask at once."""
+def _drained() -> object | None:
+    """Which workers' nodes are about to go, as Ray Train says it, or None. All ranks ask at once."""
     import ray.train
 
-    return ray.train.get_preemption_info() is not None
+    return ray.train.get_preemption_info()
 
 
 def _build(task: TrainTask, store: Store) -> Built:

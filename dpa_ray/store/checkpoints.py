@@ -6,6 +6,8 @@ key is the stage's own, so that any run that needs this stage goes on where anot
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from dpa_ray.errors import UserError
+from dpa_ray.errors import BrokenJson, UserError
 from dpa_ray.store.cache import cached, forget
 from dpa_ray.store.digests import differences
 from dpa_ray.store.fs import Store, checked_path
@@ -32,6 +34,10 @@ class Files(Protocol):
     def write_json(self, path: str, value: Any) -> None: ...
     def list_dirs(self, path: str) -> list[str]: ...
     def delete(self, path: str) -> None: ...
+
+
+class Damaged(UserError):
+    """A checkpoint that is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,14 @@ def path_of(stage: str, key: str, step: int, attempt: str) -> str:
 
 def finish(store: Files, path: str, stage: str, key: str, step: int, rest: Mapping[str, Any]) -> None:
     """Write the manifest, once everything else is there. `rest` has at least "files": {name: {size_bytes, sha256}}."""
-    store.write_json(f"{path}/{MANIFEST}", {"schema": SCHEMA, "stage": stage, "key": key, "step": step, **rest})
+    manifest = {"schema": SCHEMA, "stage": stage, "key": key, "step": step, **rest}
+    store.write_json(f"{path}/{MANIFEST}", {**manifest, "digest": _digest(manifest)})
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all that a manifest says but this."""
+    rest = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def whole_ones(store: Files, stage: str, key: str) -> list[Checkpoint]:
@@ -72,44 +85,49 @@ def whole_ones(store: Files, stage: str, key: str) -> list[Checkpoint]:
             manifest = store.read_json(f"{path}/{MANIFEST}")
         except FileNotFoundError:
             continue
-        except UserError as err:
-            _log.warning("%s", err)
-            continue
-        if (problem := _problem(manifest, stage, key)) is not None:
-            _log.warning("%s: %s", store.url(f"{path}/{MANIFEST}"), problem)
+        except BrokenJson as err:
+            problem: str | None = str(err)
+        else:
+            problem = _problem(manifest, stage, key, name)
+        if problem is not None:
+            _log.warning("%s: this checkpoint is passed over: %s", store.url(f"{path}/{MANIFEST}"), problem)
             continue
         found.append(Checkpoint(path, manifest))
     return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.path), reverse=True)
 
 
-def _problem(manifest: Any, stage: str, key: str) -> str | None:
+def _problem(manifest: Any, stage: str, key: str, name: str) -> str | None:
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         return f"expected the manifest of a checkpoint of schema {SCHEMA}, found something else"
     if (manifest.get("stage"), manifest.get("key")) != (stage, key):
         return f"expected a checkpoint of {stage}-{key}, found one of {manifest.get('stage')}-{manifest.get('key')}"
+    if manifest.get("digest") != _digest(manifest):
+        return "its content is not what was written: its own SHA-256 is another"
     step, files = manifest.get("step"), manifest.get("files")
     if type(step) is not int or step < 1 or not isinstance(files, dict):
         return f"expected step and files, found step {step!r} and files {type(files).__name__}"
-    for name, entry in files.items():
+    if not name.startswith(f"step-{step:08d}-"):
+        return f"expected the manifest of {name}, found that of step {step}"
+    for file, entry in files.items():
         try:
-            checked_path(name)
+            checked_path(file)
         except ValueError as err:
             return f"in its files, {err}"
         size, digest = (entry.get("size_bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
         if type(size) is not int or not re.fullmatch(r"[0-9a-f]{64}", str(digest)):
-            return f"expected size_bytes and sha256 of {name!r}, found {entry!r}"
+            return f"expected size_bytes and sha256 of {file!r}, found {entry!r}"
     return None
 
 
 def fetch(store: Store, checkpoint: Checkpoint, names: Sequence[str]) -> Path:
     """A local folder with the files `names`, each checked for size and SHA-256.
 
-    Raises: UserError that names each file which is missing or different.
+    Raises: Damaged that names each file which is missing or different; what the store raises where it is away.
     """
     files = checkpoint.manifest["files"]
     absent = [name for name in names if name not in files]
     if absent:
-        raise UserError(f"{store.url(checkpoint.path)}: expected {', '.join(absent)} among its files, found none")
+        raise Damaged(f"{store.url(checkpoint.path)}: expected {', '.join(absent)} among its files, found none")
     wanted = {name: files[name] for name in names}
     if store.is_local:
         place = Path(store.url(checkpoint.path))
@@ -118,16 +136,18 @@ def fetch(store: Store, checkpoint: Checkpoint, names: Sequence[str]) -> Path:
         place, wrong = cached(store, checkpoint.path, files, wanted)
     if wrong:
         lines = "; ".join(f"{name}: {text}" for name, text in wrong.items())
-        raise UserError(f"{store.url(checkpoint.path)}: {lines}")
+        raise Damaged(f"{store.url(checkpoint.path)}: {lines}")
     return place
 
 
 def collect(store: Files, stage: str, key: str, *, keep: int, newest: str) -> None:
     """Remove all but the `keep` latest whole checkpoints up to `newest` (a path), and what is not whole.
 
-    The caller is the only one who saves under this key.
+    Those after `newest` go too: training went on from before them, as they could not be read. The caller is the only one
+    who saves under this key.
     """
-    kept = {c.path for c in whole_ones(store, stage, key)[:keep]} | {newest}
+    whole = [checkpoint.path for checkpoint in whole_ones(store, stage, key)]
+    kept = {newest, *whole[whole.index(newest) if newest in whole else 0 :][:keep]}
     for name in store.list_dirs(folder(stage, key)):
         path = f"{folder(stage, key)}/{name}"
         if path not in kept:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote
 
-from dpa_ray.errors import UserError
+from dpa_ray.errors import BrokenJson, UserError
 from dpa_ray.store.local import LocalFolder, files_under
 from dpa_ray.store.messages import told
 from dpa_ray.store.s3 import S3Folder
@@ -106,7 +106,7 @@ class Store:
         try:
             return json.loads(data)
         except (ValueError, RecursionError) as err:
-            raise UserError(f"{self.url(path)}: expected JSON, found {len(data)} bytes that are none ({err})") from err
+            raise BrokenJson(f"{self.url(path)}: expected JSON, found {len(data)} bytes that are none ({err})") from err
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write a file, or replace it."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -90,6 +91,8 @@ def _acquire(store: Store, path: str, report: Callable[[str], None], lapses_afte
                 )
         if not number or _is_free(content) or time.monotonic() - since >= lapses_after_s:
             if store.put_if_absent(_file(path, number + 1), _content(number + 1)):
+                if _highest(store, path) != number + 1:  # several hand-overs since we looked
+                    continue
                 for old in range(number, 0, -1):
                     if not store.exists(_file(path, old)):
                         break
@@ -103,20 +106,20 @@ def _renew(
     store: Store, path: str, number: int, lapses_after_s: float, ended: threading.Event, lost: Callable[[], None]
 ) -> None:
     while not ended.wait(lapses_after_s / RENEWALS):
-        try:
+        try:  # whatever happens to a store or to a thread: a holder that cannot say that it lives must say why
             if _highest(store, path) != number:
                 _log.error("%s: another process has taken over", store.url(path))
                 lost()
                 return
             store.write_bytes(_file(path, number), _content(number))
-        except UserError as err:
+        except Exception as err:
             _log.warning("%s: this lease cannot be renewed now: %s", store.url(path), err)
 
 
 def _highest(store: Store, path: str) -> int:
     """The number that counts; 0 where there is none."""
-    names = [name.removesuffix(".json") for name in store.list(path, recursive=False)]
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    names = [re.fullmatch(r"([0-9]{1,18})\.json", name) for name in store.list(path, recursive=False)]
+    return max((int(name[1]) for name in names if name), default=0)
 
 
 def _file(path: str, number: int) -> str:
@@ -140,10 +143,10 @@ def _content(number: int, *, released: bool = False) -> bytes:
 
 
 def _boot() -> str:
-    """This start of this machine."""
+    """This start of this machine, and whose process numbers these are: containers count their own."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
 

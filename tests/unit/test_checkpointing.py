@@ -19,6 +19,7 @@ from dpa_ray.engine import checkpointing
 from dpa_ray.engine.checkpointing import Checkpointer, candidates, restore
 from dpa_ray.engine.logs import Before, Recorder
 from dpa_ray.engine.plain import PlainEngine
+from dpa_ray.errors import NoAnswer
 from dpa_ray.recipe import load
 from dpa_ray.store import checkpoints
 from dpa_ray.store.fs import Store
@@ -31,7 +32,7 @@ NUM_STEPS = 5
 class Stage:
     """One stage on one process: real engine, store, recorder and checkpointer; steps are those of the engines' tests."""
 
-    def __init__(self, folder: Path, *overrides: str, drained: Callable[[], bool] = lambda: False):
+    def __init__(self, folder: Path, *overrides: str, drained: Callable[[], object | None] = lambda: None):
         self.store = Store(str(folder / "store"))
         recipe = load("tiny", ["debug.record_samples=true", *overrides])
         result = SimpleNamespace(stage="proxy-llm", key="abc")
@@ -114,15 +115,15 @@ def test_time_alone_saves_too(tmp_path: Path) -> None:
     assert rare.whole() == []
 
 
-def test_a_node_that_is_about_to_go_means_saving_at_once_and_once(
+def test_a_node_that_is_about_to_go_means_saving_at_once_and_another_one_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpointing, "DRAIN_EVERY_S", 0.0)
-    answers = iter([False, True])
+    answers = iter([None, "a", "a", "a, b", "a, b"])
     stage = Stage(tmp_path, "checkpoint.every_s=1000", drained=lambda: next(answers))
     for step in range(1, NUM_STEPS + 1):
         stage.step(step)
-        assert stage.whole() == ([2] if step >= 2 else [])
+        assert stage.whole() == {1: [], 2: [2], 3: [2], 4: [4, 2], 5: [4, 2]}[step]
     assert any("a node is about to go; step 2 is saved" in note for note in stage.notes)
 
 
@@ -166,6 +167,44 @@ def test_damage_is_named_and_changes_nothing(tmp_path: Path, file: str, damage: 
     assert problem is not None
     assert f"{file}: expected" in problem
     assert all(torch.equal(again.parameters()[name], tensor) for name, tensor in fresh.items())
+
+
+ODD: dict[str, Any] = {
+    "index": [{}, [], None, {"x": [[0, 1, "rank-00000.safetensors"]]}],
+    "num_updates": ["three", None, float("inf")],
+    "meta": [{}, None],
+    "untaught": [None, [[1]], 5],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in ODD.items() for value in values])
+def test_odd_content_is_passed_over_and_changes_nothing(tmp_path: Path, key: str, value: Any) -> None:
+    stage = Stage(tmp_path, "checkpoint.every_steps=2")
+    stage.step(1)
+    stage.step(2)
+    stage.saver.close()
+    (checkpoint,) = candidates(stage.store, stage.task)
+    again = Stage(tmp_path)
+    fresh = again.parameters()
+    odd = checkpoints.Checkpoint(checkpoint.path, {**checkpoint.manifest, key: value})
+    _, problem = restore(again.store, odd, again.engine, CPU)
+    assert problem is not None
+    assert all(torch.equal(again.parameters()[name], tensor) for name, tensor in fresh.items())
+
+
+def test_a_store_that_is_away_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(tmp_path, "checkpoint.every_steps=2")
+    stage.step(1)
+    stage.step(2)
+    stage.saver.close()
+    (checkpoint,) = candidates(stage.store, stage.task)
+
+    def away(*_: Any) -> None:
+        raise NoAnswer("away")
+
+    monkeypatch.setattr(checkpoints, "fetch", away)
+    with pytest.raises(NoAnswer):
+        restore(stage.store, checkpoint, stage.engine, CPU)
 
 
 @pytest.mark.parametrize("missing", ["index", "num_updates", "meta", "untaught"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dpa_ray.errors import UserError
+from dpa_ray.errors import NoAnswer, UserError
 from dpa_ray.store import checkpoints
 from dpa_ray.store.digests import digest_folder
 from dpa_ray.store.fs import Store
@@ -60,9 +60,10 @@ def test_an_older_step_that_was_just_saved_stays(store: Store) -> None:
     """Those after it were damaged, say: the run went on from before them."""
     for step in (8, 10):
         save(store, step)
+    save(store, 4)
     newest = save(store, 6, attempt="b")
-    checkpoints.collect(store, STAGE, KEY, keep=1, newest=newest)
-    assert 6 in steps(store)
+    checkpoints.collect(store, STAGE, KEY, keep=2, newest=newest)
+    assert steps(store) == [6, 4], "damaged ones take nobody's place"
 
 
 def test_files_are_checked_when_they_are_fetched(store: Store) -> None:
@@ -80,6 +81,10 @@ def test_files_are_checked_when_they_are_fetched(store: Store) -> None:
     store.delete(f"{path}/file")
     with pytest.raises(UserError, match="file: expected 5 bytes, found no file"):
         checkpoints.fetch(store, checkpoint, ["file"])
+
+
+def signed(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {**manifest, "digest": checkpoints._digest(manifest)}
 
 
 GOOD = {"schema": 1, "stage": STAGE, "key": KEY, "step": 3, "files": {"x": {"size_bytes": 1, "sha256": "0" * 64}}}
@@ -108,6 +113,8 @@ def test_a_manifest_that_is_none_is_named_and_passed_over(
 ) -> None:
     save(store, 2)
     path = f"{checkpoints.path_of(STAGE, KEY, 3, 'b')}/manifest.json"
+    if isinstance(manifest, dict):
+        manifest = signed(manifest)
     store.write_bytes(path, manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode())
     assert steps(store) == [2]
     assert store.url(path) in caplog.text
@@ -115,8 +122,40 @@ def test_a_manifest_that_is_none_is_named_and_passed_over(
 
 def test_the_good_manifest_is_good(store: Store) -> None:
     """Else the cases above would say nothing."""
-    store.write_json(f"{checkpoints.path_of(STAGE, KEY, 3, 'b')}/manifest.json", GOOD)
+    store.write_json(f"{checkpoints.path_of(STAGE, KEY, 3, 'b')}/manifest.json", signed(GOOD))
     assert steps(store) == [3]
+
+
+def test_a_flipped_bit_anywhere_in_a_manifest_is_seen(store: Store) -> None:
+    path = f"{save(store, 2)}/manifest.json"
+    content = store.read_bytes(path)
+    assert steps(store) == [2]
+    for place in range(len(content)):
+        for bit in (0, 1, 4):
+            store.write_bytes(path, content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            found = [c.manifest for c in checkpoints.whole_ones(store, STAGE, KEY)]
+            assert found in ([], [json.loads(content)]), "space for space and the like changes nothing"
+
+
+def test_a_manifest_in_the_folder_of_another_step_does_not_count(store: Store) -> None:
+    store.write_json(f"{checkpoints.path_of(STAGE, KEY, 4, 'b')}/manifest.json", signed(GOOD))
+    assert steps(store) == []
+
+
+class Away(Store):
+    """A store whose server does not answer when a manifest is asked for."""
+
+    def read_json(self, path: str) -> Any:
+        raise NoAnswer("away")
+
+
+def test_an_outage_is_not_taken_for_damage(store: Store) -> None:
+    newest = save(store, 2)
+    with pytest.raises(NoAnswer):
+        checkpoints.whole_ones(Away(store.uri), STAGE, KEY)
+    with pytest.raises(NoAnswer):
+        checkpoints.collect(Away(store.uri), STAGE, KEY, keep=1, newest=newest)
+    assert steps(store) == [2]
 
 
 def test_a_finished_stage_leaves_none(store: Store) -> None:
