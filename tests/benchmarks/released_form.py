@@ -1,0 +1,53 @@
+"""A step as the released code of arXiv 2509.14735 takes it, to compare with: our own implementation.
+
+Shape letters: B samples, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dpa_ray.batch import IGNORE_INDEX, Batch
+from dpa_ray.model.step import StepModule, StepSums
+
+
+class ReleasedStep(nn.Module):
+    """The blind pass is a whole forward with the image masked as keys; fp32 logits of all positions, for p and for q;
+    weights smoothed over the flattened batch, ignored positions read as token 0. Trunk and embedding are `step`'s."""
+
+    def __init__(self, step: StepModule):
+        super().__init__()
+        self.step = step
+
+    @property
+    def model(self) -> Any:
+        return self.step.model
+
+    def forward(self, batch: Batch) -> StepSums:
+        weighting = self.step.weighting
+        embeds = self.step._embed(batch)
+        labels = functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # (BT,)
+        token = labels.clamp(min=0).unsqueeze(1)
+        with torch.no_grad():
+            q = self._logits(embeds, batch.attention_mask * ~batch.image_mask).softmax(-1).gather(1, token).squeeze(1)
+        logits = self._logits(embeds, batch.attention_mask)
+        with torch.no_grad():
+            p = logits.softmax(-1).gather(1, token).squeeze(1)
+            raw = (p - q).clamp(weighting.lower, weighting.upper)
+            weight = functional.avg_pool1d(
+                raw[None, None], weighting.window, 1, weighting.window // 2, count_include_pad=False
+            ).flatten()
+            weight = torch.where(labels != IGNORE_INDEX, weight, 0.0)
+        nll = functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+        zero = weight.new_zeros((), dtype=torch.float64)
+        total = weight.sum(dtype=torch.float64)
+        return StepSums((weight * nll).sum(), total, nll.detach().sum(dtype=torch.float64), *[zero] * 5)
+
+    def _logits(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """(BT, V) fp32."""
+        hidden = self.step.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+        return self.model.get_output_embeddings()(hidden.flatten(0, 1)).float()
