@@ -6,8 +6,9 @@ Variants of a step on the same weights and samples, interleaved round by round:
   live      ours: q from the text alone, the head in chunks of target positions
   cached    ours, q handed in with the batch (stage 2 only: there the LLM is frozen)
 Stage 2 trains the connector, stage 3 the LLM too. The tower is left out: its features are data, the same in all
-variants. A ratio is the median over rounds of two times of one round; beside it the same of the matrix products that the
-mathematics needs (no recomputation; causal attention is half a square), counted from the shapes.
+variants. A ratio is the median over rounds of two times of one round. Beside it: the same of CPU times, which other
+processes disturb less (with OMP_WAIT_POLICY=passive), and of the matrix products that the mathematics needs (no
+recomputation; causal attention is half a square), counted from the shapes.
 
     python -m tests.benchmarks.cmo_step --rounds 7 --out FILE
     python -m tests.benchmarks.cmo_step --stage 2 --model llama-3.1-8b --device cuda
@@ -22,6 +23,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -194,12 +196,13 @@ class Setting:
             self.engine.update(float(sums.weight), 0.0)
         return float(sums.loss.detach() / sums.weight)
 
-    def seconds(self, variant: str) -> float:
-        start = time.perf_counter()
+    def seconds(self, variant: str) -> tuple[float, float]:
+        """Of the clock, and of this process's CPU time."""
+        start, cpu_start = time.perf_counter(), time.process_time()
         self.step(variant)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def make_module(variant: str, model: Any) -> Any:
@@ -269,15 +272,18 @@ def measure(stage: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     if "cached" in losses and sizes["cached"] == sizes["live"]:
         torch.testing.assert_close(losses["cached"], losses["live"], rtol=1e-5, atol=0)
     times: dict[str, list[float]] = {v: [] for v in variants}
+    cpu_times: dict[str, list[float]] = {v: [] for v in variants}
     for number in range(args.rounds):
         for v in variants if number % 2 else variants[::-1]:
-            times[v].append(setting.seconds(v))
+            for kept, found in zip((times[v], cpu_times[v]), setting.seconds(v), strict=True):
+                kept.append(found)
+        print(f"stage {stage}, round {number}:", {v: round(times[v][-1], 3) for v in variants}, file=sys.stderr)
     config = llm_config(args.model)
     kind = torch.cuda.get_device_name() if args.device != "cpu" else ""
     peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in kind), None)
     flops = {v: num_flops(v, stage, config) for v in variants}
 
-    def ratio(v: str, other: str) -> float:
+    def ratio(times: dict[str, list[float]], v: str, other: str) -> float:
         return statistics.median(
             one / sizes[v] / (two / sizes[other]) for one, two in zip(times[v], times[other], strict=True)
         )
@@ -294,15 +300,16 @@ def measure(stage: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     ]  # fmt: skip
     print(f"\nstage {stage}, {args.model}, {args.device} {kind}, medians of {args.rounds} rounds")
     print(
-        f"{'':10}{'batch':>6}{'step s':>8}{'/vanilla':>10}{'(FLOPs':>8}){'/released':>11}{'(FLOPs':>8}){'tokens/s':>10}"
+        f"{'':10}{'batch':>6}{'step s':>8}{'/vanilla':>10}{'(CPU':>8}{'FLOPs)':>8}{'/released':>11}{'(CPU':>8}{'FLOPs)':>8}{'tokens/s':>10}"
         f"{'MFU':>6}{'loss MiB':>10}{'peak MiB':>10}{'loss':>9}"
     )
     for v, row in zip(variants, rows, strict=True):
         median = statistics.median(times[v])
         mfu = f"{flops[v] * sizes[v] / median / peak_flops:.2f}" if peak_flops else "-"
         print(
-            f"{v:10}{sizes[v]:6}{median:8.3f}{ratio(v, 'vanilla'):10.3f}{flops[v] / flops['vanilla']:8.3f})"
-            f"{ratio(v, 'released'):11.3f}{flops[v] / flops['released']:8.3f}){row['tokens_per_s']:10.0f}{mfu:>6}"
+            f"{v:10}{sizes[v]:6}{median:8.3f}{ratio(times, v, 'vanilla'):10.3f}{ratio(cpu_times, v, 'vanilla'):8.3f}"
+            f"{flops[v] / flops['vanilla']:8.3f}{ratio(times, v, 'released'):11.3f}{ratio(cpu_times, v, 'released'):8.3f}"
+            f"{flops[v] / flops['released']:8.3f}{row['tokens_per_s']:10.0f}{mfu:>6}"
             f"{row['loss_peak_bytes'] / 2**20:10.1f}{row['peak_bytes'] / 2**20:10.1f}{losses[v]:9.4f}",
             flush=True,
         )
