@@ -81,6 +81,7 @@ def check_learned(run: Run) -> None:
         assert sum(nll[-3:]) < 0.9 * sum(nll[:3]), stage
 
 
+@pytest.mark.ci
 def test_two_workers_with_accumulation_train_as_one(train: Callable[..., Run]) -> None:
     """ZeRO-2 on two workers with two passes each against the plain torch engine on one worker with one pass."""
     one = train(**ONE, engine="torch")

@@ -197,10 +197,10 @@ def test_a_part_that_kills_every_process_ends_with_what_to_do(tmp_path, small_pa
 class Stuck(Loader):
     """Makes nothing of row 13 for longer than anybody waits here."""
 
-    def load(self, rows: np.ndarray, filler_row: int) -> Batch:
-        if rows[0] == 13:
+    def arrays(self, rows: np.ndarray, filler_row: int) -> Arrays:
+        if len(rows) and rows[0] == 13:
             time.sleep(60)
-        return super().load(rows, filler_row)
+        return super().arrays(rows, filler_row)
 
 
 def test_a_batch_that_does_not_come_is_said_with_what_was_asked_for_and_what_there_is(

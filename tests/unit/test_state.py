@@ -43,6 +43,7 @@ def finals(tmp_path_factory: pytest.TempPathFactory) -> Finals:
     return found
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("place", PLACES, ids=label)
 def test_an_engine_goes_on_bit_for_bit(finals: Finals, place: Place) -> None:
     expected, found = finals[label(place)], finals[resumed(place, place)]
@@ -51,6 +52,7 @@ def test_an_engine_goes_on_bit_for_bit(finals: Finals, place: Place) -> None:
         assert torch.equal(found[name], tensor), name
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("place", [p for p in PLACES if len(origins(p)) > 1], ids=label)
 def test_state_of_other_worlds_and_engines_is_as_good(finals: Finals, place: Place) -> None:
     """fp32: what differs is the order of sums before the save."""
