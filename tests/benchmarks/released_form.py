@@ -5,14 +5,21 @@ Shape letters: B samples, T positions, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dpa_ray.batch import IGNORE_INDEX, Batch
-from dpa_ray.model.step import StepModule, StepSums
+from dpa_ray.model.step import StepModule
+
+
+class LossAndWeight(NamedTuple):
+    """Sums over the targets, as in StepSums."""
+
+    loss: Tensor  # () float32
+    weight: Tensor  # () float64
 
 
 class ReleasedStep(nn.Module):
@@ -29,7 +36,7 @@ class ReleasedStep(nn.Module):
     def model(self) -> Any:
         return self.step.model
 
-    def forward(self, batch: Batch) -> StepSums:
+    def forward(self, batch: Batch) -> LossAndWeight:
         weighting = self.step.weighting
         embeds = self.step._embed(batch)
         labels = batch.labels[:, 1:].flatten()
@@ -50,9 +57,7 @@ class ReleasedStep(nn.Module):
             ).flatten()
             weight = torch.where(labels != IGNORE_INDEX, weight, 0.0)
         nll = functional.cross_entropy(shifted, labels, ignore_index=IGNORE_INDEX, reduction="none")
-        zero = weight.new_zeros((), dtype=torch.float64)
-        total = weight.sum(dtype=torch.float64)
-        return StepSums((weight * nll).sum(), total, nll.detach().sum(dtype=torch.float64), *[zero] * 5)
+        return LossAndWeight((weight * nll).sum(), weight.sum(dtype=torch.float64))
 
     def _logits(self, embeds: Tensor, mask: Tensor) -> Tensor:
         """(B, T, V) fp32."""
