@@ -265,7 +265,7 @@ def restore(
     store: Store, checkpoint: Checkpoint, engine: Engine, device: torch.device, retry_s: float = 0.0
 ) -> tuple[Before, str | None]:
     """Put the state of `checkpoint` into `engine`; returns what was written down until then (rank 0), and what is wrong
-    with the checkpoint, where it is damaged: then the engine is not to be used before another one was restored into it.
+    with the checkpoint, where it is damaged: then the engine is as it was.
 
     All ranks call it, and all or none go on from it. Raises: UserError or OSError where it cannot be read, though it may
     be sound (a server that is away for longer than `retry_s`, a full disk).

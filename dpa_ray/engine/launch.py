@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -90,7 +91,7 @@ def launch(
     order = ray.put(tuple(tasks))
     trainer = TorchTrainer(
         run_worker,
-        train_loop_config=Orders(store.uri, order, board),
+        train_loop_config=Orders(store.uri, order, board, uuid.uuid4().hex),
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=_num_workers(cluster),

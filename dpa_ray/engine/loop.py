@@ -156,7 +156,8 @@ def train(
         record(
             {
                 "stage": stage, "step": step, "epoch": epoch, "num_samples": num_samples, "num_tokens": num_tokens,
-                "num_targets": num_targets, "num_untaught": num_untaught, **ratios(StepSums.of_detached(total.cpu()), num_targets, step), "lr": lr,
+                "num_targets": num_targets, "num_untaught": num_untaught,
+                **ratios(StepSums.of_detached(total.cpu()), num_targets, step), "lr": lr,
                 "grad_norm": norm if weight_sum else 0.0, "updated": bool(weight_sum), "step_time_s": seconds,
                 "data_wait_s": waited, "tokens_per_s": num_tokens / seconds,
                 "packing_efficiency": num_tokens / max(1, num_slots),

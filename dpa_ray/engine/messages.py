@@ -22,6 +22,7 @@ class Orders:
     store_uri: str
     tasks: Any  # ObjectRef of a tuple of Task: read on the workers only
     board: Any  # actor handle of a Board, or None
+    owner: str  # of the leases that these workers, and those that take their place, hold
 
 
 class Board:

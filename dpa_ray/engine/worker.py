@@ -50,15 +50,10 @@ def run_worker(orders: Orders) -> None:
     worker = Worker(Store(orders.store_uri), _device(), orders.board)
     worker.tell(STARTED, number=world_size())
     for task in tasks:
-        result, retry_s = task.result, task.recipe.data.retry_s
-        with bridging(retry_s):
-            url = worker.store.url(result.path)
-            # one look for all ranks: another run may make the same at this moment
-            there = retried(lambda r=result: find(worker.store, r.stage, r.key), url) if rank() == 0 else None  # type: ignore[misc]
-        if not from_rank_0(there is not None):
-            with worker.alone(task):
+        with worker.alone(task, orders.owner):
+            if not from_rank_0(rank() == 0 and worker.is_made(task)):  # one look for all ranks
                 worker.run(task)
-        worker.barrier()
+            worker.barrier()
     worker.feed.close()
 
 
@@ -102,16 +97,22 @@ class Worker:
             self.board.put.remote(kind, values)
 
     @contextmanager
-    def alone(self, task: Task) -> Iterator[None]:
+    def alone(self, task: Task, owner: str) -> Iterator[None]:
         """Of all runs, this one alone makes the task's result: checkpoints belong to its key, not to a run."""
         if rank() != 0:
             yield
             return
         path = f"leases/{task.result.stage}-{task.result.key}"
         # a worker that lost its lease must not write another byte; training is then over for all ranks
-        with lease.held(self.store, path, report=self.note, lost=lambda: os._exit(1)):
+        with lease.held(self.store, path, report=self.note, lost=lambda: os._exit(1), owner=owner):
             yield
             checkpoints.drop(self.store, task.result.stage, task.result.key)
+
+    def is_made(self, task: Task) -> bool:
+        """Is the task's result there, from another run, say?"""
+        stage, key = task.result.stage, task.result.key
+        with bridging(task.recipe.data.retry_s):
+            return retried(lambda: find(self.store, stage, key), self.store.url(task.result.path)) is not None
 
     def note(self, text: str) -> None:
         """A line for people, from any rank."""

@@ -8,7 +8,8 @@ from typing import Any
 from dpa_ray.data.encode import Encoder
 from dpa_ray.model import vlm
 from dpa_ray.stages import build
-from dpa_ray.stages.spec import BlindTask, MergedProxy, precision_dtype
+from dpa_ray.stages.proxy_mllm import frozen_llm
+from dpa_ray.stages.spec import BlindTask
 from dpa_ray.store.fs import Store
 
 VERSION = 1
@@ -32,14 +33,7 @@ def encoder(task: BlindTask, store: Store) -> Encoder:
 
 def build_blind(task: BlindTask, store: Store) -> BlindBuilt:
     """The LLM as stage 2 has it, without tower and connector."""
-    recipe, reader = task.recipe, task.reader
-    vocab = build.vocabulary(reader.tokenizer.weights.located(store), recipe)
-    if isinstance(reader.llm, MergedProxy):
-        ref = vlm.ModelRef(str(reader.llm.artifact.fetched(store)))
-    else:
-        ref = reader.llm.weights.located(store)
-    llm = vlm.load_llm(ref, precision_dtype(recipe), recipe.model.attention)
-    vlm.check_head(llm)
+    vocab, llm = frozen_llm(task.reader, store)
     softcap = vlm.softcap_of(llm.config)
     vlm.append_image_row(llm, vocab.row)
     return BlindBuilt(llm.eval().requires_grad_(False), softcap, vocab.row.num_softmax_rows)

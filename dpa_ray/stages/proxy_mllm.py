@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,17 +18,24 @@ VERSION = 3
 """Raise when a change of code changes this stage's result: it is part of the key."""
 
 
-def build_stage(task: ProxyMllmTask, store: Store) -> build.Built:
-    """LLaVA of frozen LLM and frozen tower, the connector from scratch; "plain" template; weighted loss."""
-    recipe, section = task.recipe, task.recipe.stages.proxy_mllm
-    vocab = build.vocabulary(task.tokenizer.weights.located(store), recipe)
+def frozen_llm(task: ProxyMllmTask, store: Store) -> tuple[build.Vocabulary, Any]:
+    """The base LLM's vocabulary, and the LLM that this stage reads with and q is computed with: the merged proxy, or the
+    base LLM itself."""
+    vocab = build.vocabulary(task.tokenizer.weights.located(store), task.recipe)
     if isinstance(task.llm, MergedProxy):
         ref = vlm.ModelRef(str(task.llm.artifact.fetched(store)))
     else:
         ref = task.llm.weights.located(store)
-    llm = vlm.load_llm(ref, precision_dtype(recipe), recipe.model.attention)
+    llm = vlm.load_llm(ref, precision_dtype(task.recipe), task.recipe.model.attention)
     vlm.check_head(llm)
     vlm.disable_dropout(llm)
+    return vocab, llm
+
+
+def build_stage(task: ProxyMllmTask, store: Store) -> build.Built:
+    """LLaVA of frozen LLM and frozen tower, the connector from scratch; "plain" template; weighted loss."""
+    recipe, section = task.recipe, task.recipe.stages.proxy_mllm
+    vocab, llm = frozen_llm(task, store)
     build.checkpointing(llm, section.gradient_checkpointing)
     tower_ref = task.tower.located(store)
     model, spec = build.vision_language_model(llm, store, recipe, tower_ref, vocab.row)

@@ -42,6 +42,7 @@ def held(
     *,
     report: Callable[[str], None],
     lost: Callable[[], None],
+    owner: str = "",
     lapses_after_s: float = LAPSES_AFTER_S,
 ) -> Iterator[threading.Event]:
     """Hold the lease at `path` in this block; what the block gets is set when another process has taken over.
@@ -50,16 +51,20 @@ def held(
     Args:
         report: is told once that there is something to wait for.
         lost: called, from a thread, when another process has taken over; it should end this one's work.
+        owner: names what processes follow each other by themselves (the workers of one job): a lease of the same owner is
+            free at once, wherever its process was.
     Raises: LeaseTaken where the other process lives.
     """
-    number = _acquire(store, path, report, lapses_after_s)
+    number = _acquire(store, path, report, owner, lapses_after_s)
     ended, taken = threading.Event(), threading.Event()
 
     def told() -> None:
         taken.set()
         lost()
 
-    thread = threading.Thread(target=_renew, args=(store, path, number, lapses_after_s, ended, told), daemon=True)
+    thread = threading.Thread(
+        target=_renew, args=(store, path, number, owner, lapses_after_s, ended, told), daemon=True
+    )
     thread.start()
     try:
         yield taken
@@ -68,29 +73,29 @@ def held(
         thread.join()
         try:
             if not taken.is_set() and _highest(store, path) == number:
-                store.write_bytes(_file(path, number), _content(number, released=True))
+                store.write_bytes(_file(path, number), _content(number, owner, released=True))
         except UserError as err:  # it lapses by itself
             _log.warning("%s", err)
 
 
-def _acquire(store: Store, path: str, report: Callable[[str], None], lapses_after_s: float) -> int:
+def _acquire(store: Store, path: str, report: Callable[[str], None], owner: str, lapses_after_s: float) -> int:
     seen: tuple[int, bytes] | None = None
     since = time.monotonic()
     while True:
         number = _highest(store, path)
         content = _read(store, path, number) if number else b""
         if (number, content) != seen:
-            if seen is not None and content and not _is_free(content):
+            if seen is not None and content and not _is_free(content, owner):
                 raise LeaseTaken(
                     f"{store.url(path)}: {_holder(content)} is at work on this; wait for its end, or stop it"
                 )
             seen, since = (number, content), time.monotonic()
-            if number and not _is_free(content):
+            if number and not _is_free(content, owner):
                 report(
                     f"{_holder(content)} was at work on this; waiting up to {lapses_after_s:g} s to see whether it lives"
                 )
-        if not number or _is_free(content) or time.monotonic() - since >= lapses_after_s:
-            if store.put_if_absent(_file(path, number + 1), _content(number + 1)):
+        if not number or _is_free(content, owner) or time.monotonic() - since >= lapses_after_s:
+            if store.put_if_absent(_file(path, number + 1), _content(number + 1, owner)):
                 if _highest(store, path) != number + 1:  # several hand-overs since we looked
                     continue
                 for old in range(number, 0, -1):
@@ -103,7 +108,13 @@ def _acquire(store: Store, path: str, report: Callable[[str], None], lapses_afte
 
 
 def _renew(
-    store: Store, path: str, number: int, lapses_after_s: float, ended: threading.Event, lost: Callable[[], None]
+    store: Store,
+    path: str,
+    number: int,
+    owner: str,
+    lapses_after_s: float,
+    ended: threading.Event,
+    lost: Callable[[], None],
 ) -> None:
     while not ended.wait(lapses_after_s / RENEWALS):
         try:  # whatever happens to a store or to a thread: a holder that cannot say that it lives must say why
@@ -111,7 +122,7 @@ def _renew(
                 _log.error("%s: another process has taken over", store.url(path))
                 lost()
                 return
-            store.write_bytes(_file(path, number), _content(number))
+            store.write_bytes(_file(path, number), _content(number, owner))
         except Exception as err:
             _log.warning("%s: this lease cannot be renewed now: %s", store.url(path), err)
 
@@ -133,10 +144,10 @@ def _read(store: Store, path: str, number: int) -> bytes:
         return b""
 
 
-def _content(number: int, *, released: bool = False) -> bytes:
+def _content(number: int, owner: str, *, released: bool = False) -> bytes:
     """Different at every call: that is the sign of life."""
     values = {
-        "number": number, "host": socket.gethostname(), "pid": os.getpid(), "boot": _boot(), "released": released,
+        "number": number, "host": socket.gethostname(), "pid": os.getpid(), "boot": _boot(), "owner": owner, "released": released,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "nonce": uuid.uuid4().hex,
     }  # fmt: skip
     return json.dumps(values).encode()
@@ -159,10 +170,10 @@ def _values(content: bytes) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _is_free(content: bytes) -> bool:
-    """Released, or of a process of this machine that is no more."""
+def _is_free(content: bytes, owner: str) -> bool:
+    """Released, of `owner` itself, or of a process of this machine that is no more."""
     values = _values(content)
-    if values.get("released") is True:
+    if values.get("released") is True or (owner and values.get("owner") == owner):
         return True
     boot = _boot()
     if not boot or (values.get("boot"), values.get("host")) != (boot, socket.gethostname()):

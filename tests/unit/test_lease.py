@@ -88,6 +88,21 @@ def test_the_lease_of_another_machine_lapses(store: Store) -> None:
     assert "process 1 on elsewhere" in notes[0]
 
 
+def test_what_follows_by_itself_need_not_wait(store: Store) -> None:
+    """A worker that takes the place of one on a node that is gone; another job's does wait."""
+    foreign = b'{"number": 1, "host": "elsewhere", "pid": 1, "boot": "another", "owner": "job-a", "nonce": "x"}'
+    store.write_bytes(f"{PATH}/1.json", foreign)
+    begun = time.monotonic()
+    options = {"report": lambda text: None, "lost": lambda: None, "lapses_after_s": TTL_S}
+    with held(store, PATH, owner="job-a", **options):
+        assert time.monotonic() - begun < TTL_S / 2
+    store.delete(PATH)
+    store.write_bytes(f"{PATH}/1.json", foreign)
+    begun = time.monotonic()
+    with held(store, PATH, owner="job-b", **options):
+        assert time.monotonic() - begun >= TTL_S
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"pid": "x"}'])
 def test_what_is_no_lease_lapses_too(store: Store, content: bytes) -> None:
     store.write_bytes(f"{PATH}/1.json", content)
