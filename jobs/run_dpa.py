@@ -53,7 +53,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {err}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: finished stages are kept; the same command goes on from them", file=sys.stderr)
+        print(
+            "interrupted: finished stages and checkpoints are kept; the same command goes on from there",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

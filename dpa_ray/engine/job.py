@@ -26,8 +26,8 @@ from dpa_ray.store.fs import Store
 def run(recipe: Recipe) -> dict[str, Any]:
     """Run `recipe` to its end, or from where an earlier attempt left it; returns what run.json says.
 
-    Raises: RecipeError where the run's name is taken; LeaseTaken where another process is at work on it; UserError for whatever the user can mend. Finished stages are
-        kept in every case.
+    Raises: RecipeError where the run's name is taken; LeaseTaken where another process is at work on it; UserError for
+        whatever the user can mend. Finished stages and checkpoints are kept in every case.
     """
     store = Store(recipe.store)
     store.check()

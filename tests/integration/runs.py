@@ -204,6 +204,11 @@ class Running:
         self.process.communicate()
 
 
+def _heed_ctrl_c() -> None:
+    """Shells let what they start in the background ignore it, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start_dpa(
     recipe: dict[str, Any] | Path,
     store: Path | str,
@@ -228,6 +233,7 @@ def start_dpa(
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=_heed_ctrl_c,
     )  # fmt: skip
     return Running(process, mark, Run(0, "", "", local or Path(), name, values))
 

@@ -7,6 +7,7 @@ losses to 1e-5. Checkpoints come every second step, so that at most two steps ar
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,25 @@ def test_a_worker_that_dies_each_time_ends_the_run_and_keeps_what_was_saved(tmp_
     assert "Traceback" not in run.stderr
     assert list((tmp_path / "store" / "checkpoints").glob("proxy-mllm-*/step-*/manifest.json"))
     assert run.info()["status"] == "failed"
+
+
+@pytest.mark.ci
+def test_ctrl_c_ends_the_run_with_its_workers_and_the_same_command_goes_on(
+    tmp_path: Path, recipe: Callable, whole: Callable[..., Run]
+) -> None:
+    store = tmp_path / "store"
+    running = start_dpa(recipe(), store, "run")
+    running.wait_for("proxy_mllm", 5)
+    running.process.send_signal(signal.SIGINT)
+    interrupted = running.finished(60)
+    assert interrupted.returncode == 1, interrupted.output
+    assert "interrupted" in interrupted.stderr
+    assert not running.processes("ray::RayTrainWorker")
+    assert interrupted.info()["status"] == "failed"
+    run = start_dpa(recipe(), store, "run").finished()
+    assert run.returncode == 0, run.output
+    assert resumed_from(run, "proxy_mllm")
+    assert_same_to_the_bit(run, whole())
 
 
 @pytest.mark.ci
