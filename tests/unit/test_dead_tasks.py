@@ -185,6 +185,7 @@ def test_prepared_bytes_are_the_same_though_tasks_are_killed(tmp_path, small_par
     assert tree(whole) == tree(Store(str(tmp_path / "a" / "store")))
 
 
+@pytest.mark.ci
 def test_a_part_that_kills_every_process_ends_with_what_to_do(tmp_path, small_parts, monkeypatch, local_ray):  # noqa: F811
     monkeypatch.setattr(prepare_module, "IN_PROCESS_ROWS", 10)
     monkeypatch.setattr(ray_tasks, "TASK_RETRIES", 1)
