@@ -6,7 +6,7 @@ import gc
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from dpa_ray.engine.logs import Before, Recorder
 from dpa_ray.engine.loop import Plan, Schedule, train
 from dpa_ray.engine.messages import Orders
 from dpa_ray.engine.protocol import Engine, OptimizerSettings, from_rank_0, rank, world_size
+from dpa_ray.errors import UserError
 from dpa_ray.stages import instruct, proxy_llm, proxy_mllm
 from dpa_ray.stages.build import Built
 from dpa_ray.stages.spec import ArtifactFile, BlindTask, EvalTask, MergeTask, ProxyMllmTask, Task, TrainTask
@@ -47,13 +48,14 @@ def run_worker(orders: Orders) -> None:
     import ray
 
     tasks: tuple[Task, ...] = ray.get(orders.tasks)
-    worker = Worker(Store(orders.store_uri), _device(), orders.board)
+    worker = Worker(Store(orders.store_uri, through=retried), _device(), orders.board)
     worker.tell(STARTED, number=world_size())
-    for task in tasks:
-        with worker.alone(task, orders.owner):
-            if not from_rank_0(rank() == 0 and worker.is_made(task)):  # one look for all ranks
-                worker.run(task)
-            worker.barrier()
+    with bridging(tasks[0].recipe.data.retry_s, lambda text: worker.tell("note", text=text)):
+        for task in tasks:
+            with worker.alone(task, orders.owner):
+                if not from_rank_0(rank() == 0 and worker.is_made(task)):  # one look for all ranks
+                    worker.run(task)
+                worker.barrier()
     worker.feed.close()
 
 
@@ -77,6 +79,7 @@ class Worker:
         self.device = device
         self.board = board
         self.feed = Feed()
+        self.confirm: Callable[[], None] = lambda: None  # rank 0: raises where another process may have taken over
 
     def run(self, task: Task) -> None:
         if isinstance(task, MergeTask):
@@ -104,15 +107,18 @@ class Worker:
             return
         path = f"leases/{task.result.stage}-{task.result.key}"
         # a worker that lost its lease must not write another byte; training is then over for all ranks
-        with lease.held(self.store, path, report=self.note, lost=lambda: os._exit(1), owner=owner):
+        with lease.held(self.store, path, report=self.note, lost=lambda: os._exit(1), owner=owner) as held:
+            self.confirm = held.confirm
             yield
-            checkpoints.drop(self.store, task.result.stage, task.result.key)
+            self.confirm()
+            try:
+                checkpoints.drop(self.store, task.result.stage, task.result.key)
+            except (UserError, OSError) as err:  # the result is there
+                self.note(f"{task.result.stage} is finished, but its checkpoints could not be removed: {err}")
 
     def is_made(self, task: Task) -> bool:
         """Is the task's result there, from another run, say?"""
-        stage, key = task.result.stage, task.result.key
-        with bridging(task.recipe.data.retry_s):
-            return retried(lambda: find(self.store, stage, key), self.store.url(task.result.path)) is not None
+        return find(self.store, task.result.stage, task.result.key) is not None
 
     def note(self, text: str) -> None:
         """A line for people, from any rank."""
@@ -148,11 +154,8 @@ class Worker:
 
     def _commit(self, task: Task, folder: Path, meta: dict[str, Any]) -> None:
         result = task.result
-        with bridging(task.recipe.data.retry_s):  # a whole commit can be made again
-            retried(
-                lambda: commit(self.store, result.stage, result.key, folder, inputs=task.inputs, meta=meta),
-                self.store.url(result.path),
-            )
+        self.confirm()
+        commit(self.store, result.stage, result.key, folder, inputs=task.inputs, meta=meta)
 
     def _train(self, task: TrainTask) -> None:
         start = time.perf_counter()
@@ -177,7 +180,7 @@ class Worker:
         recorder = Recorder(self.store, task, cursor, self.tell, before, start)
         saver = Checkpointer(
             self.store, task, engine, recorder, self.device, note=self.note,
-            saved=lambda step: self.tell("saved", stage=stage, step=step), drained=_drained,
+            saved=lambda step: self.tell("saved", stage=stage, step=step), drained=_drained, confirm=self.confirm,
         )  # fmt: skip
         train(
             engine, batches, plan, Schedule(task.num_steps, section.lr, section.warmup_fraction),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 from dpa_ray.errors import UserError
@@ -41,6 +42,7 @@ class Run:
         self.store = store
         self.recipe = recipe
         self.path = f"runs/{recipe.name}"
+        self.confirm: Callable[[], None] = lambda: None  # raises where another process may have taken the run over
         self.started = time.time()
         self.values: dict[str, Any] = {}
 
@@ -64,10 +66,14 @@ class Run:
                 self.recipe.name,
             )  # fmt: skip
 
-    def write(self, status: str, **values: Any) -> None:
-        """Set `status` and further keys, and write the whole."""
+    def write(self, status: str, store: Store | None = None, **values: Any) -> None:
+        """Set `status` and further keys, and write the whole (through `store`, where that is another one).
+
+        Raises: LeaseTaken where another process goes on with this run: nothing is written.
+        """
+        self.confirm()
         self.values |= values
-        self.store.write_json(
+        (store or self.store).write_json(
             f"{self.path}/{RUN_FILE}",
             {
                 "name": self.recipe.name, "status": status, "method": self.recipe.method,

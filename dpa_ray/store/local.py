@@ -153,7 +153,14 @@ class LocalFolder:
         if target.exists() and target.stat().st_nlink > 1:  # else the line would also reach the other name's readers
             copy_file(target, target)
         with open(target, "ab", buffering=0) as file:
-            file.write(f"{line}\n".encode())
+            size = os.fstat(file.fileno()).st_size
+            data = memoryview(f"{line}\n".encode())
+            try:
+                while data:  # a write to a full disk is cut short before it fails
+                    data = data[file.write(data) :]
+            except OSError:
+                os.ftruncate(file.fileno(), size)  # else the next line would follow half of this one
+                raise
 
     def files(self, path: str, recursive: bool) -> list[str]:
         folder = self.root / path
