@@ -26,6 +26,7 @@ from dpa_ray.data.prepared import SCHEMA_VERSION, Prepared, StoreLike, find_prep
 from dpa_ray.data.ray_tasks import bounded_retries, deaths_told, quiet_ray_data
 from dpa_ray.data.retry import bridged_s, bridging
 from dpa_ray.data.sample import Sample
+from dpa_ray.data.shard_file import footer_sha256
 from dpa_ray.data.shards import write_shard
 from dpa_ray.data.sources import Part, Rejected, Scan, Source
 from dpa_ray.errors import UserError
@@ -199,7 +200,10 @@ def prepare_part(
         shard = None
         if groups:
             store.upload(Path(temporary), folder, [name])
-            shard = {"name": name, "rows": groups, "size_bytes": path.stat().st_size, "sha256": _sha256(path)}
+            shard = {
+                "name": name, "rows": groups, "size_bytes": path.stat().st_size, "sha256": _sha256(path),
+                "footer_sha256": footer_sha256(path),
+            }  # fmt: skip
     result = {
         "index": part.index,
         "num_source_rows": part.num_chosen,

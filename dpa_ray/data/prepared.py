@@ -38,6 +38,7 @@ class Prepared:
     shards: tuple[tuple[str, tuple[int, ...]], ...]  # (file name, rows of each row group)
     num_quarantined: int
     sizes_bytes: tuple[int, ...] = ()  # of each shard
+    footers: tuple[str, ...] = ()  # SHA-256 of each shard's footer, "" where it is not known
     source_name: str = ""  # comes before the place of a sample
     num_with_system: int = 0  # samples that have a system turn
     homes: tuple[tuple[str, str], ...] = ()  # of a mixture, for each shard: the digest and name of its source
@@ -84,6 +85,7 @@ def find_prepared(store: StoreLike, digest: str) -> Prepared | None:
             shards=tuple((shard["name"], tuple(shard["rows"])) for shard in manifest["shards"]),
             num_quarantined=manifest["num_quarantined"],
             sizes_bytes=tuple(shard["size_bytes"] for shard in manifest["shards"]),
+            footers=tuple(shard.get("footer_sha256", "") for shard in manifest["shards"]),
             source_name=manifest["source_name"],
             num_with_system=manifest["num_with_system"],
         )
@@ -104,6 +106,7 @@ def mixed(digest: str, parts: Sequence[tuple[Prepared, int]]) -> Prepared:
         shards=tuple(shard for part in each for shard in part.shards),
         num_quarantined=sum(part.num_quarantined for part, _ in parts),
         sizes_bytes=tuple(size for part in each for size in part.sizes_bytes),
+        footers=tuple(footer for part in each for footer in part.footers),
         num_with_system=sum(part.num_with_system for part in each),
         homes=tuple((part.digest, part.source_name) for part in each for _ in part.shards),
     )

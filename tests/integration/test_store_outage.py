@@ -1,5 +1,6 @@
 """What becomes of a whole run whose S3 server goes away in the middle of a stage: for a while, and for good?"""
 
+# ruff: noqa: F811 (fixtures of another module)
 from __future__ import annotations
 
 import json
@@ -30,9 +31,9 @@ def server(tmp_path: Path) -> Iterator[Server]:
     server.close()
 
 
-def start(server: Server, recipe: dict[str, Any], folder: Path) -> Running:
+def start(server: Server, made: dict[str, Any], folder: Path) -> Running:
     environment = s3.environment(server.port)
-    return start_dpa(recipe, f"s3://{BUCKET}/store", "run", env=environment, folder=folder)
+    return start_dpa(made, f"s3://{BUCKET}/store", "run", env=environment, folder=folder)
 
 
 def files(server: Server) -> Path:
@@ -68,7 +69,7 @@ def test_a_server_that_is_away_for_a_while_only_delays_the_run(
     server: Server,
     tmp_path: Path,
     recipe: Callable[..., dict[str, Any]],
-    whole: Callable[..., Run],  # noqa: F811
+    whole: Callable[..., Run],
 ) -> None:
     running = start(server, recipe(), tmp_path)
     wait_for_checkpoint(running, server, "proxy-mllm")
@@ -86,7 +87,7 @@ def test_a_server_that_stays_away_ends_the_run_with_one_message_and_the_same_com
     server: Server,
     tmp_path: Path,
     recipe: Callable[..., dict[str, Any]],
-    whole: Callable[..., Run],  # noqa: F811
+    whole: Callable[..., Run],
 ) -> None:
     made = recipe(data__retry_s=2)
     running = start(server, made, tmp_path)
