@@ -178,7 +178,7 @@ def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run) -> d
         }  # fmt: skip
     scores = {}
     if "eval" in plan.found:
-        scores = json.loads(store.read_bytes(f"{plan.refs['eval'].path}/{RESULT}"))
+        scores = json.loads((plan.refs["eval"].fetched(store, [RESULT]) / RESULT).read_text())
     made = sum(s["wall_time_s"] for s in stages.values() if not s["reused"])
     run_record.write("done", timings=stages, eval=scores, totals={"stages_wall_time_s": made})
     path = run_record.path

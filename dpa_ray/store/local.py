@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -125,6 +126,11 @@ class LocalFolder:
 
     def read_bytes(self, path: str) -> bytes:
         return (self.root / path).read_bytes()
+
+    def digest(self, path: str) -> tuple[int, str]:
+        with open(self.root / path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return file.tell(), digest
 
     def write_bytes(self, path: str, data: bytes) -> None:
         with whole_file(self.root / path) as file:

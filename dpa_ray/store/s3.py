@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -84,6 +85,14 @@ class S3Folder:
                 if attempt == READ_ATTEMPTS - 1:
                     raise
         raise AssertionError("not reached")
+
+    def digest(self, path: str) -> tuple[int, str]:
+        size, digest = 0, hashlib.sha256()
+        with arrow_filesystem(self.bucket).open_input_stream(f"{self.bucket}/{self.key(path)}") as stream:
+            while data := stream.read(PART_BYTES):
+                size += len(data)
+                digest.update(data)
+        return size, digest.hexdigest()
 
     def write_bytes(self, path: str, data: bytes) -> None:
         client(self.patience).put_object(Bucket=self.bucket, Key=self.key(path), Body=data)
