@@ -27,6 +27,7 @@ __all__ = ["STAGES", "Artifact", "commit", "content_key", "digest_file", "digest
 STAGES = ("base-llm", "base-vision", "proxy-llm", "proxy-merged", "blind", "proxy-mllm", "instruct", "eval")
 MANIFEST = "manifest.json"
 SCHEMA = 1
+KEYS = ("schema", "stage", "key", "files", "inputs", "meta", "versions", "created", "digest")
 VERSIONED = ("torch", "transformers", "peft", "deepspeed", "ray", "safetensors", "pyarrow")
 
 _log = logging.getLogger(__name__)
@@ -126,6 +127,8 @@ def _problem(manifest: Any) -> str | None:
         return (
             f"expected a manifest of schema {SCHEMA}, found schema {manifest['schema']!r} (another version of dpa_ray?)"
         )
+    if strange := sorted(manifest.keys() - KEYS):
+        return f"expected {', '.join(KEYS)} in the manifest, found {strange[0][:40]!r}"
     kinds = {"stage": str, "key": str, "files": dict, "inputs": dict, "meta": dict}
     for name, kind in kinds.items():
         if not isinstance(manifest.get(name), kind):
