@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpa_ray.credentials import without_credentials
 from dpa_ray.data.prepare import find_prepared
 from dpa_ray.data.retry import bridging, retried
 from dpa_ray.engine.evaluate import RESULT
@@ -71,7 +72,7 @@ def _failed(err: BaseException, run_record: Run, view: View, store: Store) -> No
     try:
         view.close(store)
         if run_record.values:  # else nothing was begun
-            run_record.write("failed", store, error=str(err) or type(err).__name__)
+            run_record.write("failed", store, error=without_credentials(str(err)) or type(err).__name__)
     except (UserError, OSError) as also:
         view.progress.note(f"not everything about this run's end could be written: {also}")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote
 
+from dpa_ray.credentials import has_credentials, without_credentials
 from dpa_ray.errors import BrokenJson, UserError
 from dpa_ray.store.local import LocalFolder, files_under
 from dpa_ray.store.messages import told
@@ -264,6 +265,10 @@ def _is_inside(path: str) -> bool:
 def _parse(uri: str) -> tuple[str, str]:
     """("local", absolute path) or ("s3", "bucket" or "bucket/prefix")."""
     expected = "expected an absolute local path or s3://bucket/prefix"
+    if has_credentials(uri):
+        raise UserError(
+            f"{expected} without user and password; found {without_credentials(uri)!r}; see AWS_ACCESS_KEY_ID"
+        )
     if uri.startswith("s3://"):
         bucket, *parts = [part for part in uri.removeprefix("s3://").split("/") if part] or [""]
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{2,62}", bucket):

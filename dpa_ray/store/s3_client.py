@@ -6,6 +6,7 @@ import functools
 import os
 from typing import Any, Literal
 
+from dpa_ray.credentials import has_credentials, without_credentials
 from dpa_ray.errors import UserError
 
 ENV_NAMES = (
@@ -39,6 +40,11 @@ def configure_endpoint() -> str | None:
     url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if not url:
         return None
+    if has_credentials(url):
+        raise UserError(
+            f"AWS_ENDPOINT_URL: expected an address without user and password, found {without_credentials(url)}; give them "
+            "as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
     scheme, _, host = url.partition("://")
     if scheme not in ("http", "https") or not host.strip("/"):
         raise UserError(f"AWS_ENDPOINT_URL: expected http://HOST[:PORT] or https://HOST[:PORT], found {url!r}")
