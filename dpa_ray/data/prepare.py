@@ -22,7 +22,7 @@ from typing import Any
 from dpa_ray.data.bridged import BridgedStore
 from dpa_ray.data.catalog import Piece, digest, pieces, source_digest
 from dpa_ray.data.known import Known
-from dpa_ray.data.prepared import SCHEMA_VERSION, Prepared, StoreLike, find_prepared
+from dpa_ray.data.prepared import SCHEMA_VERSION, Prepared, StoreLike, find_prepared, sealed
 from dpa_ray.data.ray_tasks import bounded_retries, deaths_told, quiet_ray_data
 from dpa_ray.data.retry import bridged_s, bridging
 from dpa_ray.data.sample import Sample
@@ -83,7 +83,7 @@ def _mix(store: StoreLike, found: list[Piece]) -> Prepared:
         ],
     }
     if not store.exists(f"data/{name}/manifest.json"):
-        store.write_json(f"data/{name}/manifest.json", manifest)
+        store.write_json(f"data/{name}/manifest.json", sealed(manifest))
     mixture = find_prepared(store, name)
     assert mixture is not None
     return mixture
@@ -135,7 +135,7 @@ def _prepare(
         "quarantined": dict(sorted(reasons.items())),
         "shards": shards,
     }
-    store.write_json(f"{folder}/manifest.json", manifest)
+    store.write_json(f"{folder}/manifest.json", sealed(manifest))
     store.delete(f"{folder}/parts")
     prepared = find_prepared(store, scan.digest)
     assert prepared is not None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from dpa_ray.batch import Batch
 from dpa_ray.data.blind_scores import BlindScores
@@ -38,6 +41,8 @@ from dpa_ray.store import checkpoints, lease
 from dpa_ray.store.artifacts import commit, find
 from dpa_ray.store.checkpoints import Checkpoint
 from dpa_ray.store.fs import Store
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 STAGE_METRICS = "metrics.jsonl"
 """In an artifact: the metrics of the stage that made it, for runs that reuse it."""
@@ -138,9 +143,9 @@ class Worker:
         self.tell("task_started", stage=task.stage)
         if rank() == 0:
             start = time.perf_counter()
-            with tempfile.TemporaryDirectory() as tmp:
-                proxy_llm.merge(task, self.store, Path(tmp))
-                self._commit(task, Path(tmp), {"wall_time_s": time.perf_counter() - start})
+            with scratch() as folder:
+                proxy_llm.merge(task, self.store, folder)
+                self._commit(task, folder, {"wall_time_s": time.perf_counter() - start})
 
     def _evaluate(self, task: EvalTask) -> None:
         self.tell("task_started", stage=task.stage)
@@ -148,9 +153,9 @@ class Worker:
         result = evaluate(task, self.store, self.device)
         if rank() == 0:
             assert result is not None
-            with tempfile.TemporaryDirectory() as tmp:
-                result.write(Path(tmp))
-                self._commit(task, Path(tmp), {"wall_time_s": time.perf_counter() - start})
+            with scratch() as folder:
+                result.write(folder)
+                self._commit(task, folder, {"wall_time_s": time.perf_counter() - start})
 
     def _commit(self, task: Task, folder: Path, meta: dict[str, Any]) -> None:
         result = task.result
@@ -222,8 +227,7 @@ class Worker:
         if built.finish is not None:
             expected = instruct.probe_logits(built.module.model, *_probe_arguments(built, self.device))
         if rank() == 0:
-            with tempfile.TemporaryDirectory() as tmp:
-                folder = Path(tmp)
+            with scratch() as folder:
                 built.save(tensors, folder)
                 if built.finish is not None:
                     assert expected is not None
@@ -236,6 +240,26 @@ class Worker:
                 }  # fmt: skip
                 self._commit(task, folder, meta)
         self.tell("stage_finished", stage=task.stage)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A local folder for what becomes an artifact. Raises: UserError where the disk is full."""
+    with tempfile.TemporaryDirectory() as tmp:
+        try:
+            yield Path(tmp)
+        except (OSError, SafetensorError) as err:  # safetensors tells the system's number in its text only
+            if any(number in (getattr(err, "errno", None), _os_error(err)) for number in NO_ROOM):
+                raise UserError(
+                    f"{tmp}: no room for what the stage has made ({err}); free some space there, or set TMPDIR to another "
+                    "folder, and start the same command again: it goes on from the last checkpoint"
+                ) from err
+            raise
+
+
+def _os_error(err: Exception) -> int | None:
+    found = re.search(r"\(os error (\d+)\)", str(err))
+    return int(found[1]) if found else None
 
 
 def _resumed(task: TrainTask, checkpoint: Checkpoint, built: Built) -> str:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from dpa_ray.errors import UserError
+from dpa_ray.errors import BrokenJson, UserError
 from dpa_ray.recipe import Recipe, RecipeError
 from dpa_ray.stages.keys import NOT_IN_KEYS
 from dpa_ray.store.fs import Store
@@ -54,8 +54,10 @@ class Run:
         try:
             values = self.store.read_json(path)
             found, status = values["recipe_digest"], values["status"]
-        except (UserError, KeyError, TypeError):
-            raise UserError(f"{self.store.url(path)}: expected a run.json of dpa_ray, found something else") from None
+        except (BrokenJson, KeyError, TypeError):
+            raise UserError(
+                f"{self.store.url(path)}: expected a run.json of dpa_ray, found something else; delete it, or choose another --name"
+            ) from None
         expected = identity(self.recipe)
         if status == "failed" and not self.store.exists(f"{self.path}/metrics.jsonl"):
             return  # it never trained: a mended recipe may have its name

@@ -193,7 +193,7 @@ def _boot() -> str:
 def _values(content: bytes) -> dict[str, Any]:
     try:
         values = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 
