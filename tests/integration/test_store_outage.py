@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from tests import s3
 from tests.integration.runs import STAGES, Run, Running, losses, start_dpa
-from tests.integration.test_survival import recipe, weights, whole  # noqa: F401 (fixtures)
+from tests.integration.test_survival import EVERY_STEPS, NUM_STEPS, recipe, weights, whole  # noqa: F401 (fixtures)
 from tests.unit.test_outages import Server
 
 BUCKET = "outage"
@@ -31,8 +32,11 @@ def server(tmp_path: Path) -> Iterator[Server]:
     server.close()
 
 
-def start(server: Server, made: dict[str, Any], folder: Path) -> Running:
-    environment = s3.environment(server.port)
+TOKEN = "hf_token-to-be-kept-secret"
+
+
+def start(server: Server, made: dict[str, Any], folder: Path, **more: str) -> Running:
+    environment = s3.environment(server.port) | more
     return start_dpa(made, f"s3://{BUCKET}/store", "run", env=environment, folder=folder)
 
 
@@ -41,10 +45,10 @@ def files(server: Server) -> Path:
     return server.folder / "data" / BUCKET / "store"
 
 
-def wait_for_checkpoint(running: Running, server: Server, stage: str, timeout_s: float = 200) -> None:
+def wait_for_checkpoint(running: Running, server: Server, stage: str, step: int, timeout_s: float = 200) -> None:
     until = time.monotonic() + timeout_s
     while running.process.poll() is None and time.monotonic() < until:
-        if list(files(server).glob(f"checkpoints/{stage}-*/step-*/manifest.json")):
+        if list(files(server).glob(f"checkpoints/{stage}-*/step-{step:08d}-*/manifest.json")):
             return
         time.sleep(0.02)
     running.kill_all()
@@ -55,6 +59,15 @@ def copied(server: Server, run: Run, folder: Path) -> Run:
     """The run with its store as a local folder."""
     shutil.copytree(files(server), folder)
     return Run(run.returncode, run.stdout, run.stderr, folder, run.name, run.recipe)
+
+
+def assert_no_secret(secrets: Sequence[str], texts: Sequence[str], *folders: Path) -> None:
+    """Neither in what was printed nor in any file: of the store, of Ray's session and logs."""
+    read = [(str(p), p.read_bytes()) for f in folders for p in f.rglob("*") if p.is_file() and not p.is_symlink()]
+    assert any("/logs/" in name for name, _ in read), "Ray's logs are among them"
+    found = {name for name, content in read for secret in secrets if secret.encode() in content}
+    assert not found
+    assert not [secret for secret in secrets for text in texts if secret in text]
 
 
 def assert_same(run: Run, expected: Run) -> None:
@@ -71,16 +84,23 @@ def test_a_server_that_is_away_for_a_while_only_delays_the_run(
     recipe: Callable[..., dict[str, Any]],
     whole: Callable[..., Run],
 ) -> None:
-    running = start(server, recipe(), tmp_path)
-    wait_for_checkpoint(running, server, "proxy-mllm")
+    with tempfile.TemporaryDirectory(prefix="ray-") as ray_folder:  # a short path: Ray makes sockets in it
+        run = run_through_an_outage(server, recipe(), tmp_path, Path(ray_folder))
+    assert_same(run, whole())
+
+
+def run_through_an_outage(server: Server, made: dict[str, Any], tmp_path: Path, ray_folder: Path) -> Run:
+    running = start(server, made, tmp_path, RAY_TMPDIR=str(ray_folder), HF_TOKEN=TOKEN)
+    wait_for_checkpoint(running, server, "proxy-mllm", 4)
     server.away(AWAY_S)
     run = running.finished()
     assert run.returncode == 0, run.output
     assert "S3 is away" in run.stdout, run.output
+    assert_no_secret([s3.SECRET, TOKEN], [run.stdout, run.stderr], files(server), ray_folder)
     run = copied(server, run, tmp_path / "copy")
-    assert_same(run, whole())
     assert run.info()["timings"]["proxy_mllm"]["resumed_from"] == [], "no worker died of it"
     assert not list(files(server).glob("checkpoints/*/*/*.safetensors"))
+    return run
 
 
 def test_a_server_that_stays_away_ends_the_run_with_one_message_and_the_same_command_goes_on(
@@ -89,9 +109,11 @@ def test_a_server_that_stays_away_ends_the_run_with_one_message_and_the_same_com
     recipe: Callable[..., dict[str, Any]],
     whole: Callable[..., Run],
 ) -> None:
-    made = recipe(data__retry_s=2)
+    made = recipe(data__retry_s=1)
     running = start(server, made, tmp_path)
-    wait_for_checkpoint(running, server, "proxy-mllm")
+    wait_for_checkpoint(
+        running, server, "proxy-mllm", NUM_STEPS - EVERY_STEPS
+    )  # each later one waits for S3, then gives up
     server.kill()
     run = running.finished(120)
     assert run.returncode == 1, run.output

@@ -41,7 +41,7 @@ ANY = st.recursive(
     max_leaves=6,
 )
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-LONG = settings(QUICK, max_examples=20_000)
+LONG = settings(QUICK, max_examples=4_000)
 
 
 # -- what a run reads of the store
@@ -352,4 +352,4 @@ def test_any_bytes_as_a_source_are_data_or_a_message(name: str, tmp_path: Path) 
 @pytest.mark.full
 @pytest.mark.parametrize("name", SOURCES)
 def test_any_bytes_as_a_source_for_long(name: str, tmp_path: Path) -> None:
-    settings(LONG, max_examples=5000)(given(SOURCES[name])(lambda content: fuzz_source(tmp_path, name, content)))()
+    settings(LONG, max_examples=1_000)(given(SOURCES[name])(lambda content: fuzz_source(tmp_path, name, content)))()
