@@ -135,7 +135,7 @@ def retried(
         retry_s = bridged_s()
         if retry_s == 0 or not is_outage(err):
             raise
-        reason = _reason(err)
+        reason = _reason(err, url)
     first, num_tries = now(), 1
     if _WAITING.enter():
         _BRIDGES.tell(f"{url}: S3 is away ({reason}); trying again for {retry_s:g} s (data.retry_s)")
@@ -147,7 +147,7 @@ def retried(
             except (OSError, NoAnswer) as err:
                 if not is_outage(err):
                     raise
-                reason, num_tries = _reason(err), num_tries + 1
+                reason, num_tries = _reason(err, url), num_tries + 1
     finally:
         _WAITING.leave()
     raise UserError(
@@ -156,10 +156,12 @@ def retried(
     )
 
 
-def _reason(err: BaseException) -> str:
-    """The end of Arrow's long message that says it: Failed to connect to 10.0.0.1:80, for one."""
+def _reason(err: BaseException, url: str) -> str:
+    """Of Arrow's long message the end, which says it (Failed to connect to 10.0.0.1:80, for one); of the store's own what
+    stands between the address and the advice, both of which are told anyway."""
     line = first_line(err)
-    return line.rpartition("; Details: ")[2] or line
+    end = line.rpartition("; Details: ")[2]
+    return end if end != line else line.removeprefix(f"{url}: ").partition("; check that")[0]
 
 
 def first_line(err: BaseException) -> str:
