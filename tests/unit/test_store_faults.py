@@ -102,10 +102,10 @@ PASSING = {
 def test_a_fault_that_passes_only_delays_every_call(kind: str, rclone_s3: S3, proxy: Proxy, tmp_path: Path) -> None:
     for name, (call, expected) in CALLS.items():
         store = Store(f"{rclone_s3.uri}/{name}", through=retried)
-        store.write_bytes("a/x", b"12")
-        proxy.fail(PASSING[kind], times=1 if kind == "slow" else 2)
-        before = len(proxy.seen)
         with bridging(RETRY_S):
+            store.write_bytes("a/x", b"12")
+            proxy.fail(PASSING[kind], times=1 if kind == "slow" else 2)
+            before = len(proxy.seen)
             assert call(store, tmp_path / name) == expected, name
         assert len(proxy.seen) > before
         proxy.heal()
