@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from dpa_ray.recipe_errors import RecipeError, key_path, message, shown
+from dpa_ray.recipe_errors import RecipeError, credentials_in, key_path, message, shown
 from dpa_ray.recipe_sources import ColumnsSection, Section, SourceEntry, SourceOptions, SourceSection
 from dpa_ray.recipe_yaml import apply_override, read_yaml
 
@@ -329,7 +329,7 @@ def parse(values: dict[str, Any], where: str = "recipe", extra_errors: list[tupl
     Checks between keys run where the keys themselves are right.
     Raises: RecipeError with every error found, each with its key path, what was expected and what was found.
     """
-    errors = list(extra_errors or [])
+    errors = [*(extra_errors or []), *credentials_in(values)]
     recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate(values)

@@ -79,16 +79,18 @@ class Checkpointer:
         note: Callable[[str], None],
         saved: Callable[[int], None],
         drained: Callable[[], object | None],
+        confirm: Callable[[], None] = lambda: None,
     ):
         """
         Args:
             note: takes what a person should know, on any rank.
             saved: rank 0: is told the step of every checkpoint that is whole.
             drained: which workers' nodes are about to go, or None? Asked on all ranks at once.
+            confirm: rank 0: raises where another process may have taken the stage over.
         """
         self.store, self.task, self.engine, self.recorder, self.device = store, task, engine, recorder, device
         self.section = task.recipe.checkpoint
-        self.note, self.saved, self.drained = note, saved, drained
+        self.note, self.saved, self.drained, self.confirm = note, saved, drained, confirm
         self.stage, self.key = task.result.stage, task.result.key
         self.pending: _Pending | None = None
         self.leaving: object | None = None
@@ -221,6 +223,7 @@ class Checkpointer:
             untaught += found["untaught"]
             for name, start, length in found["fragments"]:
                 index.setdefault(name, []).append([start, length, _file_of(number)])
+        self.confirm()
         self.recorder.log.flush()  # a checkpoint does not count before the metrics up to it are there
         rest = {
             "files": files, "index": index, "num_updates": pending.num_updates, "world_size": world_size(),

@@ -10,8 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpa_ray.credentials import without_credentials
 from dpa_ray.data.prepare import find_prepared
+from dpa_ray.data.retry import bridging, retried
 from dpa_ray.engine.evaluate import RESULT
+from dpa_ray.errors import UserError
 from dpa_ray.recipe import Recipe
 from dpa_ray.report import console, trackers
 from dpa_ray.report.metrics import FILE as METRICS
@@ -29,36 +32,49 @@ def run(recipe: Recipe) -> dict[str, Any]:
     Raises: RecipeError where the run's name is taken; LeaseTaken where another process is at work on it; UserError for
         whatever the user can mend. Finished stages and checkpoints are kept in every case.
     """
-    store = Store(recipe.store)
+    store = Store(recipe.store, through=retried)
     store.check()
     run_record = Run(store, recipe)
     run_record.check_name()
     trackers.check(recipe.trackers)
     device = "GPU" if recipe.cluster.gpus_per_worker else "CPU"
     console.header(recipe, device=device, store=store.uri)
-    with lease.held(store, f"{run_record.path}/lease", report=_print, lost=lambda: None) as taken:
+    with (
+        bridging(recipe.data.retry_s),
+        lease.held(store, f"{run_record.path}/lease", report=_print, lost=lambda: None) as held,
+    ):
         run_record.check_name()  # again: another run may have had the lease meanwhile
+        run_record.confirm = held.confirm
 
         def check() -> None:
-            if taken.is_set():
+            if held.taken:
                 raise lease.LeaseTaken(f"{store.url(run_record.path)}: another process has taken this run over")
 
         with console.Progress() as progress:
             plan = make_plan(recipe, store, make=True, report=progress.note)
             pipeline = Pipeline(plan, store, run_record, progress.note)
-            view = View(progress, recipe, store, run_record.path)
+            view = View(progress, recipe, run_record.path)
             try:
                 pipeline.carry_out(
                     lambda tasks: _launch(tasks, store, recipe, view, check), start=lambda: _start(recipe, view)
                 )
             except BaseException as err:
-                if run_record.values and not taken.is_set():  # else nothing was begun, or another process goes on
-                    run_record.write("failed", error=str(err) or type(err).__name__)
+                _failed(err, run_record, view, Store(recipe.store))
                 raise
-            finally:
-                view.close()
+            view.close(store)
         check()
         return _closing(plan, pipeline, store, run_record)
+
+
+def _failed(err: BaseException, run_record: Run, view: View, store: Store) -> None:
+    """Write down what can be of a run that ends with `err`, which matters more than that something cannot be; `store`
+    does not wait."""
+    try:
+        view.close(store)
+        if run_record.values:  # else nothing was begun
+            run_record.write("failed", store, error=without_credentials(str(err)) or type(err).__name__)
+    except (UserError, OSError) as also:
+        view.progress.note(f"not everything about this run's end could be written: {also}")
 
 
 def _print(text: str) -> None:
@@ -78,16 +94,15 @@ def _start(recipe: Recipe, view: View) -> None:
 def _launch(tasks: Sequence[Task], store: Store, recipe: Recipe, view: View, check: Callable[[], None]) -> None:
     from dpa_ray.engine import launch
 
-    launch.launch(tasks, store, recipe.cluster, recipe.name, view.handle, check)
+    launch.launch(tasks, store, recipe.cluster, view.handle, check)
 
 
 class View:
     """The workers' events: to the screen and the trackers."""
 
-    def __init__(self, progress: console.Progress, recipe: Recipe, store: Store, run_path: str):
+    def __init__(self, progress: console.Progress, recipe: Recipe, run_path: str):
         self.progress = progress
         self.recipe = recipe
-        self.store = store
         self.run_path = run_path
         self.folder = Path(tempfile.mkdtemp(prefix="dpa_ray-"))
         self.trackers: trackers.Trackers | None = None
@@ -124,14 +139,16 @@ class View:
             texts = {"proxy_merged": "merging the proxy's LoRA", "eval": "answering held-out questions"}
             self.progress.note(texts.get(values["stage"], values["stage"]))
 
-    def close(self) -> None:
+    def close(self, store: Store) -> None:
         """TensorBoard's files into the store, runs/<name>/tensorboard."""
         if self.trackers is not None:
             self.trackers.close()
         files = [p for p in self.folder.rglob("*") if p.is_file() and not p.is_symlink()]
-        if files:
-            self.store.upload(self.folder, self.run_path, [p.relative_to(self.folder).as_posix() for p in files])
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            if files:
+                store.upload(self.folder, self.run_path, [p.relative_to(self.folder).as_posix() for p in files])
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run) -> dict[str, Any]:
@@ -162,7 +179,7 @@ def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run) -> d
         }  # fmt: skip
     scores = {}
     if "eval" in plan.found:
-        scores = json.loads(store.read_bytes(f"{plan.refs['eval'].path}/{RESULT}"))
+        scores = json.loads((plan.refs["eval"].fetched(store, [RESULT]) / RESULT).read_text())
     made = sum(s["wall_time_s"] for s in stages.values() if not s["reused"])
     run_record.write("done", timings=stages, eval=scores, totals={"stages_wall_time_s": made})
     path = run_record.path

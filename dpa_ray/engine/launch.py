@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import ray
@@ -74,7 +75,6 @@ def launch(
     tasks: Sequence[Task],
     store: Store,
     cluster: ClusterSection,
-    name: str,
     handle: Callable[[str, dict[str, Any]], None],
     check: Callable[[], None] = lambda: None,
 ) -> None:
@@ -86,8 +86,9 @@ def launch(
     Raises: UserError with what a worker said, or where workers cannot be started (again) in time.
     """
     board: Any = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=_here()).remote()
-    storage = f"runs/{name}/.train"
-    store.delete(storage)  # state of an earlier attempt: what is finished is known from the artifacts alone
+    # Ray Train's own state, of no use to anybody: what is finished is known from the artifacts, and checkpoints are ours.
+    # Beside its controller, not in the store, whose outages it would not wait out.
+    storage = tempfile.mkdtemp(prefix="dpa_ray-train-")
     order = ray.put(tuple(tasks))
     trainer = TorchTrainer(
         run_worker,
@@ -100,7 +101,7 @@ def launch(
         ),
         run_config=RunConfig(
             name="fit",
-            storage_path=store.url(storage),
+            storage_path=storage,
             failure_config=FailureConfig(max_failures=-1),
             callbacks=[Failures(board, cluster.max_failures)],
         ),
@@ -124,8 +125,7 @@ def launch(
             ray.kill(board)
         elif ray.get_runtime_context().get_actor_id() is None:
             ray.shutdown()  # ends the workers, before anybody else may take the run over
-        with suppress(UserError):  # of no use to anybody; what is under way may matter more
-            store.delete(storage)
+        shutil.rmtree(storage, ignore_errors=True)
 
 
 class _Fit(threading.Thread):

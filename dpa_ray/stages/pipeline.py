@@ -15,6 +15,7 @@ from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.prepare import Known, Prepared, find_prepared, prepare, source_digest
 from dpa_ray.data.retry import bridging
 from dpa_ray.recipe import PROXY_METHODS, Recipe, SourceSection
+from dpa_ray.report.metrics import FILE as METRICS
 from dpa_ray.report.metrics import MetricsLog
 from dpa_ray.stages import build, imports, keys, supervision, weights
 from dpa_ray.stages.preflight import Checked, preflight
@@ -35,7 +36,7 @@ from dpa_ray.stages.spec import (
     TrainTask,
     Weights,
 )  # fmt: skip
-from dpa_ray.store.artifacts import Artifact, content_key, find
+from dpa_ray.store.artifacts import Artifact, content_key, find, verify
 from dpa_ray.store.fs import Store
 
 Report = Callable[[str], None]
@@ -262,17 +263,19 @@ class Pipeline:
 
     def _copy_metrics(self, stage: str) -> None:
         """A reused stage's lines, from its artifact (an imported one has none)."""
-        path = f"{self.plan.refs[stage].path}/metrics.jsonl"
-        lines = self.store.read_bytes(path).decode().splitlines() if self.store.exists(path) else []
+        lines: list[str] = []
+        if METRICS in self.plan.found[stage].files:
+            lines = (self.plan.refs[stage].fetched(self.store, [METRICS]) / METRICS).read_text().splitlines()
         MetricsLog.copy_reused(self.store, self.run.path, stage, [json.loads(line) for line in lines])
 
     def _place_model(self) -> None:
-        """runs/<name>/model: the instruct artifact's model files."""
+        """runs/<name>/model: the instruct artifact's model files. Raises: UserError where they are not what was committed."""
         target = f"{self.run.path}/model"
         artifact = self.plan.found["instruct"]
+        verify(self.store, artifact)
         self.store.delete(target)
         for name in artifact.files:
-            if name != "metrics.jsonl":
+            if name != METRICS:
                 self.store.copy(f"{artifact.path}/{name}", f"{target}/{name}")
 
     def _artifacts(self) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
-from dpa_ray.errors import UserError
+from dpa_ray.errors import BrokenJson, UserError
 from dpa_ray.recipe import Recipe, RecipeError
 from dpa_ray.stages.keys import NOT_IN_KEYS
 from dpa_ray.store.fs import Store
@@ -41,6 +42,7 @@ class Run:
         self.store = store
         self.recipe = recipe
         self.path = f"runs/{recipe.name}"
+        self.confirm: Callable[[], None] = lambda: None  # raises where another process may have taken the run over
         self.started = time.time()
         self.values: dict[str, Any] = {}
 
@@ -52,8 +54,10 @@ class Run:
         try:
             values = self.store.read_json(path)
             found, status = values["recipe_digest"], values["status"]
-        except (UserError, KeyError, TypeError):
-            raise UserError(f"{self.store.url(path)}: expected a run.json of dpa_ray, found something else") from None
+        except (BrokenJson, KeyError, TypeError):
+            raise UserError(
+                f"{self.store.url(path)}: expected a run.json of dpa_ray, found something else; delete it, or choose another --name"
+            ) from None
         expected = identity(self.recipe)
         if status == "failed" and not self.store.exists(f"{self.path}/metrics.jsonl"):
             return  # it never trained: a mended recipe may have its name
@@ -64,10 +68,14 @@ class Run:
                 self.recipe.name,
             )  # fmt: skip
 
-    def write(self, status: str, **values: Any) -> None:
-        """Set `status` and further keys, and write the whole."""
+    def write(self, status: str, store: Store | None = None, **values: Any) -> None:
+        """Set `status` and further keys, and write the whole (through `store`, where that is another one).
+
+        Raises: LeaseTaken where another process goes on with this run: nothing is written.
+        """
+        self.confirm()
         self.values |= values
-        self.store.write_json(
+        (store or self.store).write_json(
             f"{self.path}/{RUN_FILE}",
             {
                 "name": self.recipe.name, "status": status, "method": self.recipe.method,
