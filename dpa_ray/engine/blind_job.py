@@ -19,7 +19,6 @@ import torch
 from dpa_ray.data.blind_scores import Scores, file_name, write_scores
 from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.encode import Encoder
-from dpa_ray.data.pack import first_fit
 from dpa_ray.data.retry import bridging
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.texts import text_groups
@@ -27,6 +26,7 @@ from dpa_ray.data.threads import ordered_map
 from dpa_ray.engine.protocol import from_rank_0, rank, world_size
 from dpa_ray.errors import UserError
 from dpa_ray.model.blind import TextSample, packed_scores, row_width, text_of
+from dpa_ray.pack import first_fit
 from dpa_ray.stages.blind import BlindBuilt, build_blind, encoder
 from dpa_ray.stages.spec import BlindTask
 from dpa_ray.store.artifacts import commit, digest_folder
