@@ -85,8 +85,8 @@ class CmoSection(Section):
     window: int = Field(3, ge=1)
     blind: Literal["auto", "cached", "live"] = Field(
         "auto",
-        description="q of stage 2: computed once and kept (cached, and auto where it can be), or at every step (live); "
-        "in stage 3, whose LLM may be trained, it is always live",
+        description="q of stages whose LLM is frozen, which stage 2's is and stage 3's may be: computed once and kept "
+        "(cached, and auto where it can be), or at every step (live, and always where the LLM is trained)",
     )
 
     @model_validator(mode="after")
@@ -290,10 +290,10 @@ class Recipe(Section):
             upper if self.cmo.upper is None else self.cmo.upper,
         )
 
-    @property
-    def caches_blind(self) -> bool:
-        """Is stage 2 given a q that was computed beforehand? (Its LLM is frozen, whatever the method.)"""
-        return self.cmo.blind != "live" and self.weights("proxy_mllm") != "uniform" and not self.stages.proxy_mllm.from_
+    def caches_blind(self, stage: str) -> bool:
+        """Is `stage` given a q that was computed beforehand? Where its LLM is frozen: always in stage 2, by recipe in 3."""
+        is_frozen = not self.stages.proxy_mllm.from_ if stage == "proxy_mllm" else self.stages.instruct.llm == "frozen"
+        return self.cmo.blind != "live" and self.weights(stage) != "uniform" and is_frozen
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, aliases as users write them; `parse` gives the same recipe back."""
@@ -343,9 +343,15 @@ def parse(values: dict[str, Any], where: str = "recipe", extra_errors: list[tupl
                 defaults = "{} and {}".format(*WEIGHT_BOUNDS[weights])
                 found = f"expected lower <= upper, found lower {lower} > upper {upper}"
                 errors.append(("cmo", f"{found} (the defaults of {weights} weights are {defaults})"))
-        if recipe.cmo.blind == "cached" and not recipe.caches_blind:
+        if recipe.cmo.blind == "cached" and not any(recipe.caches_blind(s) for s in ("proxy_mllm", "instruct")):
             why = "is not trained" if recipe.stages.proxy_mllm.from_ else "has uniform weights, which need no q"
-            errors.append(("cmo.blind", f"expected auto or live, found cached: it is for stage 2, which {why}"))
+            errors.append(
+                (
+                    "cmo.blind",
+                    f"expected auto or live, found cached: it is for stage 2, which {why}, "
+                    "and for stage 3 where stages.instruct.llm is frozen and its weights are not uniform",
+                )
+            )
         errors += _ignored_in_held_out(recipe)
     if errors or recipe is None:
         raise RecipeError(errors, where)

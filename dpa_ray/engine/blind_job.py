@@ -43,7 +43,7 @@ Text = tuple[TextSample, str] | None
 def compute_blind(
     task: BlindTask, store: Store, device: torch.device, cursor: Cursor, tell: Callable[..., None]
 ) -> None:
-    """Compute and commit q of the samples that stage 2 takes by `cursor`. All ranks call it.
+    """Compute and commit q of the samples that the reading stage takes by `cursor`. All ranks call it.
 
     `tell` brings an event to the driver, from any rank. Raises: UserError where a sample cannot be read or has a q that is
     not finite, or where the LLM does not fit on the device.

@@ -23,7 +23,17 @@ from dpa_ray.store.local import files_under
 
 __all__ = ["STAGES", "Artifact", "commit", "content_key", "digest_file", "digest_folder", "fetch", "find"]
 
-STAGES = ("base-llm", "base-vision", "proxy-llm", "proxy-merged", "blind", "proxy-mllm", "instruct", "eval")
+STAGES = (
+    "base-llm",
+    "base-vision",
+    "proxy-llm",
+    "proxy-merged",
+    "blind",
+    "proxy-mllm",
+    "blind-instruct",
+    "instruct",
+    "eval",
+)
 MANIFEST = "manifest.json"
 SCHEMA = 1
 VERSIONED = ("torch", "transformers", "peft", "deepspeed", "ray", "safetensors", "pyarrow")
