@@ -105,10 +105,8 @@ class _Score(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=_exact(bias)) if needs_bias else None
         scale = -grad / total
         every_row, every_column = _tiles(len(hidden), ctx.num_rows, ctx.tile_size)
-        # A sum over rows in bf16 would lose what the later ones add.
-        exact = weight.dtype if len(every_row) == 1 else _exact(weight)
         for columns in every_column:
-            of_columns = hidden.new_zeros(columns.stop - columns.start, hidden.shape[1], dtype=exact)
+            sums = None  # of several parts of rows, in fp32: in bf16 they would lose what the later ones add
             for rows in every_row:
                 logits, slope_of_cap = _logits(hidden[rows], weight, bias, ctx.softcap, columns, True)
                 index, inside = _place(target[rows], columns)
@@ -120,10 +118,13 @@ class _Score(torch.autograd.Function):
                 slope = slope.to(weight.dtype)
                 if grad_hidden is not None:
                     _add_product(grad_hidden[rows], slope, weight[columns])
-                if grad_weight is not None:
-                    _add_product(of_columns, slope.t(), hidden[rows])
-            if grad_weight is not None:
-                grad_weight[columns] = of_columns
+                if grad_weight is not None and len(every_row) == 1:
+                    torch.mm(slope.t(), hidden[rows], out=grad_weight[columns])
+                elif grad_weight is not None:
+                    sums = torch.zeros_like(weight[columns], dtype=_exact(weight)) if sums is None else sums
+                    _add_product(sums, slope.t(), hidden[rows])
+            if grad_weight is not None and len(every_row) != 1:
+                grad_weight[columns] = 0 if sums is None else sums
         if grad_weight is not None:
             grad_weight[ctx.num_rows :] = 0
         grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
