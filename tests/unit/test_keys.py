@@ -39,6 +39,7 @@ CHANGES: dict[str, tuple[Any, str | None]] = {
     "model.vision": ("OTHER_VISION", "proxy_mllm"),
     "model.vision_layer": (-3, "proxy_mllm"),
     "model.attention": ("eager", None),
+    "model.compile": (True, None),
     "model.image_size": (28, "proxy_mllm"),
     "model.template_date": ("01 Jan 2025", "instruct"),
     "data.pretrain.fraction": (0.5, "proxy_llm"),
