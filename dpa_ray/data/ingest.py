@@ -22,7 +22,6 @@ from dpa_ray.data.blind_scores import BlindScores
 from dpa_ray.data.collate import collate
 from dpa_ray.data.encode import Encoder
 from dpa_ray.data.images import ImageError, decode
-from dpa_ray.data.pack import pack
 from dpa_ray.data.pixels import Geometry, levels, pixel_shape
 from dpa_ray.data.prepared import Prepared, StoreLike
 from dpa_ray.data.retry import bridging, first_line, retried
@@ -30,6 +29,7 @@ from dpa_ray.data.sample import Sample
 from dpa_ray.data.shard_file import open_shard
 from dpa_ray.data.shards import from_row
 from dpa_ray.errors import UserError
+from dpa_ray.pack import pack
 
 MicroBatch = tuple[np.ndarray, int]
 """(rows of its samples, none for a filler; the row to make a filler of)."""

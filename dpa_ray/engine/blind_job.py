@@ -19,7 +19,6 @@ import torch
 from dpa_ray.data.blind_scores import Scores, file_name, write_scores
 from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.encode import Encoder
-from dpa_ray.data.pack import first_fit
 from dpa_ray.data.retry import bridging
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.texts import text_groups
@@ -27,6 +26,7 @@ from dpa_ray.data.threads import ordered_map
 from dpa_ray.engine.protocol import from_rank_0, rank, world_size
 from dpa_ray.errors import BrokenJson, UserError
 from dpa_ray.model.blind import TextSample, packed_scores, row_width, text_of
+from dpa_ray.pack import first_fit
 from dpa_ray.stages.blind import BlindBuilt, build_blind, encoder
 from dpa_ray.stages.spec import BlindTask
 from dpa_ray.store.artifacts import commit, digest_folder
@@ -43,7 +43,7 @@ Text = tuple[TextSample, str] | None
 def compute_blind(
     task: BlindTask, store: Store, device: torch.device, cursor: Cursor, tell: Callable[..., None]
 ) -> None:
-    """Compute and commit q of the samples that stage 2 takes by `cursor`. All ranks call it.
+    """Compute and commit q of the samples that the reading stage takes by `cursor`. All ranks call it.
 
     `tell` brings an event to the driver, from any rank. Raises: UserError where a sample cannot be read or has a q that is
     not finite, or where the LLM does not fit on the device.

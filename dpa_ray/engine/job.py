@@ -21,7 +21,7 @@ from dpa_ray.report.metrics import FILE as METRICS
 from dpa_ray.stages.pipeline import HELD_OUT, Pipeline, Plan, make_plan, num_steps
 from dpa_ray.stages.preflight import trainables
 from dpa_ray.stages.runs import RUN_FILE, Run
-from dpa_ray.stages.spec import Task
+from dpa_ray.stages.spec import BLIND, Task
 from dpa_ray.store import lease
 from dpa_ray.store.fs import Store
 
@@ -162,14 +162,16 @@ def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run) -> d
         rows.append(
             console.StageRow(
                 stage,
-                meta.get("trainable", "imported") if stage != "blind" else f"q of {meta['num_samples']:,} samples",
+                meta.get("trainable", "imported")
+                if stage not in BLIND.values()
+                else f"q of {meta['num_samples']:,} samples",
                 meta.get("num_steps", 0),
                 meta.get("loss_first"),
                 meta.get("loss_last"),
                 meta.get("wall_time_s", 0.0),
                 reused,
                 store.url(artifact.path),
-                is_trained=stage != "blind",
+                is_trained=stage not in BLIND.values(),
             )  # fmt: skip
         )
         stages[stage] = {
@@ -215,7 +217,7 @@ def dry_run(recipe: Recipe) -> None:
         counts = {stage: {s.description: s.num_parameters} for stage, s in sets.items()}
     rows, notes = [], []
     for stage in plan.shown:
-        if stage == "blind":
+        if stage in BLIND.values():
             rows.append(console.PlanRow(stage, plan.refs[stage].key, stage in plan.found, None, is_trained=False))
             continue
         source, digest = plan.data["instruct" if stage == "instruct" else "pretrain"]

@@ -105,8 +105,8 @@ class Unsharded:
         if not math.isfinite(norm):
             return math.inf
         if self.settings.grad_clip > 0:
-            factor = max(1.0, (norm + 1e-6) / self.settings.grad_clip)  # as DeepSpeed and torch do
-            for grad in grads:
+            factor = (norm + 1e-6) / self.settings.grad_clip  # as DeepSpeed and torch do
+            for grad in grads if factor > 1 else []:
                 grad.div_(factor)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

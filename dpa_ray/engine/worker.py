@@ -35,7 +35,16 @@ from dpa_ray.engine.protocol import Engine, OptimizerSettings, from_rank_0, rank
 from dpa_ray.errors import UserError
 from dpa_ray.stages import instruct, proxy_llm, proxy_mllm
 from dpa_ray.stages.build import Built
-from dpa_ray.stages.spec import ArtifactFile, BlindTask, EvalTask, MergeTask, ProxyMllmTask, Task, TrainTask
+from dpa_ray.stages.spec import (
+    ArtifactFile,
+    BlindTask,
+    EvalTask,
+    InstructTask,
+    MergeTask,
+    ProxyMllmTask,
+    Task,
+    TrainTask,
+)  # fmt: skip
 from dpa_ray.stages.trainable import TrainableSet, check_trainable, select_trainable
 from dpa_ray.store import checkpoints, lease
 from dpa_ray.store.artifacts import commit, find
@@ -313,7 +322,7 @@ def one_node_at_a_time() -> Iterator[None]:
 
 def _blind_scores(task: TrainTask, store: Store) -> BlindScores | None:
     """q of the stage's samples, where it was computed beforehand."""
-    if not isinstance(task, ProxyMllmTask) or task.blind is None:
+    if not isinstance(task, ProxyMllmTask | InstructTask) or task.blind is None:
         return None
     return BlindScores(task.data, ArtifactFile(store, task.blind), store.url(task.blind.path))
 

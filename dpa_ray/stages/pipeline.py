@@ -21,6 +21,7 @@ from dpa_ray.stages import build, imports, keys, supervision, weights
 from dpa_ray.stages.preflight import Checked, preflight
 from dpa_ray.stages.runs import Run
 from dpa_ray.stages.spec import (
+    BLIND,
     ArtifactRef,
     BaseLlm,
     BlindTask,
@@ -72,7 +73,8 @@ class Plan:
     @property
     def shown(self) -> tuple[str, ...]:
         """What a person is told of, in order: the training stages, and q before the stage that takes it."""
-        return tuple(n for s in self.stages for n in (("blind", s) if s == "proxy_mllm" else (s,)) if n in self.refs)
+        named = (name for stage in self.stages for name in (BLIND.get(stage, stage), stage))
+        return tuple(dict.fromkeys(name for name in named if name in self.refs))
 
     @property
     def held_out(self) -> dict[str, tuple[SourceSection, str]]:
@@ -83,14 +85,14 @@ class Plan:
         """What has to be made, in order: of what is absent, only what something absent needs."""
         wanted = {"instruct", *(["eval"] if "eval" in self.refs else [])}
         if "instruct" not in self.found:
-            wanted.add("proxy_mllm")
+            wanted |= {"proxy_mllm", *({"blind_instruct"} & self.refs.keys())}
         if "proxy_mllm" in wanted and "proxy_mllm" not in self.found:
             wanted |= {"blind"} & self.refs.keys()
             if self.has_proxy:
                 wanted.add("proxy_merged")
                 if "proxy_merged" not in self.found:
                     wanted.add("proxy_llm")
-        order = ("proxy_llm", "proxy_merged", "blind", "proxy_mllm", "instruct", "eval")
+        order = ("proxy_llm", "proxy_merged", "blind", "proxy_mllm", "blind_instruct", "instruct", "eval")
         return tuple(name for name in order if name in wanted and name not in self.found)
 
     def add(self, name: str, stage: str, inputs: dict[str, Any], store: Store) -> ArtifactRef:
@@ -143,7 +145,7 @@ def _add_stages(plan: Plan, store: Store, *, make: bool) -> None:
             plan.add("proxy_llm", "proxy-llm", keys.proxy_llm_inputs(recipe, plan.llm, captions), store)
         inputs = keys.merged_inputs(recipe, plan.llm, plan.refs["proxy_llm"].key)
         llm_key = plan.add("proxy_merged", "proxy-merged", inputs, store).key
-    if recipe.caches_blind:
+    if recipe.caches_blind("proxy_mllm"):
         num_image_tokens = weights.num_image_tokens(plan.tower, recipe.model.image_size, store)
         plan.add("blind", "blind", keys.blind_inputs(recipe, llm_key, num_image_tokens, captions), store)
     source = recipe.stages.proxy_mllm.from_
@@ -154,6 +156,10 @@ def _add_stages(plan: Plan, store: Store, *, make: bool) -> None:
     else:
         plan.add("proxy_mllm", "proxy-mllm", keys.proxy_mllm_inputs(recipe, llm_key, plan.tower, captions), store)
     connector, digest = plan.refs["proxy_mllm"].key, plan.data["instruct"][1]
+    if recipe.caches_blind("instruct"):
+        num_image_tokens = weights.num_image_tokens(plan.tower, recipe.model.image_size, store)
+        inputs = keys.blind_inputs(recipe, plan.llm.digest, num_image_tokens, digest, "instruct")
+        plan.add("blind_instruct", "blind-instruct", inputs, store)
     plan.add("instruct", "instruct", keys.instruct_inputs(recipe, plan.llm, plan.tower, connector, digest), store)
 
 
@@ -229,10 +235,12 @@ class Pipeline:
             return ProxyLlmTask(**common, base=base, data=data, num_steps=num_steps(recipe, name, data))
         if name == "proxy_merged":
             return MergeTask(**common, base=base, adapter=ProxyAdapter(plan.refs["proxy_llm"]))
-        if name == "blind":
-            reader = self._task("proxy_mllm")
-            assert isinstance(reader, ProxyMllmTask)
-            return BlindTask(**common, reader=reader, num_image_tokens=plan.inputs[name]["num_image_tokens"])
+        if name in BLIND.values():
+            reader = self._task("proxy_mllm" if name == "blind" else "instruct")
+            assert isinstance(reader, ProxyMllmTask | InstructTask)
+            return BlindTask(
+                **common, reader=reader, num_image_tokens=plan.inputs[name]["num_image_tokens"], stage=name
+            )
         if name == "proxy_mllm":
             data = self._prepared("pretrain")
             llm = MergedProxy(plan.refs["proxy_merged"]) if plan.has_proxy else base
@@ -244,7 +252,7 @@ class Pipeline:
             data, connector = self._prepared("instruct"), Connector(plan.refs["proxy_mllm"])
             return InstructTask(
                 **common, base=base, connector=connector, tower=plan.tower, data=data,
-                num_steps=num_steps(recipe, name, data),
+                blind=plan.refs.get("blind_instruct"), num_steps=num_steps(recipe, name, data),
             )  # fmt: skip
         sets = {held_out: self._prepared(held_out) for held_out in plan.inputs["eval"]["sets"]}
         return EvalTask(**common, model=plan.refs["instruct"], sets=sets)

@@ -25,7 +25,7 @@ DATA_HOW_ONLY = ("prefetch_batches", "workers", "retry_s", "stall_timeout_s", "c
 def identity(recipe: Recipe) -> str:
     """12 hex digits of what a run is; equal for recipes that differ only in how it is done."""
     content = {k: v for k, v in recipe.to_dict().items() if k not in HOW_ONLY}
-    content["model"] = {k: v for k, v in content["model"].items() if k != "attention"}
+    content["model"] = {k: v for k, v in content["model"].items() if k not in ("attention", "compile")}
     content["cmo"] = {k: v for k, v in content["cmo"].items() if k != "blind"}
     content["data"] = {k: v for k, v in content["data"].items() if k not in DATA_HOW_ONLY}
     content["stages"] = {
