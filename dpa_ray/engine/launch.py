@@ -75,10 +75,10 @@ def launch(
     store: Store,
     cluster: ClusterSection,
     name: str,
-    handle: Callable[[str, dict[str, Any]], None],
+    handle: Callable[[str, dict[str, Any], float], None],
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run `tasks` on the workers of one TorchTrainer; their events go to `handle`, in order.
+    """Run `tasks` on the workers of one TorchTrainer; their events go to `handle`, in order, with the time (time.time) of each.
 
     `check` is called now and then; what it raises ends the work.
 
@@ -109,9 +109,9 @@ def launch(
     try:
         while True:
             ended = fit.ended
-            for kind, values in ray.get(board.take.remote()):
+            for kind, values, at_s in ray.get(board.take.remote()):
                 starting.saw(kind)
-                handle(kind, values)
+                handle(kind, values, at_s)
             if ended:
                 break
             starting.check()

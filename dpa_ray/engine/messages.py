@@ -6,12 +6,14 @@ their way), would spend seconds on importing torch and transformers before anyth
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
-Event = tuple[str, dict[str, Any]]
+Event = tuple[str, dict[str, Any], float]
+"""What happened, and when it was heard of: seconds by time.time, on the driver's machine."""
 
-PROGRESS = ("saved", "blind_shard", "stage_finished")
+PROGRESS = ("saved", "blind_shard", "task_finished")
 """Kinds of events after which a run that fails does not begin where it began before."""
 
 
@@ -33,7 +35,7 @@ class Board:
         self.progress = 0
 
     def put(self, kind: str, values: dict[str, Any]) -> None:
-        self.events.append((kind, values))
+        self.events.append((kind, values, time.time()))
         self.progress += kind in PROGRESS
 
     def num_progress(self) -> int:

@@ -31,7 +31,7 @@ from dpa_ray.engine.messages import Orders
 from dpa_ray.engine.protocol import Engine, OptimizerSettings, from_rank_0, rank, world_size
 from dpa_ray.stages import instruct, proxy_llm, proxy_mllm
 from dpa_ray.stages.build import Built
-from dpa_ray.stages.spec import ArtifactFile, BlindTask, EvalTask, MergeTask, ProxyMllmTask, Task, TrainTask
+from dpa_ray.stages.spec import AnyTask, ArtifactFile, BlindTask, EvalTask, MergeTask, ProxyMllmTask, Task, TrainTask
 from dpa_ray.stages.trainable import TrainableSet, check_trainable, select_trainable
 from dpa_ray.store import checkpoints, lease
 from dpa_ray.store.artifacts import commit, find
@@ -46,13 +46,14 @@ def run_worker(orders: Orders) -> None:
     """Entry point on every worker: do each task that nobody has done yet."""
     import ray
 
-    tasks: tuple[Task, ...] = ray.get(orders.tasks)
+    tasks: tuple[AnyTask, ...] = ray.get(orders.tasks)
     worker = Worker(Store(orders.store_uri), _device(), orders.board)
     worker.tell(STARTED, number=world_size())
     for task in tasks:
         with worker.alone(task, orders.owner):
             if not from_rank_0(rank() == 0 and worker.is_made(task)):  # one look for all ranks
                 worker.run(task)
+                worker.tell("task_finished", stage=task.stage)
             worker.barrier()
     worker.feed.close()
 
@@ -78,7 +79,8 @@ class Worker:
         self.board = board
         self.feed = Feed()
 
-    def run(self, task: Task) -> None:
+    def run(self, task: AnyTask) -> None:
+        self.tell("task_started", stage=task.stage, trains=isinstance(task, TrainTask))
         if isinstance(task, MergeTask):
             self._merge(task)
         elif isinstance(task, EvalTask):
@@ -86,7 +88,7 @@ class Worker:
         elif isinstance(task, BlindTask):
             compute_blind(task, self.store, self.device, cursor_of(task.reader, self.store), self.tell_from_any)
         else:
-            self._train(task)  # type: ignore[arg-type]
+            self._train(task)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -129,7 +131,6 @@ class Worker:
             torch.distributed.barrier()
 
     def _merge(self, task: MergeTask) -> None:
-        self.tell("task_started", stage=task.stage)
         if rank() == 0:
             start = time.perf_counter()
             with tempfile.TemporaryDirectory() as tmp:
@@ -137,7 +138,6 @@ class Worker:
                 self._commit(task, Path(tmp), {"wall_time_s": time.perf_counter() - start})
 
     def _evaluate(self, task: EvalTask) -> None:
-        self.tell("task_started", stage=task.stage)
         start = time.perf_counter()
         result = evaluate(task, self.store, self.device)
         if rank() == 0:

@@ -64,6 +64,13 @@ class Run:
                 self.recipe.name,
             )  # fmt: skip
 
+    def earlier_goodput(self) -> dict[str, Any]:
+        """What run.json says of earlier attempts' time; nothing where there was none. After `check_name`."""
+        path = f"{self.path}/{RUN_FILE}"
+        values = self.store.read_json(path) if self.store.exists(path) else {}
+        found = values.get("goodput") if values.get("recipe_digest") == identity(self.recipe) else None
+        return found if isinstance(found, dict) else {}
+
     def write(self, status: str, **values: Any) -> None:
         """Set `status` and further keys, and write the whole."""
         self.values |= values

@@ -84,6 +84,17 @@ def assert_same_to_the_bit(run: Run, expected: Run) -> None:
     assert weights(run) == weights(expected)
 
 
+def assert_adds_up(goodput: dict[str, Any]) -> None:
+    """The parts of the wall time, and each part over the stages."""
+    parts = [name for name in goodput["outside_stages"] if name.endswith("_s")]
+    whole = sum(goodput[part] for part in parts)
+    assert goodput["wall_time_s"] == pytest.approx(whole)
+    assert goodput["goodput"] == pytest.approx(goodput["training_s"] / whole)
+    for part in parts:
+        by_stage = [*goodput["stages"].values(), goodput["outside_stages"]]
+        assert goodput[part] == pytest.approx(sum(times[part] for times in by_stage)), part
+
+
 @pytest.mark.parametrize(
     ("stage", "step"),
     [
@@ -104,6 +115,14 @@ def test_a_lost_worker_is_replaced_and_nothing_changes(
     (step_before,) = resumed_from(run, stage)
     assert step - EVERY_STEPS <= step_before, "at most two steps are made again"
     assert_same_to_the_bit(run, whole())
+    assert "workers replaced 1 time" in run.stdout
+    goodput = run.info()["goodput"]
+    assert_adds_up(goodput)
+    assert goodput["wall_time_s"] == pytest.approx(run.info()["wall_time_s"], rel=0.1)
+    assert goodput["reached"] == dict.fromkeys(STAGES, NUM_STEPS)
+    for name, parts in goodput["stages"].items():
+        assert (parts["training_s"] > 0) == (name in STAGES), name
+        assert (parts["lost_s"] > 0) == (name == stage), name
     assert list((tmp_path / "store" / "checkpoints").rglob("*.safetensors")) == [], "finished stages leave none"
 
 
@@ -123,6 +142,10 @@ def test_the_same_command_goes_on_after_all_was_killed(
     assert resumed_from(run, "proxy_mllm")
     assert resumed_from(run, "instruct")
     assert_same_to_the_bit(run, whole())
+    goodput = run.info()["goodput"]
+    assert_adds_up(goodput)
+    assert goodput["num_attempts"] == 3
+    assert goodput["wall_time_s"] > run.info()["wall_time_s"], "that of the killed ones counts too"
 
 
 @pytest.mark.ci
