@@ -53,12 +53,13 @@ def run(recipe: Recipe) -> dict[str, Any]:
                 raise lease.LeaseTaken(f"{store.url(run_record.path)}: another process has taken this run over")
 
         ledger = Ledger(run_record.started, run_record.earlier_goodput())
+        run_record.goodput = lambda: ledger.entries(time.time())
 
         def keep_goodput() -> None:
             if taken.is_set():
                 return
             try:
-                run_record.write("running", goodput=ledger.entries(time.time()))
+                run_record.write("running")
             except (UserError, OSError) as err:  # the next time, perhaps; training does not need it
                 _log.warning("what the run's time was spent on is not written down: %s", err)
 
@@ -72,9 +73,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
                 )
             except BaseException as err:
                 if run_record.values and not taken.is_set():  # else nothing was begun, or another process goes on
-                    run_record.write(
-                        "failed", error=str(err) or type(err).__name__, goodput=ledger.entries(time.time())
-                    )
+                    run_record.write("failed", error=str(err) or type(err).__name__)
                 raise
             finally:
                 view.close()
@@ -204,14 +203,12 @@ def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run, ledg
     if "eval" in plan.found:
         scores = json.loads(store.read_bytes(f"{plan.refs['eval'].path}/{RESULT}"))
     made = sum(s["wall_time_s"] for s in stages.values() if not s["reused"])
-    now_s = time.time()
-    ledger.ended(now_s)
-    goodput = ledger.entries(now_s)
-    run_record.write("done", timings=stages, eval=scores, totals={"stages_wall_time_s": made}, goodput=goodput)
+    ledger.ended(time.time())
+    run_record.write("done", timings=stages, eval=scores, totals={"stages_wall_time_s": made})
     path = run_record.path
     places = {"model": f"{path}/model", "metrics": f"{path}/{METRICS}", "run": f"{path}/{RUN_FILE}"}
     console.closing_table(rows, paths={name: store.url(where) for name, where in places.items()})
-    console.goodput_table(goodput)
+    console.goodput_table(ledger.entries(time.time()))
     if scores:
         order = sorted(scores, key=lambda name: name != HELD_OUT)
         console.accuracy_table(

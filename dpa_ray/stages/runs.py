@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 from dpa_ray.errors import UserError
@@ -43,6 +44,7 @@ class Run:
         self.path = f"runs/{recipe.name}"
         self.started = time.time()
         self.values: dict[str, Any] = {}
+        self.goodput: Callable[[], dict[str, Any]] = self.earlier_goodput  # asked whenever run.json is written
 
     def check_name(self) -> None:
         """Raises: RecipeError where the name is taken by a run of another recipe."""
@@ -65,7 +67,7 @@ class Run:
             )  # fmt: skip
 
     def earlier_goodput(self) -> dict[str, Any]:
-        """What run.json says of earlier attempts' time; nothing where there was none. After `check_name`."""
+        """What run.json says of the time that earlier attempts spent; nothing where there was none."""
         path = f"{self.path}/{RUN_FILE}"
         values = self.store.read_json(path) if self.store.exists(path) else {}
         found = values.get("goodput") if values.get("recipe_digest") == identity(self.recipe) else None
@@ -74,11 +76,12 @@ class Run:
     def write(self, status: str, **values: Any) -> None:
         """Set `status` and further keys, and write the whole."""
         self.values |= values
+        goodput = self.goodput()
         self.store.write_json(
             f"{self.path}/{RUN_FILE}",
             {
                 "name": self.recipe.name, "status": status, "method": self.recipe.method,
                 "recipe_digest": identity(self.recipe), "started": self.started, "wall_time_s": time.time() - self.started,
-                **self.values, "recipe": self.recipe.to_dict(),
+                **self.values, "goodput": goodput, "recipe": self.recipe.to_dict(),
             },
         )  # fmt: skip
