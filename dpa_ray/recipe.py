@@ -201,6 +201,17 @@ class ClusterSection(Section):
     max_failures: int = Field(
         3, ge=0, description="lost workers that a run gets over by itself, one after the other without a new checkpoint"
     )
+    max_preemptions: int | None = Field(
+        20,
+        ge=0,
+        description="the same of nodes that are taken away, which count apart; null: however many, as long as it takes",
+    )
+    collective_timeout_s: float = Field(
+        600,
+        gt=0,
+        description="how long workers wait for one whose process does not answer before all are replaced; for one that "
+        "answers but does not come to a collective, data.stall_timeout_s longer",
+    )
 
     @property
     def min_workers(self) -> int:
@@ -294,6 +305,11 @@ class Recipe(Section):
     def caches_blind(self) -> bool:
         """Is stage 2 given a q that was computed beforehand? (Its LLM is frozen, whatever the method.)"""
         return self.cmo.blind != "live" and self.weights("proxy_mllm") != "uniform" and not self.stages.proxy_mllm.from_
+
+    @property
+    def collective_limit_s(self) -> float:
+        """Seconds after which a collective gives up. A worker may honestly wait for its batch, and others then for it."""
+        return self.cluster.collective_timeout_s + self.data.stall_timeout_s
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, aliases as users write them; `parse` gives the same recipe back."""

@@ -25,7 +25,7 @@ from dpa_ray.data.bridged import BridgedStore
 from dpa_ray.data.retry import bridging, retried
 from dpa_ray.engine import state
 from dpa_ray.engine.logs import METRICS, SAMPLES, Before, Recorder
-from dpa_ray.engine.protocol import Engine, all_sum, from_rank_0, rank, world_size
+from dpa_ray.engine.protocol import Engine, all_sum, barrier, from_rank_0, rank, world_size
 from dpa_ray.errors import UserError
 from dpa_ray.stages.spec import TrainTask
 from dpa_ray.store import checkpoints
@@ -288,6 +288,7 @@ def restore(
         raise
     except Exception as err:  # whatever odd content leads to: it is content, and another checkpoint may be sound
         problem = f"{store.url(checkpoint.path)}: {type(err).__name__}: {err}"
+    barrier()  # reading may take one rank longer than a collective may
     if all_sum(torch.tensor([float(problem is not None)], device=device)) > 0:
         for fragment, old in zip(fragments, kept, strict=True):
             for kind, tensor in fragment.tensors.items():

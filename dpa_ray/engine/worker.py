@@ -23,12 +23,12 @@ from dpa_ray.data.sizes import ONE_IMAGE, Sizes
 from dpa_ray.engine.blind_job import compute_blind
 from dpa_ray.engine.checkpointing import Checkpointer, candidates, restore
 from dpa_ray.engine.evaluate import evaluate
-from dpa_ray.engine.failures import STARTED
 from dpa_ray.engine.feed import Feed
 from dpa_ray.engine.logs import Before, Recorder
 from dpa_ray.engine.loop import Plan, Schedule, train
-from dpa_ray.engine.messages import Orders
-from dpa_ray.engine.protocol import Engine, OptimizerSettings, from_rank_0, rank, world_size
+from dpa_ray.engine.messages import STARTED, Orders
+from dpa_ray.engine.protocol import Engine, OptimizerSettings, barrier, from_rank_0, limit_waits, rank, world_size
+from dpa_ray.engine.pulse import beating
 from dpa_ray.stages import instruct, proxy_llm, proxy_mllm
 from dpa_ray.stages.build import Built
 from dpa_ray.stages.spec import AnyTask, ArtifactFile, BlindTask, EvalTask, MergeTask, ProxyMllmTask, Task, TrainTask
@@ -49,12 +49,13 @@ def run_worker(orders: Orders) -> None:
     tasks: tuple[AnyTask, ...] = ray.get(orders.tasks)
     worker = Worker(Store(orders.store_uri), _device(), orders.board)
     worker.tell(STARTED, number=world_size())
-    for task in tasks:
-        with worker.alone(task, orders.owner):
-            if not from_rank_0(rank() == 0 and worker.is_made(task)):  # one look for all ranks
-                worker.run(task)
-                worker.tell("task_finished", stage=task.stage)
-            worker.barrier()
+    with beating(orders.board, rank(), tasks[0].recipe.cluster.collective_timeout_s):
+        for task in tasks:
+            with worker.alone(task, orders.owner):
+                if not from_rank_0(rank() == 0 and worker.is_made(task)):  # one look for all ranks
+                    worker.run(task)
+                    worker.tell("task_finished", stage=task.stage)
+                barrier()
     worker.feed.close()
 
 
@@ -126,10 +127,6 @@ class Worker:
         if self.board is not None:
             self.board.put.remote(kind, values)
 
-    def barrier(self) -> None:
-        if world_size() > 1:
-            torch.distributed.barrier()
-
     def _merge(self, task: MergeTask) -> None:
         if rank() == 0:
             start = time.perf_counter()
@@ -200,7 +197,9 @@ class Worker:
             batches = self.feed.batches(
                 loader, left, prefetch=data.prefetch_batches, workers=data.workers, stall_timeout_s=data.stall_timeout_s
             )
-            engine = engine or make_engine(built, task, self.device, accumulation_steps=plan.most_passes)
+            if engine is None:
+                engine = make_engine(built, task, self.device, accumulation_steps=plan.most_passes)
+                limit_waits(task.recipe.collective_limit_s)
             if checkpoint is None:
                 break
             before, problem = restore(self.store, checkpoint, engine, self.device, task.recipe.data.retry_s)
@@ -273,14 +272,19 @@ def _build(task: TrainTask, store: Store) -> Built:
 
 @contextmanager
 def one_node_at_a_time() -> Iterator[None]:
-    """Rank 0 first, then the others: the first fills caches (hub, downloaded artifacts) that the others find."""
-    if world_size() > 1 and rank() != 0:
-        torch.distributed.barrier()
-    try:
+    """Rank 0 first, then the others: the first fills caches (hub, downloaded artifacts) that the others find.
+
+    All leave together: what comes next has a time limit, and a model may take longer than that to come.
+    """
+    if rank() != 0:
+        barrier()
         yield
-    finally:
-        if world_size() > 1 and rank() == 0:
-            torch.distributed.barrier()
+    else:
+        try:
+            yield
+        finally:
+            barrier()
+    barrier()
 
 
 def _blind_scores(task: TrainTask, store: Store) -> BlindScores | None:

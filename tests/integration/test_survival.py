@@ -7,6 +7,7 @@ losses to 1e-5. Checkpoints come every second step, so that at most two steps ar
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +194,26 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
     assert "a checkpoint is passed over" in run.stdout
     assert "rank-00001.safetensors: expected SHA-256" in run.stdout
     assert resumed_from(run, "proxy_mllm") == [int(saved[0].parent.name.split("-")[1])]
+    assert_same_to_the_bit(run, whole())
+
+
+@pytest.mark.ci
+def test_a_worker_that_stands_still_is_named_and_replaced_and_nothing_changes(
+    tmp_path: Path, recipe: Callable, whole: Callable[..., Run]
+) -> None:
+    """It is stopped, not killed: its connections stay, and the other one waits for it."""
+    running = start_dpa(recipe(cluster__collective_timeout_s=20), tmp_path / "store", "run")
+    running.wait_for("proxy_mllm", 5)
+    stopped = running.processes("ray::RayTrainWorker")[1]
+    os.kill(stopped, signal.SIGSTOP)
+    run = running.finished()
+    assert run.returncode == 0, run.output
+    assert "the workers have waited for each other for longer than 20 s (cluster.collective_timeout_s)" in run.stdout
+    assert f"(process {stopped} on " in run.stdout, run.output
+    assert "does not answer" in run.stdout
+    assert "failure 1 of 3, after step" in run.stdout
+    assert resumed_from(run, "proxy_mllm")
+    assert not Path(f"/proc/{stopped}").exists(), "it does not hold its GPU for ever"
     assert_same_to_the_bit(run, whole())
 
 
