@@ -62,7 +62,7 @@ class Failures(ControllerCallback):
         what = hang or describe(causes)
         self.failures += 1
         if self.failures > self.max_failures:
-            times = f", for the {self.failures}th time without a new checkpoint" if self.failures > 1 else ""
+            times = f", {self.failures} times without a new checkpoint in between" if self.failures > 1 else ""
             lost = any(isinstance(c, RayActorError) for found in causes.values() for c in found)
             raise (UserError if lost or hang else RuntimeError)(
                 f"{what}{times} (cluster.max_failures: {self.max_failures}); {KEPT}"
@@ -81,7 +81,7 @@ class Failures(ControllerCallback):
         whose = f"of worker {', '.join(map(str, ranks))}"
         if self.max_preemptions is not None and self.preemptions > self.max_preemptions:
             raise UserError(
-                f"a node was taken away, that {whose}, for the {self.preemptions}th time without a new checkpoint, {progress} "
+                f"a node was taken away, that {whose}, {self.preemptions} times without a new checkpoint in between, {progress} "
                 f"(cluster.max_preemptions: {self.max_preemptions}): nodes go faster than the run gets anywhere. Save more "
                 f"often (checkpoint.every_s), or take nodes that stay longer; {KEPT}"
             )
