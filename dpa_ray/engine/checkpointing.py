@@ -79,16 +79,18 @@ class Checkpointer:
         note: Callable[[str], None],
         saved: Callable[[int], None],
         drained: Callable[[], object | None],
+        wanted: Callable[[], bool] = lambda: False,
     ):
         """
         Args:
             note: takes what a person should know, on any rank.
             saved: rank 0: is told the step of every checkpoint that is whole.
             drained: which workers' nodes are about to go, or None? Asked on all ranks at once.
+            wanted: rank 0: does anybody else want a checkpoint now?
         """
         self.store, self.task, self.engine, self.recorder, self.device = store, task, engine, recorder, device
         self.section = task.recipe.checkpoint
-        self.note, self.saved, self.drained = note, saved, drained
+        self.note, self.saved, self.drained, self.wanted = note, saved, drained, wanted
         self.stage, self.key = task.result.stage, task.result.key
         self.pending: _Pending | None = None
         self.leaving: object | None = None
@@ -96,10 +98,10 @@ class Checkpointer:
         sweep_tmp()
 
     def votes(self) -> list[float]:
-        """Rank 0: is it time to save, and to ask about nodes that go? Any rank: is it still writing, has it failed to?"""
+        """Rank 0: is it time to save, or asked for, and is it time to ask about nodes that go? Any rank: is it still writing, has it failed to?"""
         now, first, every_s = time.monotonic(), rank() == 0, self.section.every_s
-        due = first and every_s is not None and now - self.last_save >= every_s
         ask = first and now - self.last_ask >= DRAIN_EVERY_S
+        due = first and ((every_s is not None and now - self.last_save >= every_s) or (ask and self.wanted()))
         return [float(vote) for vote in (due, ask, *self._progress())]
 
     def before_telling(self) -> None:

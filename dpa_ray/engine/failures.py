@@ -7,6 +7,7 @@ replaced because a node's time was over, or because the cluster grew. Imports li
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import ray
@@ -22,6 +23,10 @@ from dpa_ray.errors import NoAnswer, UserError
 
 INNER = ("cause", "_base_exc", "health_check_failure", "controller_failure", "__cause__")
 """Where Ray's exceptions keep those that they wrap."""
+
+SAVE_WITHIN_S = 120.0
+"""So long workers have to save before those of a cluster that grew take their place."""
+POLL_S = 0.5
 
 KEPT = "what was saved stays, and the same command goes on from there"
 
@@ -41,8 +46,19 @@ class Failures(ControllerCallback):
         if isinstance(current_state, RestartingState):
             self._failed(current_state.training_failed_error)
         elif isinstance(current_state, ResizingState):
+            self._save_first()
             number = current_state.scaling_decision.num_workers
             self._go_on(f"there is room for {number} workers now; they go on from the last checkpoint")
+
+    def _save_first(self) -> None:
+        """Nothing presses where a cluster grew: what was done since the last checkpoint need not be done again."""
+        before: Progress = ray.get(self.board.progress.remote())
+        self.board.want_save.remote()
+        until = time.monotonic() + SAVE_WITHIN_S
+        progress = before
+        while progress.trains and progress.made == before.made and time.monotonic() < until:
+            time.sleep(POLL_S)
+            progress = ray.get(self.board.progress.remote())
 
     def _failed(self, error: Exception) -> None:
         failures: dict[int, Exception] = getattr(error, "worker_failures", None) or {}

@@ -13,7 +13,7 @@ from typing import Any
 
 from dpa_ray.data.prepare import find_prepared
 from dpa_ray.engine.evaluate import RESULT
-from dpa_ray.engine.messages import PROGRESS
+from dpa_ray.engine.messages import FAILED, PROGRESS
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import Recipe
 from dpa_ray.report import console, trackers
@@ -27,7 +27,7 @@ from dpa_ray.store import lease
 from dpa_ray.store.fs import Store
 
 KEEP_GOODPUT_EVERY_S = 10.0
-"""So often at most, when something is saved, run.json says how the run's time was spent."""
+"""So often at most, when something is saved (and always, when workers failed), run.json says how time was spent."""
 
 _log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class View:
     def handle(self, kind: str, values: dict[str, Any], at_s: float) -> None:
         """One event of rank 0."""
         self.ledger.saw(kind, values, at_s)
-        if kind in PROGRESS and at_s - self.kept_at_s >= KEEP_GOODPUT_EVERY_S:
+        if kind == FAILED or (kind in PROGRESS and at_s - self.kept_at_s >= KEEP_GOODPUT_EVERY_S):
             self.kept_at_s = at_s
             self.keep_goodput()
         if kind == "stage_started":

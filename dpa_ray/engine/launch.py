@@ -36,6 +36,7 @@ WORKER_ENVIRONMENT = {
 DRIVER_ENVIRONMENT = {
     **RETRY_ENVIRONMENT,
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # a fit of a tiny model takes 15 s instead of 35
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",  # some clouds' notice is 30 s
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

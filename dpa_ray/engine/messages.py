@@ -35,6 +35,7 @@ class Progress:
     """How far a run is."""
 
     made: int = 0  # how often something was made that a failure cannot take away
+    trains: bool = False  # it is training now, so that its state can be saved
     stage: str = ""  # of the last step that was told
     step: int = 0
 
@@ -66,12 +67,16 @@ class Board:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.so_far = Progress()
+        self.save_is_wanted = False
         self.beats: dict[int, tuple[Beat, float]] = {}  # by rank: with its time by time.monotonic
 
     def put(self, kind: str, values: dict[str, Any]) -> None:
         self.events.append((kind, values, time.time()))
         if kind in PROGRESS:
             self.so_far = replace(self.so_far, made=self.so_far.made + 1)
+            self.save_is_wanted = False
+        if kind in ("task_started", "task_finished"):
+            self.so_far = replace(self.so_far, trains=bool(values.get("trains")))
         elif kind == "step":
             self.so_far = replace(self.so_far, stage=values["stage"], step=values["step"])
         elif kind == STARTED:
@@ -83,6 +88,14 @@ class Board:
 
     def progress(self) -> Progress:
         return self.so_far
+
+    def want_save(self) -> None:
+        """Ask the workers for a checkpoint now."""
+        self.save_is_wanted = True
+
+    def save_wanted(self) -> bool:
+        """Is a checkpoint asked for that did not come yet?"""
+        return self.save_is_wanted
 
     def beat(self, rank: int, beat: Beat) -> None:
         self.beats[rank] = (beat, time.monotonic())

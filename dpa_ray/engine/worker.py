@@ -122,6 +122,12 @@ class Worker:
         if self.board is not None:
             self.board.put.remote("note", {"text": text})
 
+    def save_wanted(self) -> bool:
+        """Does the controller want a checkpoint before it replaces the workers?"""
+        import ray
+
+        return self.board is not None and ray.get(self.board.save_wanted.remote())
+
     def tell_from_any(self, kind: str, **values: Any) -> None:
         """The same, from every rank."""
         if self.board is not None:
@@ -175,6 +181,7 @@ class Worker:
         saver = Checkpointer(
             self.store, task, engine, recorder, self.device, note=self.note,
             saved=lambda step: self.tell("saved", stage=stage, step=step), drained=_drained,
+            wanted=self.save_wanted,
         )  # fmt: skip
         train(
             engine, batches, plan, Schedule(task.num_steps, section.lr, section.warmup_fraction),

@@ -158,9 +158,10 @@ def test_a_drain_whose_deadline_passes_while_workers_train_is_told_and_counted(
 def test_a_node_that_comes_while_a_run_trains_gets_a_worker(
     tmp_path: Path, cluster: Cluster, recipe: Callable[..., dict[str, Any]]
 ) -> None:
-    """Ray Train looks for it once a minute."""
+    """Ray Train looks for it once a minute. No checkpoint comes by itself: what was trained is saved as a node came."""
     add_node(cluster)
-    running = start(cluster, lasting(recipe()), tmp_path / "store")
+    made = lasting(recipe(checkpoint={"every_steps": None, "every_s": 3600}))
+    running = start(cluster, made, tmp_path / "store")
     running.wait_for("proxy_mllm", 6)
     add_node(cluster)
     step = wait_for_new_workers(running)

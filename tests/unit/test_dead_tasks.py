@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import fields
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ray.exceptions import RayActorError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.controller.state import (
     ResizingState,
     RestartingState,
@@ -33,7 +34,7 @@ from dpa_ray.engine import feed as feed_module
 from dpa_ray.engine.failures import Failures
 from dpa_ray.engine.feed import Feed
 from dpa_ray.engine.launch import Starting
-from dpa_ray.engine.messages import FAILED, Board
+from dpa_ray.engine.messages import FAILED, Beat, Board
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import ClusterSection
 from dpa_ray.store import Store
@@ -323,10 +324,38 @@ def test_workers_that_are_replaced_as_the_cluster_grew_are_waited_for_and_no_fai
     board = board_of_its_own()
     failures = Failures(board, max_failures=0, max_preemptions=0, collective_timeout_s=600)
     resized = ResizingState(ResizeDecision(num_workers=3, resources_per_worker={"CPU": 1}))
+
+    def train() -> None:
+        while not ray.get(board.save_wanted.remote()):
+            time.sleep(0.01)
+        ray.get(board.put.remote("saved", {"stage": "instruct", "step": 5}))
+
+    ray.get(board.put.remote("task_started", {"stage": "instruct", "trains": True}))
+    events(board)
+    worker = threading.Thread(target=train)
+    worker.start()
+    failures.after_controller_state_update(RunningState(), resized)
+    worker.join()
+    assert [kind for kind, _ in events(board)] == ["saved", "note", FAILED], "what was trained is saved before"
+    ray.get(board.put.remote("task_finished", {"stage": "instruct"}))
+    events(board)
     assert "room for 3 workers" in told(failures, board, resized)
     failures.after_controller_state_update(resized, SchedulingState(resized.scaling_decision))
     failures.after_controller_state_update(RunningState(), RunningState())
     assert events(board) == []
+    ray.kill(board)
+
+
+def test_a_hang_that_comes_again_ends_the_run_with_who_came_and_who_did_not(local_ray: None) -> None:
+    import ray
+
+    board = board_of_its_own()
+    failures = Failures(board, max_failures=0, max_preemptions=None, collective_timeout_s=600)
+    ray.get(board.beat.remote(0, Beat("process 11 on a", "dpa_ray/engine/loop.py:7 (train)", True, 590.0)))
+    ray.get(board.beat.remote(1, Beat("process 12 on b", "dpa_ray/model/step.py:9 (forward)", False, 0.0)))
+    stopped = RestartingState(WorkerGroupError("hangs", {1: WorkerHealthCheckTimeoutError("hangs")}))
+    with pytest.raises(UserError, match=r"worker 1 \(process 12 on b\) does not answer.*cluster\.max_failures: 0"):
+        failures.after_controller_state_update(RunningState(), stopped)
     ray.kill(board)
 
 
