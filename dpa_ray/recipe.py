@@ -208,7 +208,7 @@ class ClusterSection(Section):
     )
     collective_timeout_s: float = Field(
         600,
-        gt=0,
+        ge=10,
         description="how long workers wait for one whose process does not answer before all are replaced; for one that "
         "answers but does not come to a collective, data.stall_timeout_s longer",
     )
