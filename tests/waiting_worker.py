@@ -84,7 +84,7 @@ def work(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # imports are done
     processes = [context.Process(target=work, args=(Path(sys.argv[1]), rank), daemon=True) for rank in (0, 1)]
     for process in processes:
         process.start()

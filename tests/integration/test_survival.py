@@ -197,14 +197,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
     assert_same_to_the_bit(run, whole())
 
 
-@pytest.mark.ci
+@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.full), pytest.param(1, marks=pytest.mark.ci)])
 def test_a_worker_that_stands_still_is_named_and_replaced_and_nothing_changes(
-    tmp_path: Path, recipe: Callable, whole: Callable[..., Run]
+    tmp_path: Path, recipe: Callable, whole: Callable[..., Run], number: int
 ) -> None:
     """It is stopped, not killed: its connections stay, and the other one waits for it."""
     running = start_dpa(recipe(cluster__collective_timeout_s=20), tmp_path / "store", "run")
     running.wait_for("proxy_mllm", 5)
-    stopped = running.processes("ray::RayTrainWorker")[1]
+    stopped = running.processes("ray::RayTrainWorker")[number]
     os.kill(stopped, signal.SIGSTOP)
     run = running.finished()
     assert run.returncode == 0, run.output

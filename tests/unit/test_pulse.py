@@ -33,6 +33,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.ci
 def test_honest_work_that_others_wait_for_has_no_time_limit(seen: dict[str, Any]) -> None:
     assert seen["honest_s"] > 0.9 * HONEST_S, "longer than a collective may take there"
     assert seen["from_rank_0"] == "said by rank 0"
@@ -42,11 +43,13 @@ def test_honest_work_that_others_wait_for_has_no_time_limit(seen: dict[str, Any]
     assert not place.startswith("dpa_ray/engine/protocol"), "who called it is what one wants to know"
 
 
+@pytest.mark.ci
 def test_a_collective_that_one_does_not_come_to_ends_whatever_its_group(seen: dict[str, Any]) -> None:
     assert "timed out" in seen["in_vain"].lower()
     assert "timed out" in seen["in_vain_in_another_group"].lower()
 
 
+@pytest.mark.ci
 def test_where_a_worker_waits_is_seen_from_its_stack(seen: dict[str, Any]) -> None:
     place, waits = seen["in_a_collective"]
     assert waits
