@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dpa_ray.recipe import load
 from dpa_ray.report import console
 from dpa_ray.report.goodput import LAUNCHED, PARTS, Ledger
+from dpa_ray.stages.runs import Run
+from dpa_ray.store import Store
 
 
 class Clock:
@@ -181,6 +185,24 @@ def test_the_parts_add_up_to_the_wall_time_whatever_happens(seed: int) -> None:
         for part in PARTS:
             assert sum(parts[f"{part}_s"] for parts in whole) == pytest.approx(kept[f"{part}_s"])
             assert all(parts[f"{part}_s"] >= 0 for parts in whole)
+
+
+def test_run_json_keeps_it_for_the_next_attempt_at_the_same_run_only(tmp_path: Path) -> None:
+    def run_of(*overrides: str) -> Run:
+        return Run(Store(str(tmp_path)), load("tiny", overrides, name="mine", store=str(tmp_path)))
+
+    assert run_of().earlier_goodput() == {}
+    clock = Clock()
+    clock.begin()
+    clock.step(1)
+    first = run_of()
+    first.goodput = clock.entries
+    first.write("running")
+    kept = run_of("cluster.workers=3").earlier_goodput()
+    assert kept == clock.entries()
+    run_of().write("running")  # an attempt that has not counted anything yet
+    assert run_of().earlier_goodput() == kept
+    assert run_of("seed=7").earlier_goodput() == {}
 
 
 def test_the_table_shows_what_was_spent_by_stage_and_says_goodput() -> None:
