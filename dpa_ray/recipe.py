@@ -205,6 +205,17 @@ class ClusterSection(Section):
     max_failures: int = Field(
         3, ge=0, description="lost workers that a run gets over by itself, one after the other without a new checkpoint"
     )
+    max_preemptions: int | None = Field(
+        20,
+        ge=0,
+        description="the same of nodes that are taken away, which count apart; null: however many, as long as it takes",
+    )
+    collective_timeout_s: float = Field(
+        600,
+        ge=10,
+        description="how long workers wait for one whose process does not answer before all are replaced; for one that "
+        "answers but does not come to a collective, data.stall_timeout_s longer",
+    )
 
     @property
     def min_workers(self) -> int:
@@ -298,6 +309,11 @@ class Recipe(Section):
         """Is `stage` given a q that was computed beforehand? Where its LLM is frozen: always in stage 2, by recipe in 3."""
         is_frozen = not self.stages.proxy_mllm.from_ if stage == "proxy_mllm" else self.stages.instruct.llm == "frozen"
         return self.cmo.blind != "live" and self.weights(stage) != "uniform" and is_frozen
+
+    @property
+    def collective_limit_s(self) -> float:
+        """Seconds after which a collective gives up. A worker may honestly wait for its batch, and others then for it."""
+        return self.cluster.collective_timeout_s + self.data.stall_timeout_s
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, aliases as users write them; `parse` gives the same recipe back."""

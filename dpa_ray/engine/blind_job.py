@@ -23,7 +23,7 @@ from dpa_ray.data.retry import bridging
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.texts import text_groups
 from dpa_ray.data.threads import ordered_map
-from dpa_ray.engine.protocol import from_rank_0, rank, world_size
+from dpa_ray.engine.protocol import barrier, from_rank_0, rank, world_size
 from dpa_ray.errors import BrokenJson, UserError
 from dpa_ray.model.blind import TextSample, packed_scores, row_width, text_of
 from dpa_ray.pack import first_fit
@@ -66,8 +66,7 @@ def compute_blind(
                 f"q cannot be computed beforehand: the whole LLM has to fit on each worker's GPU ({str(err).splitlines()[0]}); "
                 "set cmo.blind=live"
             ) from None
-    if world_size() > 1:
-        torch.distributed.barrier()
+    barrier()
     if rank() == 0:
         meta = {
             "num_samples": int(wanted.sum()), "num_shards": len(sizes), "num_shards_found": len(sizes) - len(left),

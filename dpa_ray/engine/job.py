@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 import time
@@ -14,9 +15,11 @@ from dpa_ray.credentials import without_credentials
 from dpa_ray.data.prepare import find_prepared
 from dpa_ray.data.retry import bridging, retried
 from dpa_ray.engine.evaluate import RESULT
+from dpa_ray.engine.messages import FAILED, PROGRESS
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import Recipe
 from dpa_ray.report import console, trackers
+from dpa_ray.report.goodput import LAUNCHED, Ledger
 from dpa_ray.report.metrics import FILE as METRICS
 from dpa_ray.stages.pipeline import HELD_OUT, Pipeline, Plan, make_plan, num_steps
 from dpa_ray.stages.preflight import trainables
@@ -24,6 +27,11 @@ from dpa_ray.stages.runs import RUN_FILE, Run
 from dpa_ray.stages.spec import BLIND, Task
 from dpa_ray.store import lease
 from dpa_ray.store.fs import Store
+
+KEEP_GOODPUT_EVERY_S = 10.0
+"""So often at most, when something is saved (and always, when workers failed), run.json says how time was spent."""
+
+_log = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -50,10 +58,21 @@ def run(recipe: Recipe) -> dict[str, Any]:
             if held.taken:
                 raise lease.LeaseTaken(f"{store.url(run_record.path)}: another process has taken this run over")
 
+        ledger = Ledger(run_record.started, run_record.earlier_goodput())
+        run_record.goodput = lambda: ledger.entries(time.time())
+
+        def keep_goodput() -> None:
+            if held.taken:
+                return
+            try:
+                run_record.write("running")
+            except (UserError, OSError) as err:  # the next time, perhaps; training does not need it
+                _log.warning("what the run's time was spent on is not written down: %s", err)
+
         with console.Progress() as progress:
             plan = make_plan(recipe, store, make=True, report=progress.note)
             pipeline = Pipeline(plan, store, run_record, progress.note)
-            view = View(progress, recipe, run_record.path)
+            view = View(progress, recipe, run_record.path, ledger, keep_goodput)
             try:
                 pipeline.carry_out(
                     lambda tasks: _launch(tasks, store, recipe, view, check), start=lambda: _start(recipe, view)
@@ -63,7 +82,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
                 raise
             view.close(store)
         check()
-        return _closing(plan, pipeline, store, run_record)
+        return _closing(plan, pipeline, store, run_record, ledger)
 
 
 def _failed(err: BaseException, run_record: Run, view: View, store: Store) -> None:
@@ -94,25 +113,41 @@ def _start(recipe: Recipe, view: View) -> None:
 def _launch(tasks: Sequence[Task], store: Store, recipe: Recipe, view: View, check: Callable[[], None]) -> None:
     from dpa_ray.engine import launch
 
+    view.ledger.saw(LAUNCHED, {}, time.time())
+    view.keep_goodput()
     launch.launch(tasks, store, recipe.cluster, view.handle, check)
 
 
 class View:
-    """The workers' events: to the screen and the trackers."""
+    """The workers' events: to the screen, the trackers and the ledger of the run's time."""
 
-    def __init__(self, progress: console.Progress, recipe: Recipe, run_path: str):
+    def __init__(
+        self,
+        progress: console.Progress,
+        recipe: Recipe,
+        run_path: str,
+        ledger: Ledger,
+        keep_goodput: Callable[[], None],
+    ):
+        """`keep_goodput` writes down what the ledger says: what a job that is killed has spent is not forgotten."""
         self.progress = progress
         self.recipe = recipe
         self.run_path = run_path
         self.folder = Path(tempfile.mkdtemp(prefix="dpa_ray-"))
         self.trackers: trackers.Trackers | None = None
+        self.ledger, self.keep_goodput = ledger, keep_goodput
+        self.kept_at_s = 0.0
 
     def open_trackers(self) -> None:
         """Before anything starts: a tracking server that does not answer is told at once."""
         self.trackers = trackers.Trackers(self.recipe.trackers, self.folder, self.recipe.name, self.recipe.to_dict())
 
-    def handle(self, kind: str, values: dict[str, Any]) -> None:
+    def handle(self, kind: str, values: dict[str, Any], at_s: float) -> None:
         """One event of rank 0."""
+        self.ledger.saw(kind, values, at_s)
+        if kind == FAILED or (kind in PROGRESS and at_s - self.kept_at_s >= KEEP_GOODPUT_EVERY_S):
+            self.kept_at_s = at_s
+            self.keep_goodput()
         if kind == "stage_started":
             names = values.pop("names")
             self.progress.stage_started(values["stage"], values["num_steps"], values["trainable"])
@@ -122,6 +157,7 @@ class View:
                 f"{len(names)} tensors ({shown})"
             )
         elif kind == "step":
+            values.pop("saving_s")
             self.progress.step(values)
             if self.trackers is not None:
                 self.trackers.log(values["stage"], values["step"], values)
@@ -137,7 +173,8 @@ class View:
             self.progress.stage_finished()
         elif kind == "task_started":
             texts = {"proxy_merged": "merging the proxy's LoRA", "eval": "answering held-out questions"}
-            self.progress.note(texts.get(values["stage"], values["stage"]))
+            if values["stage"] in texts:
+                self.progress.note(texts[values["stage"]])
 
     def close(self, store: Store) -> None:
         """TensorBoard's files into the store, runs/<name>/tensorboard."""
@@ -151,7 +188,7 @@ class View:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run) -> dict[str, Any]:
+def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run, ledger: Ledger) -> dict[str, Any]:
     """The tables at the end, and the finished run.json."""
     rows, stages = [], {}
     for stage in plan.shown:
@@ -183,10 +220,12 @@ def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run) -> d
     if "eval" in plan.found:
         scores = json.loads((plan.refs["eval"].fetched(store, [RESULT]) / RESULT).read_text())
     made = sum(s["wall_time_s"] for s in stages.values() if not s["reused"])
+    ledger.ended(time.time())
     run_record.write("done", timings=stages, eval=scores, totals={"stages_wall_time_s": made})
     path = run_record.path
     places = {"model": f"{path}/model", "metrics": f"{path}/{METRICS}", "run": f"{path}/{RUN_FILE}"}
     console.closing_table(rows, paths={name: store.url(where) for name, where in places.items()})
+    console.goodput_table(ledger.entries(time.time()))
     if scores:
         order = sorted(scores, key=lambda name: name != HELD_OUT)
         console.accuracy_table(

@@ -66,7 +66,7 @@ class Recorder:
             return
         self.log.append(metrics)
         self.lines.append(json.dumps(metrics) + "\n")
-        self.tell("step", **metrics)
+        self.tell("step", **metrics, saving_s=self.saving_s)
 
     def loss(self, number: int) -> float | None:
         """Of the `number`-th step that was recorded (-1: the last), on rank 0."""

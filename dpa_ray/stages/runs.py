@@ -45,6 +45,7 @@ class Run:
         self.confirm: Callable[[], None] = lambda: None  # raises where another process may have taken the run over
         self.started = time.time()
         self.values: dict[str, Any] = {}
+        self.goodput: Callable[[], dict[str, Any]] = self.earlier_goodput  # asked whenever run.json is written
 
     def check_name(self) -> None:
         """Raises: RecipeError where the name is taken by a run of another recipe."""
@@ -68,6 +69,13 @@ class Run:
                 self.recipe.name,
             )  # fmt: skip
 
+    def earlier_goodput(self) -> dict[str, Any]:
+        """What run.json says of the time that earlier attempts spent; nothing where there was none."""
+        path = f"{self.path}/{RUN_FILE}"
+        values = self.store.read_json(path) if self.store.exists(path) else {}
+        found = values.get("goodput") if values.get("recipe_digest") == identity(self.recipe) else None
+        return found if isinstance(found, dict) else {}
+
     def write(self, status: str, store: Store | None = None, **values: Any) -> None:
         """Set `status` and further keys, and write the whole (through `store`, where that is another one).
 
@@ -75,11 +83,12 @@ class Run:
         """
         self.confirm()
         self.values |= values
+        goodput = self.goodput()
         (store or self.store).write_json(
             f"{self.path}/{RUN_FILE}",
             {
                 "name": self.recipe.name, "status": status, "method": self.recipe.method,
                 "recipe_digest": identity(self.recipe), "started": self.started, "wall_time_s": time.time() - self.started,
-                **self.values, "recipe": self.recipe.to_dict(),
+                **self.values, "goodput": goodput, "recipe": self.recipe.to_dict(),
             },
         )  # fmt: skip

@@ -178,6 +178,7 @@ class EvalTask(Task):
 
 
 TrainTask = ProxyLlmTask | ProxyMllmTask | InstructTask
+AnyTask = TrainTask | MergeTask | BlindTask | EvalTask
 
 
 def precision_dtype(recipe: Recipe) -> torch.dtype:

@@ -28,6 +28,8 @@ CHANGES: dict[str, tuple[Any, str | None]] = {
     "cluster.cpus_per_worker": (1.5, None),
     "cluster.start_timeout_s": (5, None),
     "cluster.max_failures": (0, None),
+    "cluster.max_preemptions": (None, None),
+    "cluster.collective_timeout_s": (99, None),
     "checkpoint.every_s": (9, None),
     "checkpoint.every_steps": (9, None),
     "checkpoint.keep": (9, None),
