@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from dpa_ray.errors import UserError
-from dpa_ray.recipe import Recipe, RecipeError
+from dpa_ray.recipe import Recipe, RecipeError, parse
 from dpa_ray.stages.keys import NOT_IN_KEYS
 from dpa_ray.store.fs import Store
 
@@ -27,6 +27,8 @@ def identity(recipe: Recipe) -> str:
     content["model"] = {k: v for k, v in content["model"].items() if k != "attention"}
     content["cmo"] = {k: v for k, v in content["cmo"].items() if k != "blind"}
     content["data"] = {k: v for k, v in content["data"].items() if k not in DATA_HOW_ONLY}
+    if not content["data"]["skip_ids"]:
+        del content["data"]["skip_ids"]
     content["stages"] = {
         name: {k: v for k, v in section.items() if k in ("weights", "from") or k not in NOT_IN_KEYS}
         for name, section in content["stages"].items()
@@ -57,12 +59,23 @@ class Run:
         expected = identity(self.recipe)
         if status == "failed" and not self.store.exists(f"{self.path}/metrics.jsonl"):
             return  # it never trained: a mended recipe may have its name
+        if status == "failed" and self._skips_others(values):
+            return  # it goes on without the samples that it failed of
         if found != expected:
             raise RecipeError(
                 [("name", f"the run {self.recipe.name} exists in this store with another recipe: its digest is {found}, "
                           f"this recipe's is {expected}. Choose another --name, or delete {self.store.url(self.path)}")],
                 self.recipe.name,
             )  # fmt: skip
+
+    def _skips_others(self, values: dict[str, Any]) -> bool:
+        """Does this recipe differ from the one in `values`, a run.json, in `data.skip_ids` alone?"""
+        try:
+            before = parse(values["recipe"])
+        except (RecipeError, KeyError):
+            return False
+        before.data.skip_ids = self.recipe.data.skip_ids
+        return identity(before) == identity(self.recipe)
 
     def write(self, status: str, **values: Any) -> None:
         """Set `status` and further keys, and write the whole."""
