@@ -12,9 +12,12 @@ from typing import Any
 
 from dpa_ray.data.prepare import find_prepared
 from dpa_ray.engine.evaluate import RESULT
+from dpa_ray.errors import UserError
 from dpa_ray.recipe import Recipe
 from dpa_ray.report import console, trackers
 from dpa_ray.report.metrics import FILE as METRICS
+from dpa_ray.report.metrics import read
+from dpa_ray.report.watch import Watch
 from dpa_ray.stages.pipeline import HELD_OUT, Pipeline, Plan, make_plan, num_steps
 from dpa_ray.stages.preflight import trainables
 from dpa_ray.stages.runs import RUN_FILE, Run
@@ -46,7 +49,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         with console.Progress() as progress:
             plan = make_plan(recipe, store, make=True, report=progress.note)
             pipeline = Pipeline(plan, store, run_record, progress.note)
-            view = View(progress, recipe, store, run_record.path)
+            view = View(progress, recipe, store, run_record)
             try:
                 pipeline.carry_out(
                     lambda tasks: _launch(tasks, store, recipe, view, check), start=lambda: _start(recipe, view)
@@ -84,11 +87,12 @@ def _launch(tasks: Sequence[Task], store: Store, recipe: Recipe, view: View, che
 class View:
     """The workers' events: to the screen and the trackers."""
 
-    def __init__(self, progress: console.Progress, recipe: Recipe, store: Store, run_path: str):
+    def __init__(self, progress: console.Progress, recipe: Recipe, store: Store, run_record: Run):
         self.progress = progress
         self.recipe = recipe
         self.store = store
-        self.run_path = run_path
+        self.run_record = run_record
+        self.watch = Watch(recipe, run_record.warnings, self._steps_before)
         self.folder = Path(tempfile.mkdtemp(prefix="dpa_ray-"))
         self.trackers: trackers.Trackers | None = None
 
@@ -108,6 +112,7 @@ class View:
             )
         elif kind == "step":
             self.progress.step(values)
+            self._watch(values)
             if self.trackers is not None:
                 self.trackers.log(values["stage"], values["step"], values)
         elif kind == "note":
@@ -124,13 +129,30 @@ class View:
             texts = {"proxy_merged": "merging the proxy's LoRA", "eval": "answering held-out questions"}
             self.progress.note(texts.get(values["stage"], values["stage"]))
 
+    def _watch(self, record: dict[str, Any]) -> None:
+        """Tell what may be going wrong, and write it to run.json."""
+        new = self.watch.step(record)
+        if self.run_record.warnings == self.watch.warnings:
+            return
+        self.run_record.warnings = self.watch.warnings.copy()
+        for warned in new:
+            self.progress.note(f"warning: {warned['text']}")
+        try:
+            self.run_record.write("running")
+        except (UserError, OSError) as err:  # it is there with the next that is written
+            self.progress.note(f"run.json could not be written: {err}")
+
+    def _steps_before(self, stage: str) -> list[dict[str, Any]]:
+        """The stage's steps in the run's metrics so far."""
+        return [record for record in read(self.store, self.run_record.path) if record["stage"] == stage]
+
     def close(self) -> None:
         """TensorBoard's files into the store, runs/<name>/tensorboard."""
         if self.trackers is not None:
             self.trackers.close()
         files = [p for p in self.folder.rglob("*") if p.is_file() and not p.is_symlink()]
         if files:
-            self.store.upload(self.folder, self.run_path, [p.relative_to(self.folder).as_posix() for p in files])
+            self.store.upload(self.folder, self.run_record.path, [p.relative_to(self.folder).as_posix() for p in files])
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -45,6 +45,7 @@ class Run:
         self.path = f"runs/{recipe.name}"
         self.started = time.time()
         self.values: dict[str, Any] = {}
+        self.warnings: list[dict[str, Any]] = []  # of training that may be going wrong; an earlier attempt's at first
 
     def check_name(self) -> None:
         """Raises: RecipeError where the name is taken by a run of another recipe."""
@@ -54,7 +55,8 @@ class Run:
         try:
             values = self.store.read_json(path)
             found, status = values["recipe_digest"], values["status"]
-        except (UserError, KeyError, TypeError):
+            self.warnings = [dict(warned) for warned in values.get("warnings", [])]
+        except (UserError, KeyError, TypeError, ValueError):
             raise UserError(f"{self.store.url(path)}: expected a run.json of dpa_ray, found something else") from None
         expected = identity(self.recipe)
         if status == "failed" and not self.store.exists(f"{self.path}/metrics.jsonl"):
@@ -85,6 +87,6 @@ class Run:
             {
                 "name": self.recipe.name, "status": status, "method": self.recipe.method,
                 "recipe_digest": identity(self.recipe), "started": self.started, "wall_time_s": time.time() - self.started,
-                **self.values, "recipe": self.recipe.to_dict(),
+                **self.values, "warnings": self.warnings, "recipe": self.recipe.to_dict(),
             },
         )  # fmt: skip
