@@ -105,7 +105,7 @@ class _Blocks:
         return self._found(low, high, self.means[low], self.means[high], came_down or self._has_bounced(low))
 
     def scatter(self) -> Rise | None:
-        """The last two blocks scatter more than an earlier one did, and do not lie lower for it."""
+        """The last two blocks scatter more than an earlier one did."""
         if len(self.means) < 4:
             return None
         quiet = min(range(len(self.means) - 2), key=lambda b: self.noise[b])
@@ -113,8 +113,6 @@ class _Blocks:
         for noise in (self.noise, self.usual):
             if min(noise[-2:]) <= SCATTER_FACTOR * max(min(noise[:-2]), LEAST_RISE / 3 * abs(self.means[quiet])):
                 return None
-        if self.means[last] < self.means[quiet]:
-            return None
         return self._found(quiet, last, self.means[quiet], self.means[-1], bounces=True)
 
     def _found(self, low: int, last: int, before: float, after: float, bounces: bool) -> Rise:
