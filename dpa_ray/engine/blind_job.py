@@ -139,7 +139,13 @@ def _texts(task: BlindTask, store: Store, encode: Encoder, shard: int, wanted: n
     def text(inside: int, sample: Sample) -> Text:
         if not wanted[inside]:
             return None
-        e, row = encode(sample), start + inside
+        row = start + inside
+        try:
+            e = encode(sample)
+        except UserError:
+            if row not in skipped:
+                raise
+            return None
         own = text_of(e.input_ids, e.target, encode.image_token_id)
         return _Text(own, sample.place, entry_of(data.digest, row), row in skipped)
 

@@ -230,6 +230,8 @@ def dry_run(recipe: Recipe) -> None:
             steps = getattr(recipe.stages, stage).max_steps
             notes.append(f"{stage}: {source.label} is not prepared yet; steps are shown as max_steps says, or as ?")
         rows.append(console.PlanRow(stage, plan.refs[stage].key, stage in plan.found, steps, counts.get(stage, {})))
+    if recipe.data.skip_ids and not plan.skipped:
+        notes.append("data.skip_ids is looked up when the data is prepared; the stages have other keys then")
     console.plan(rows, recipe=recipe, ignored=ignored_sections(recipe))
     for name in builtin_missing:
         notes.append(f"{name} is made by the first run: trainable parameters are shown once it is there")

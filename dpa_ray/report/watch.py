@@ -23,7 +23,9 @@ Record = Mapping[str, Any]
 Warned = dict[str, Any]
 """stage, step, kind, text: as it stands in run.json."""
 
-KEPT = ("stage", "step", "loss", "grad_norm", "nll_mean", "weight_mean", "nll_mean_visual", "nll_mean_style")
+KEPT = (
+    "stage", "step", "updated", "loss", "grad_norm", "nll_mean", "weight_mean", "nll_mean_visual", "nll_mean_style",
+)  # fmt: skip
 """Of each step's metrics: what a stage that goes on in the middle is looked at anew from."""
 
 SPIKE_WINDOW = 50
@@ -91,6 +93,8 @@ class Watch:
             found.append(("spike", f"{spike}. {self._advice_on_spikes(record['stage'])}"))
         seen.records.append({key: record[key] for key in KEPT if key in record})
         loss = record.get("loss")
+        if not record.get("updated", True):  # without any weight there is no loss
+            return found
         if record["stage"] == "proxy_llm" and loss is not None:
             rise = seen.loss.add(loss)
             if rise is not None:

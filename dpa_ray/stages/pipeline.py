@@ -221,7 +221,9 @@ class Pipeline:
                     self.plan.recipe, task.stage, checked.vocabulary, checked.tower.num_image_tokens
                 )
                 source = self.plan.data["instruct" if task.stage == "instruct" else "pretrain"][0].label
-                found = supervision.measure(self.store, task.data, encoder, self.plan.recipe.data.retry_s)
+                found = supervision.measure(
+                    self.store, task.data, encoder, self.plan.recipe.data.retry_s, {s.row for s in task.skipped}
+                )
                 note = supervision.check(found, stage=task.stage, encoder=encoder, source=source)
                 if note is not None:
                     self.report(note)

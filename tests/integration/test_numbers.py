@@ -32,12 +32,12 @@ def poisoned_llm(tmp_path: Path, tiny_llm: Callable[..., Path]) -> Path:
     return folder
 
 
-def with_rare(data: LlavaData, identity: str) -> LlavaData:
-    """The same, with RARE at the end of one sample's first answer."""
+def with_rare(data: LlavaData, identity: str) -> None:
+    """Put RARE at the end of one sample's first answer."""
     samples = json.loads(data.file.read_text())
     (sample,) = [sample for sample in samples if sample["id"] == identity]
     sample["conversations"][1]["value"] += f" {RARE}"
-    return tiny_models.write_llava(data.file.parent, samples)
+    tiny_models.write_llava(data.file.parent, samples)
 
 
 def remedy(run: Run) -> str:
@@ -45,49 +45,65 @@ def remedy(run: Run) -> str:
     return re.search(r"run the same command with '(data\.skip_ids=\S.*?\])'", run.stderr)[1]  # type: ignore[index]
 
 
-@pytest.mark.ci
+Place = tuple[str, str]
+"""A stage, and the id of the sample that it fails of."""
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        pytest.param([("instruct", "q7")], marks=pytest.mark.ci),
+        pytest.param([("proxy_llm", "c5"), ("instruct", "q7")], marks=pytest.mark.full),
+    ],
+    ids=["stage 3", "stages 1 and 3"],
+)
 def test_a_sample_that_gives_no_number_is_named_and_the_run_goes_on_without_it(
-    tmp_path: Path, poisoned_llm: Path, tiny_tower: Callable[..., Path]
+    places: list[Place], tmp_path: Path, poisoned_llm: Path, tiny_tower: Callable[..., Path]
 ) -> None:
-    """In stage 1, by ZeRO-2 on two workers; then the caption is nobody's trouble any more (nor of the job that computes
-    q), and in stage 3 the other one is told."""
-    captions = with_rare(tiny_models.make_captions(tmp_path / "captions", 12, text_only=(3,)), "c5")
-    talks = with_rare(tiny_models.make_conversations(tmp_path / "talks", 12, text_only=(2,)), "q7")
+    """By ZeRO-2 on two workers. The conversation is told in stage 3; a caption in stage 1, and once it is skipped, it is
+    no trouble to the job that computes q or to stage 2 either. What does not take the sample is not made again."""
+    captions = tiny_models.make_captions(tmp_path / "captions", 12, text_only=(3,))
+    talks = tiny_models.make_conversations(tmp_path / "talks", 12, text_only=(2,))
+    for stage, identity in places:
+        with_rare(talks if stage == "instruct" else captions, identity)
     recipe = make_recipe(poisoned_llm, tiny_tower("clip"), captions, talks, cluster__workers=2)
     for stage, lr in zip(STAGES, (2.0e-3, 2.0e-3, 5.0e-4), strict=True):
         recipe["stages"][stage]["lr"] = lr
-    store, arguments = tmp_path / "store", list[str]()
-    for stage, identity in (("proxy_llm", "c5"), ("instruct", "q7")):
-        run = run_dpa(recipe, store, "run", *arguments)
-        assert run.returncode == 1, run.output
-        assert f"stage {stage}, step " in run.stderr
-        assert (
-            "the loss is not finite; this step changed nothing. Of its 4 samples, these give that alone: " in run.stderr
-        )
-        assert f"alone: {identity} (row {identity[1:]}, " in run.stderr, run.output
-        assert "Traceback" not in run.stderr
-        assert run.info()["status"] == "failed"
-        (folder,) = run.folder.glob(f"failures/{stage}-step-*")
-        record = json.loads((folder / "failure.json").read_text())
-        assert {sample["rank"] for sample in record["samples"]} == {0, 1}
-        assert len(record["samples"]) == 4
-        assert [sample["id"] for sample in record["samples"] if sample["finite"] is False] == [identity]
-        assert [line["step"] for line in record["metrics"]] == [*range(1, record["step"])]
-        batch = wire.loads(((folder / "batch.safetensors").read_bytes(), json.dumps(record["batch"]["fields"])))
-        assert identity in batch.ids
+    arguments: list[str] = []
+    for stage, identity in places:
+        run = run_dpa(recipe, tmp_path / "store", "run", *arguments)
+        check_failed(run, stage, identity)
         arguments = [remedy(run)]
-    run = run_dpa(recipe, store, "run", *arguments)
+    run = run_dpa(recipe, tmp_path / "store", "run", *arguments)
     assert run.returncode == 0, run.output
-    assert run.info()["recipe"]["data"]["skip_ids"] == record["skip_ids"]
+    assert len(run.info()["recipe"]["data"]["skip_ids"]) == len(places)
     for stage in STAGES:
-        assert sum(losses(run, stage, "num_skipped")) == 1, stage
+        of_captions = [identity for failed, identity in places if failed != "instruct"]
+        skipped = ["q7"] if stage == "instruct" else of_captions
+        assert sum(losses(run, stage, "num_skipped")) == len(skipped), stage
         assert all(line["loss"] is not None for line in run.metrics(stage))
-        assert sorted(sum(run.samples(stage).values(), [])) == sorted(
-            s["id"] for s in (talks if stage == "instruct" else captions).samples
-        )
-    for stage in ("proxy_llm", "proxy_mllm"):
-        assert run.info()["timings"][stage]["reused"], "what does not take the conversation is not made again"
-    lines = [json.loads(line) for line in (run.folder / "quarantine.jsonl").read_text().splitlines()]
-    assert {(line["stage"], line["id"]) for line in lines if line["reason"] == "skipped"} >= {("instruct", "q7")}
+        taken = sum(run.samples(stage).values(), [])
+        assert sorted(taken) == sorted((talks if stage == "instruct" else captions).samples)
+        lines = [json.loads(line) for line in (run.folder / "quarantine.jsonl").read_text().splitlines()]
+        assert [n["id"] for n in lines if (n["stage"], n["reason"]) == (stage, "skipped")] == skipped
+        assert run.info()["timings"][stage]["reused"] == (stage != "instruct")
     model = load_file(run.model / "model.safetensors")
     assert sum(not bool(tensor.isfinite().all()) for tensor in model.values()) == 1, "the row that came so"
+
+
+def check_failed(run: Run, stage: str, identity: str) -> None:
+    """It ended before that step's update, named the sample, and kept what is needed to look into it."""
+    assert run.returncode == 1, run.output
+    assert "Traceback" not in run.stderr
+    assert re.search(rf"stage {stage}, step \d+: the loss is not finite; this step changed nothing", run.stderr)
+    assert f"Of its 4 samples, these give that alone: {identity} (row {identity[1:]}, " in run.stderr, run.output
+    assert run.info()["status"] == "failed"
+    (folder,) = run.folder.glob(f"failures/{stage}-step-*")
+    assert str(folder) in run.stderr
+    record = json.loads((folder / "failure.json").read_text())
+    assert {sample["rank"] for sample in record["samples"]} == {0, 1}
+    assert len(record["samples"]) == 4
+    assert [sample["id"] for sample in record["samples"] if sample["finite"] is False] == [identity]
+    assert [line["step"] for line in record["metrics"]] == [*range(1, record["step"])]
+    batch = wire.loads(((folder / "batch.safetensors").read_bytes(), json.dumps(record["batch"]["fields"])))
+    assert identity in batch.ids
