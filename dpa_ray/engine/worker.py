@@ -201,8 +201,9 @@ class Worker:
             left = replace(plan, steps_done=checkpoint.step if checkpoint else 0)
             # before the engine, so that the first batches are made while the model is put on it
             batches = self.feed.batches(
-                loader, left, prefetch=data.prefetch_batches, workers=data.workers, stall_timeout_s=data.stall_timeout_s
-            )
+                loader, left, prefetch=data.prefetch_batches, workers=data.workers,
+                stall_timeout_s=data.stall_timeout_s, note=lambda text: self.note(f"{task.stage}: {text}"),
+            )  # fmt: skip
             engine = engine or make_engine(built, task, self.device, accumulation_steps=plan.most_passes)
             if checkpoint is None:
                 break

@@ -195,13 +195,14 @@ class Running:
         """SIGKILL to one training worker."""
         os.kill(self.processes("ray::RayTrainWorker")[number], signal.SIGKILL)
 
-    def kill_all(self) -> None:
+    def kill_all(self) -> Run:
         """SIGKILL to the command, its workers and all of its local Ray at once, as when a machine goes down."""
         for title in ("ray::RayTrainWorker", "run_dpa.py", ""):
             for pid in self.processes(title):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        self.process.communicate()
+        stdout, stderr = self.process.communicate()
+        return dataclasses.replace(self.run, returncode=self.process.returncode, stdout=stdout, stderr=stderr)
 
 
 def _heed_ctrl_c() -> None:

@@ -17,13 +17,13 @@ import pytest
 from tests import tiny_models
 from tests.integration.runs import STAGES, Run, losses, make_recipe, start_dpa
 
-NUM_STEPS = 12
+NUM_STEPS = 24  # a stage must not end while a test that a slow machine holds up is still about to hurt it
 EVERY_STEPS = 2
 
 
 @pytest.fixture(scope="module")
 def recipe(assets_dir: Path, tiny_llm: Callable, tiny_tower: Callable) -> Callable[..., dict[str, Any]]:
-    """`recipe(**changes)`: all stages train for 12 steps of 8 samples, two epochs of 45; stage 1 with dropout."""
+    """`recipe(**changes)`: all stages train for 24 steps of 8 samples, four epochs of 45; stage 1 with dropout."""
     folder = assets_dir / "survival"
     data = (
         tiny_models.make_captions(folder / "captions", 45, text_only=(4, 20), seed=5),
@@ -188,22 +188,22 @@ def test_a_worker_that_dies_each_time_ends_the_run_and_keeps_what_was_saved(tmp_
 
 
 @pytest.mark.ci
-def test_ctrl_c_ends_the_run_with_its_workers_and_the_same_command_goes_on(
-    tmp_path: Path, recipe: Callable, whole: Callable[..., Run]
-) -> None:
-    store = tmp_path / "store"
-    running = start_dpa(recipe(), store, "run")
+def test_ctrl_c_ends_the_run_with_its_workers_and_the_same_command_goes_on(tmp_path: Path, recipe: Callable) -> None:
+    made, num_steps = recipe(), 300  # some seconds more than it takes to end a run
+    made["stages"]["proxy_mllm"] |= {"epochs": 60, "max_steps": num_steps}
+    running = start_dpa(made, tmp_path / "store", "run")
     running.wait_for("proxy_mllm", 5)
     running.process.send_signal(signal.SIGINT)
-    interrupted = running.finished(60)
+    interrupted = running.finished(120)
     assert interrupted.returncode == 1, interrupted.output
     assert "interrupted" in interrupted.stderr
     assert not running.processes("ray::RayTrainWorker")
     assert interrupted.info()["status"] == "failed"
-    run = start_dpa(recipe(), store, "run").finished()
+    run = start_dpa(made, tmp_path / "store", "run").finished()
     assert run.returncode == 0, run.output
-    assert resumed_from(run, "proxy_mllm")
-    assert_same_to_the_bit(run, whole())
+    (step,) = resumed_from(run, "proxy_mllm")
+    assert 4 <= step < num_steps
+    assert [line["step"] for line in run.metrics("proxy_mllm")] == list(range(1, num_steps + 1))
 
 
 @pytest.mark.ci

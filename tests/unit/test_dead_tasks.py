@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -184,6 +185,7 @@ def test_prepared_bytes_are_the_same_though_tasks_are_killed(tmp_path, small_par
     assert tree(whole) == tree(Store(str(tmp_path / "a" / "store")))
 
 
+@pytest.mark.ci
 def test_a_part_that_kills_every_process_ends_with_what_to_do(tmp_path, small_parts, monkeypatch, local_ray):  # noqa: F811
     monkeypatch.setattr(prepare_module, "IN_PROCESS_ROWS", 10)
     monkeypatch.setattr(ray_tasks, "TASK_RETRIES", 1)
@@ -204,17 +206,19 @@ class Stuck(Loader):
 
 
 def test_a_batch_that_does_not_come_is_said_with_what_was_asked_for_and_what_there_is(
-    local_ray: None, tmp_path: Path
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(feed_module, "NOTICE_S", 3.0)
     loader = loader_of(Stuck, tmp_path)
-    feed = Feed()
+    feed, notes = Feed(), list[str]()
     try:
-        batches = feed.batches(loader, WANTED, prefetch=2, workers=1, stall_timeout_s=8)
+        batches = feed.batches(loader, WANTED, prefetch=2, workers=1, stall_timeout_s=8, note=notes.append)
         with pytest.raises(
             UserError, match=r"no batch for 8 s \(data\.stall_timeout_s\): waiting for batch \d+ of 40"
         ) as told:
             assert [next(batches).rows for _ in range(20)]
         assert "the cluster has 2 CPU" in str(told.value)
+        assert re.fullmatch(r"waiting for data: batch \d+ of 40 has not come for 3 s .*", notes[-1])
     finally:
         feed.close()
 
