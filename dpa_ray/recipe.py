@@ -67,6 +67,10 @@ class DataSection(Section):
     eval: SourceSection | None = None
     eval_extra: dict[str, SourceSection] = Field(default_factory=dict, description="further held-out sets, by name")
     max_quarantined_fraction: float = Field(0.01, ge=0, le=1)
+    skip_ids: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        description="training samples to pass over: ids (every sample that has one), or DIGEST:ROW of prepared data",
+    )
     check_supervision: bool = Field(
         True, description="refuse data of which hardly any text token is trained on, or (in a chat) nearly every one"
     )

@@ -21,6 +21,8 @@ from dpa_ray.recipe import Recipe
 from dpa_ray.report import console, trackers
 from dpa_ray.report.goodput import LAUNCHED, Ledger
 from dpa_ray.report.metrics import FILE as METRICS
+from dpa_ray.report.metrics import read
+from dpa_ray.report.watch import Watch
 from dpa_ray.stages.pipeline import HELD_OUT, Pipeline, Plan, make_plan, num_steps
 from dpa_ray.stages.preflight import trainables
 from dpa_ray.stages.runs import RUN_FILE, Run
@@ -72,7 +74,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         with console.Progress() as progress:
             plan = make_plan(recipe, store, make=True, report=progress.note)
             pipeline = Pipeline(plan, store, run_record, progress.note)
-            view = View(progress, recipe, run_record.path, ledger, keep_goodput)
+            view = View(progress, recipe, run_record, ledger, keep_goodput)
             try:
                 pipeline.carry_out(
                     lambda tasks: _launch(tasks, store, recipe, view, check), start=lambda: _start(recipe, view)
@@ -125,14 +127,15 @@ class View:
         self,
         progress: console.Progress,
         recipe: Recipe,
-        run_path: str,
+        run_record: Run,
         ledger: Ledger,
         keep_goodput: Callable[[], None],
     ):
         """`keep_goodput` writes down what the ledger says: what a job that is killed has spent is not forgotten."""
         self.progress = progress
         self.recipe = recipe
-        self.run_path = run_path
+        self.run_record = run_record
+        self.watch = Watch(recipe, run_record.warnings, self._steps_before)
         self.folder = Path(tempfile.mkdtemp(prefix="dpa_ray-"))
         self.trackers: trackers.Trackers | None = None
         self.ledger, self.keep_goodput = ledger, keep_goodput
@@ -159,6 +162,7 @@ class View:
         elif kind == "step":
             values.pop("saving_s")
             self.progress.step(values)
+            self._watch(values)
             if self.trackers is not None:
                 self.trackers.log(values["stage"], values["step"], values)
         elif kind == "note":
@@ -176,6 +180,24 @@ class View:
             if values["stage"] in texts:
                 self.progress.note(texts[values["stage"]])
 
+    def _watch(self, record: dict[str, Any]) -> None:
+        """Tell what may be going wrong, and write it to run.json."""
+        new = self.watch.step(record)
+        if self.run_record.warnings == self.watch.warnings:
+            return
+        self.run_record.warnings = self.watch.warnings.copy()
+        for warned in new:
+            self.progress.note(f"warning: {warned['text']}")
+        try:
+            self.run_record.write("running")
+        except (UserError, OSError) as err:  # it is there with the next that is written
+            self.progress.note(f"run.json could not be written: {err}")
+
+    def _steps_before(self, stage: str) -> list[dict[str, Any]]:
+        """The stage's steps in the run's metrics so far."""
+        every = read(self.run_record.store, self.run_record.path)
+        return [record for record in every if record["stage"] == stage]
+
     def close(self, store: Store) -> None:
         """TensorBoard's files into the store, runs/<name>/tensorboard."""
         if self.trackers is not None:
@@ -183,7 +205,8 @@ class View:
         files = [p for p in self.folder.rglob("*") if p.is_file() and not p.is_symlink()]
         try:
             if files:
-                store.upload(self.folder, self.run_path, [p.relative_to(self.folder).as_posix() for p in files])
+                names = [p.relative_to(self.folder).as_posix() for p in files]
+                store.upload(self.folder, self.run_record.path, names)
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -266,6 +289,8 @@ def dry_run(recipe: Recipe) -> None:
             steps = getattr(recipe.stages, stage).max_steps
             notes.append(f"{stage}: {source.label} is not prepared yet; steps are shown as max_steps says, or as ?")
         rows.append(console.PlanRow(stage, plan.refs[stage].key, stage in plan.found, steps, counts.get(stage, {})))
+    if recipe.data.skip_ids and not plan.skipped:
+        notes.append("data.skip_ids is looked up when the data is prepared; the stages have other keys then")
     console.plan(rows, recipe=recipe, ignored=ignored_sections(recipe))
     for name in builtin_missing:
         notes.append(f"{name} is made by the first run: trainable parameters are shown once it is there")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ class Engine(Protocol):
         """Full tensors by `module.model`'s parameter names, on the CPU of rank 0; {} elsewhere. All ranks call it."""
 
     replicated: bool  # every rank has all fragments
+    sharded: bool  # parameters are whole only while all ranks pass through them together
 
     def fragments(self) -> list[Fragment]:
         """The optimizer's state as far as this rank has it; views, to be read or filled."""
@@ -144,6 +145,15 @@ def all_sum(values: Tensor) -> Tensor:
     if world_size() > 1:
         values = values.clone()
         torch.distributed.all_reduce(values)
+    return values
+
+
+def gathered(value: T) -> list[T]:
+    """Every rank's `value`, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
     return values
 
 

@@ -30,6 +30,7 @@ from dpa_ray.engine.feed import Feed
 from dpa_ray.engine.logs import Before, Recorder
 from dpa_ray.engine.loop import Plan, Schedule, train
 from dpa_ray.engine.messages import STARTED, Orders
+from dpa_ray.engine.postmortem import Postmortem
 from dpa_ray.engine.protocol import Engine, OptimizerSettings, barrier, from_rank_0, limit_waits, rank, world_size
 from dpa_ray.engine.pulse import beating
 from dpa_ray.errors import UserError
@@ -193,6 +194,7 @@ class Worker:
             store=self.store, prepared=task.data, encoder=built.encoder, image_processor=built.image_processor,
             pad_token_id=_pad_token(built.encoder.tokenizer), packing=getattr(section, "packing", False),
             retry_s=recipe.data.retry_s, blind=_blind_scores(task, self.store),
+            skipped=frozenset(skipped.row for skipped in task.skipped),
         )  # fmt: skip
         loader.check()
         whole = Plan(cursor, task.num_steps, rank(), world_size(), section.micro_batch_size)
@@ -207,6 +209,7 @@ class Worker:
         train(
             engine, batches, plan, Schedule(task.num_steps, section.lr, section.warmup_fraction),
             stage=stage, seed=recipe.seed, device=self.device, record=recorder.record, saver=saver,
+            explain=Postmortem(self.store, task, recorder.lines),
         )  # fmt: skip
         saver.close()
         recorder.close()

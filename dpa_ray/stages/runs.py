@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dpa_ray.errors import BrokenJson, UserError
-from dpa_ray.recipe import Recipe, RecipeError
+from dpa_ray.recipe import Recipe, RecipeError, parse
 from dpa_ray.stages.keys import NOT_IN_KEYS
 from dpa_ray.store.fs import Store
 
@@ -28,6 +28,8 @@ def identity(recipe: Recipe) -> str:
     content["model"] = {k: v for k, v in content["model"].items() if k not in ("attention", "compile")}
     content["cmo"] = {k: v for k, v in content["cmo"].items() if k != "blind"}
     content["data"] = {k: v for k, v in content["data"].items() if k not in DATA_HOW_ONLY}
+    if not content["data"]["skip_ids"]:
+        del content["data"]["skip_ids"]
     content["stages"] = {
         name: {k: v for k, v in section.items() if k in ("weights", "from") or k not in NOT_IN_KEYS}
         for name, section in content["stages"].items()
@@ -46,6 +48,7 @@ class Run:
         self.started = time.time()
         self.values: dict[str, Any] = {}
         self.goodput: Callable[[], dict[str, Any]] = self.earlier_goodput  # asked whenever run.json is written
+        self.warnings: list[dict[str, Any]] = []  # of training that may be going wrong; an earlier attempt's at first
 
     def check_name(self) -> None:
         """Raises: RecipeError where the name is taken by a run of another recipe."""
@@ -55,19 +58,31 @@ class Run:
         try:
             values = self.store.read_json(path)
             found, status = values["recipe_digest"], values["status"]
-        except (BrokenJson, KeyError, TypeError):
+            self.warnings = [dict(warned) for warned in values.get("warnings", [])]
+        except (BrokenJson, KeyError, TypeError, ValueError):
             raise UserError(
                 f"{self.store.url(path)}: expected a run.json of dpa_ray, found something else; delete it, or choose another --name"
             ) from None
         expected = identity(self.recipe)
         if status == "failed" and not self.store.exists(f"{self.path}/metrics.jsonl"):
             return  # it never trained: a mended recipe may have its name
+        if status == "failed" and self._skips_others(values):
+            return  # it goes on without the samples that it failed of
         if found != expected:
             raise RecipeError(
                 [("name", f"the run {self.recipe.name} exists in this store with another recipe: its digest is {found}, "
                           f"this recipe's is {expected}. Choose another --name, or delete {self.store.url(self.path)}")],
                 self.recipe.name,
             )  # fmt: skip
+
+    def _skips_others(self, values: dict[str, Any]) -> bool:
+        """Does this recipe differ from the one in `values`, a run.json, in `data.skip_ids` alone?"""
+        try:
+            before = parse(values["recipe"])
+        except (RecipeError, KeyError):
+            return False
+        before.data.skip_ids = self.recipe.data.skip_ids
+        return identity(before) == identity(self.recipe)
 
     def earlier_goodput(self) -> dict[str, Any]:
         """What run.json says of the time that earlier attempts spent; nothing where there was none."""
@@ -89,6 +104,6 @@ class Run:
             {
                 "name": self.recipe.name, "status": status, "method": self.recipe.method,
                 "recipe_digest": identity(self.recipe), "started": self.started, "wall_time_s": time.time() - self.started,
-                **self.values, "goodput": goodput, "recipe": self.recipe.to_dict(),
+                **self.values, "goodput": goodput, "warnings": self.warnings, "recipe": self.recipe.to_dict(),
             },
         )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dpa_ray.data.prepare import Prepared
+from dpa_ray.data.skip import Skipped
 from dpa_ray.errors import UserError
 from dpa_ray.model.vlm import ModelRef
 from dpa_ray.recipe import Recipe
@@ -126,6 +127,7 @@ class ProxyLlmTask(Task):
     data: Prepared
     num_steps: int
     stage: str = "proxy_llm"
+    skipped: tuple[Skipped, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class ProxyMllmTask(Task):
     num_steps: int
     stage: str = "proxy_mllm"
     blind: ArtifactRef | None = None  # q of its samples, where it was computed beforehand
+    skipped: tuple[Skipped, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,7 @@ class InstructTask(Task):
     num_steps: int
     stage: str = "instruct"
     blind: ArtifactRef | None = None  # q of its samples, where its LLM is frozen and it was computed beforehand
+    skipped: tuple[Skipped, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, BaseLlm) or not isinstance(self.connector, Connector):

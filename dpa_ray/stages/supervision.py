@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,12 +45,17 @@ def sampled_rows(row_groups: list[int]) -> list[int]:
     return [int(starts[g]) + i for g in chosen for i in range(min(ROWS_PER_GROUP, row_groups[g]))]
 
 
-def measure(store: StoreLike, prepared: Prepared, encoder: Encoder, retry_s: float = 0.0) -> Supervision:
-    """Encode a sample of `prepared` (images are not decoded). Raises: UserError where a sample cannot be encoded."""
+def measure(
+    store: StoreLike, prepared: Prepared, encoder: Encoder, retry_s: float = 0.0, skipped: Collection[int] = ()
+) -> Supervision:
+    """Encode a sample of `prepared` (images are not decoded) without the rows `skipped`.
+
+    Raises: UserError where a sample cannot be encoded.
+    """
     loader = Loader(store, prepared, encoder, None, 0, retry_s=retry_s)
     num_text = num_targets = 0
     nothing = []
-    rows = sampled_rows(prepared.row_groups)
+    rows = [row for row in sampled_rows(prepared.row_groups) if row not in skipped]
     for row in rows:  # one by one: memory holds the images of a row group
         sample = loader.samples([row])[0]
         encoded = encoder(sample)

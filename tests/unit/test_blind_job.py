@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from dpa_ray.data.blind_scores import BlindScores, file_name, write_scores
 from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.ingest import Loader
 from dpa_ray.data.prepared import Prepared
+from dpa_ray.data.skip import entry_of
 from dpa_ray.engine import blind_job, worker
 from dpa_ray.engine.blind_job import chosen_rows, compute_blind, share, staging
 from dpa_ray.errors import UserError
@@ -256,6 +258,50 @@ def test_q_that_is_not_finite_ends_the_job(small: Callable[..., BlindTask], monk
     monkeypatch.setattr(blind_job, "build_blind", poisoned)
     with pytest.raises(UserError, match="#0: the LLM's q without the image is not finite"):
         run(small())
+
+
+def test_q_that_is_not_finite_of_one_caption_spoils_no_other(
+    small: Callable[..., BlindTask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token without finite embedding: the caption is named with what skips it; skipped, the job goes through, the
+    captions that shared its rows have the q that they have without it, and who reads it is told."""
+    sound = small()
+    run(sound)
+    loader, _ = loader_of(sound.reader)
+    ids = [set(loader.encoder(sample).input_ids.tolist()) for sample in loader.samples(np.arange(20))]
+    assert loader.blind is not None
+    expected = [loader.blind.scores(row) for row in range(20)]
+    token, row = next((t, r) for r in range(20) for t in ids[r] if sum(t in other for other in ids) == 1)
+    build = blind_job.build_blind
+
+    def poisoned(task: BlindTask, store: Store) -> Any:
+        built = build(task, store)
+        embeddings = built.llm.get_input_embeddings()
+        embeddings.weight = torch.nn.Parameter(embeddings.weight.clone(), requires_grad=False)  # not the head's
+        embeddings.weight[token] = torch.inf
+        return built
+
+    monkeypatch.setattr(blind_job, "build_blind", poisoned)
+    entry = entry_of(sound.reader.data.digest, row)
+    store = Store(sound.recipe.store)
+    store.delete(sound.result.path)
+    with pytest.raises(
+        UserError, match=f"#{row}: the LLM's q without the image is not finite;.* add '{entry}' to data.skip"
+    ):
+        run(sound)
+    skipping = small(f"data.skip_ids=['{entry}']")
+    assert skipping.result == sound.result
+    run(skipping)
+    blind = worker._blind_scores(skipping.reader, store)
+    assert blind is not None
+    for other in set(range(20)) - {row}:
+        np.testing.assert_allclose(blind.scores(other), expected[other], atol=1e-4)
+    with_it = dataclasses.replace(loader, blind=blind)
+    with pytest.raises(UserError, match=f"its q without the image, row {row} of .* is not finite.*{entry}"):
+        with_it.load(np.array([row]), 0)
+    batch = dataclasses.replace(with_it, skipped=frozenset({row})).load(np.array([row, (row + 1) % 20]), 0)
+    assert batch.log_q is not None
+    assert batch.log_q.isfinite().all()
 
 
 # Parts of it

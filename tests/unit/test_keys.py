@@ -67,6 +67,7 @@ CHANGES: dict[str, tuple[Any, str | None]] = {
     "data.workers": (3, None),
     "data.retry_s": (3.0, None),
     "data.check_supervision": (False, None),
+    "data.skip_ids": (["some-id"], "proxy_llm"),  # not prepared here; of prepared data: test_skip.py
     "cmo.lower": (0.1, "proxy_mllm"),
     "cmo.upper": (0.7, "proxy_mllm"),
     "cmo.window": (5, "proxy_mllm"),
