@@ -49,17 +49,17 @@ def examine(recipe: Recipe, options: Options) -> Findings:
         examined = _Examined(recipe, options, Store(recipe.store), scratch, findings)
         with findings.check("recipe") as check:
             check.note(f"{recipe.name}: {recipe.method}, {recipe.precision}, {recipe.engine}, seed {recipe.seed}")
-        examined.store_and_name()
-        examined.llm()
-        examined.vision()
-        examined.data()
-        examined.templates()
-        examined.batches()
-        examined.trained()
+        examined.check_store()
+        examined.check_llm()
+        examined.check_vision()
+        examined.check_data()
+        examined.check_targets()
+        examined.check_batches()
+        examined.check_trained()
         with findings.check("cluster") as check, cluster.nodes(recipe.cluster) as nodes:
-            examined.placing(nodes, check)
-        examined.memory()
-        examined.cost()
+            examined.check_placing(nodes, check)
+        examined.check_memory()
+        examined.check_cost()
     return findings
 
 
@@ -82,7 +82,7 @@ class _Examined:
         for stage in self.stages:
             findings.stage(stage)
 
-    def store_and_name(self) -> None:
+    def check_store(self) -> None:
         with self.findings.check("store") as check:
             tried = probe.probe(self.store)
             for each in tried:
@@ -100,7 +100,7 @@ class _Examined:
             Run(self.store, self.recipe).check_name()
             check.note(f"runs/{self.recipe.name} is free, or this recipe's own")
 
-    def llm(self) -> None:
+    def check_llm(self) -> None:
         with self.findings.check("LLM") as check:
             ref = models.locate(self.recipe.model.llm, "llm", self.store, self.scratch, check)
             config = load_llm_config(ref)
@@ -116,7 +116,7 @@ class _Examined:
             where = f"the reserved {row.reserved}" if row.reserved else "a row that is appended"
             check.note(f"{len(vocabulary.tokenizer):,} tokens; <image> is token {row.token_id}, {where}")
 
-    def vision(self) -> None:
+    def check_vision(self) -> None:
         with self.findings.check("vision tower") as check:
             model = self.recipe.model
             ref = models.locate(model.vision, "vision", self.store, self.scratch, check)
@@ -138,7 +138,7 @@ class _Examined:
             else:
                 check.note(f"{found} features of {self.tower.image_size} pixels a side, and as many image tokens")
 
-    def data(self) -> None:
+    def check_data(self) -> None:
         section = self.recipe.data
         sets: dict[str, SourceSection] = {"pretrain": section.pretrain, "instruct": section.instruct}
         if section.eval is not None:
@@ -156,7 +156,7 @@ class _Examined:
                 check.values["num_samples"] = looked.num_rows
                 data.judge_rejected(looked, section.max_quarantined_fraction, check)
 
-    def templates(self) -> None:
+    def check_targets(self) -> None:
         for stage in self.stages:
             name = f"targets of {stage}"
             if self.vocabulary is None or (self.tower is None and stage != "proxy_llm"):
@@ -213,7 +213,7 @@ class _Examined:
         if note is not None:
             check.warn(note)
 
-    def batches(self) -> None:
+    def check_batches(self) -> None:
         with self.findings.check("batches") as check:
             for stage in self.stages:
                 for num_workers in sorted({self.recipe.cluster.min_workers, self.recipe.cluster.max_workers}):
@@ -229,7 +229,7 @@ class _Examined:
         fraction = getattr(self.recipe.data, self._set_of(stage)).fraction
         return None if looked is None else max(1, round(fraction * looked.num_rows))
 
-    def trained(self) -> None:
+    def check_trained(self) -> None:
         if self.llm_ref is None or self.vocabulary is None or self.tower is None:
             self.findings.skip("trained parameters", "there is no LLM, no tokenizer or no tower")
             return
@@ -254,7 +254,7 @@ class _Examined:
                 models.check_weights(self.llm_ref, "llm", llm, check)
                 models.check_weights(self.vision_ref, "vision", tower, check)
 
-    def placing(self, nodes: cluster.Nodes, check: Check) -> None:
+    def check_placing(self, nodes: cluster.Nodes, check: Check) -> None:
         self.nodes = nodes
         section = self.recipe.cluster
         found = placing.place(nodes.resources, section, self.recipe.data.workers)
@@ -272,7 +272,7 @@ class _Examined:
         )
         check.values["workers_by_node"] = list(found.workers_by_node)
 
-    def memory(self) -> None:
+    def check_memory(self) -> None:
         if not self.counts:
             self.findings.skip("memory", "there is no model to count")
             return
@@ -293,7 +293,7 @@ class _Examined:
                         f"{fitting.gib(on.num_bytes)} for weights of {fitting.gib(llm)}; set cmo.blind=live"
                     )
 
-    def cost(self) -> None:
+    def check_cost(self) -> None:
         with self.findings.check("steps and time") as check:
             known = dict(cost.earlier_step_times(self.store, self.recipe, self.stages)) if self.is_store_there else {}
             known |= self.options.step_times

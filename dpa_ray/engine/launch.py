@@ -199,6 +199,11 @@ def wait_for_resources(cluster: ClusterSection, poll_s: float = 1.0) -> None:
         time.sleep(poll_s)
 
 
+def node_resources() -> list[dict[str, float]]:
+    """What each node that lives has, by Ray's names."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def _needed(cluster: ClusterSection) -> dict[str, float]:
     return {k: v * cluster.min_workers for k, v in worker_resources(cluster).items()}
 
