@@ -71,13 +71,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gpu-memory", type=_positive, default=0.0, metavar="GIB", help="of GPUs that are not there yet"
     )
-    parser.add_argument("--samples", type=int, default=2, metavar="N", help="real samples shown of each stage")
+    parser.add_argument("--samples", type=_natural, default=2, metavar="N", help="real samples shown of each stage")
     return parser
 
 
 def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
+        raise ValueError(text)
+    return value
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
         raise ValueError(text)
     return value
 

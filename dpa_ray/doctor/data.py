@@ -46,6 +46,7 @@ class Looked:
     is_prepared: bool
     samples: list[Sample] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
+    num_quarantined: int = 0  # where it is prepared
     size_bytes: int = 0  # of the whole as shards, estimated unless it is prepared
 
     @property
@@ -53,11 +54,13 @@ class Looked:
         return len(self.samples) + len(self.rejected)
 
 
-def look(store: Store, section: SourceSection, retry_s: float) -> Looked:
-    """Some samples of `section`: of the shards where it is prepared, else straight from the source, which is gone through
+def look(store: Store | None, section: SourceSection, retry_s: float) -> Looked:
+    """Some samples of `section`: of the shards where `store` has them, else straight from the source, which is gone through
     without its images, as a run does. Nothing is written. Raises: UserError where it cannot be read."""
-    bridged = BridgedStore(store)
     with bridging(retry_s):
+        if store is None:
+            return _from_sources(pieces(section))
+        bridged = BridgedStore(store)
         found = pieces(section, Known(bridged, write=False))
         prepared = find_prepared(bridged, digest(found))
         if prepared is not None:
@@ -70,7 +73,10 @@ def _from_shards(store: Store, prepared: Prepared, retry_s: float) -> Looked:
     rows = sampled_rows(prepared.row_groups)
     spread = np.unique(np.linspace(0, len(rows) - 1, NUM_PARTS * ROWS_PER_PART).round().astype(int))
     samples = [loader.samples([rows[i]])[0] for i in spread]
-    return Looked(prepared.digest, prepared.num_rows, True, samples, size_bytes=sum(prepared.sizes_bytes))
+    return Looked(
+        prepared.digest, prepared.num_rows, True, samples, num_quarantined=prepared.num_quarantined,
+        size_bytes=sum(prepared.sizes_bytes),
+    )  # fmt: skip
 
 
 def _from_sources(found: list[Piece]) -> Looked:
@@ -93,8 +99,14 @@ def _from_sources(found: list[Piece]) -> Looked:
     return looked
 
 
-def judge_rejected(looked: Looked, max_fraction: float, check: Check) -> None:
-    """Will so much be put into quarantine that the run stops? From few samples, what chance alone does not explain."""
+def judge_unusable(looked: Looked, max_fraction: float, check: Check) -> None:
+    """Will so much be in quarantine that the run stops? From few samples, what chance alone does not explain."""
+    num, bad = looked.num_rows + looked.num_quarantined, looked.num_quarantined
+    if looked.is_prepared and bad > max_fraction * num:
+        check.fail(
+            f"{bad:,} of {num:,} samples are in quarantine; expected at most {max_fraction:.2%} (data.max_quarantined_fraction). "
+            f"data/{looked.digest}/quarantine.jsonl in the store says why"
+        )
     num, bad = looked.num_looked_at, len(looked.rejected)
     if not bad:
         return

@@ -12,7 +12,7 @@ from dpa_ray.data.encode import Encoder
 from dpa_ray.data.pixels import Geometry
 from dpa_ray.doctor import cluster, cost, data, fitting, memory, models
 from dpa_ray.doctor.cost import StepTime
-from dpa_ray.doctor.findings import Check, Findings
+from dpa_ray.doctor.findings import Check, Findings, number
 from dpa_ray.engine import placing
 from dpa_ray.model.export import processor_for
 from dpa_ray.model.tower import TowerSpec, tower_spec
@@ -92,7 +92,7 @@ class _Examined:
                     check.warn(f"{each.operation}: {each.detail}")
             done = [each.operation for each in tried if each.is_ok]
             self.is_store_there = "reach" in done
-            check.note(f"{self.store.uri}: {', '.join(done) or 'nothing'} done; nothing was left there")
+            check.note(f"{self.store.uri}: {', '.join(done) or 'nothing'}" + (": nothing is left there" if "delete" in done else ""))
         if not self.is_store_there:
             self.findings.skip("name", "the store does not answer")
             return
@@ -146,15 +146,14 @@ class _Examined:
         sets |= {f"eval_extra.{name}": extra for name, extra in section.eval_extra.items()}
         for name, source in sets.items():
             with self.findings.check(f"data.{name}") as check:
-                looked = data.look(self.store, source, section.retry_s) if self.is_store_there else None
-                if looked is None:
-                    check.skip("the store does not answer, and says which data is prepared")
-                    continue
+                looked = data.look(self.store if self.is_store_there else None, source, section.retry_s)
                 self.looked[name] = looked
                 state = "prepared" if looked.is_prepared else "not prepared yet; read from the source"
-                check.note(f"{source.label}: {looked.num_rows:,} samples, {state}, {looked.num_looked_at} looked at")
+                check.note(
+                    f"{source.label}: {number(looked.num_rows, 'sample')}, {state}, {looked.num_looked_at} looked at"
+                )
                 check.values["num_samples"] = looked.num_rows
-                data.judge_rejected(looked, section.max_quarantined_fraction, check)
+                data.judge_unusable(looked, section.max_quarantined_fraction, check)
 
     def check_targets(self) -> None:
         for stage in self.stages:
@@ -267,8 +266,8 @@ class _Examined:
                 f"expected a store that all {len(nodes.nodes)} nodes reach, found the folder {self.store.uri}; take s3://"
             )
         check.note(
-            f"{nodes.where}: {found.num_placed} of {found.num_wanted} workers placed, and {found.num_tasks_placed} data tasks "
-            "beside them"
+            f"{nodes.where}: room for {found.num_placed} of {number(found.num_wanted, 'worker')}, and for "
+            f"{number(found.num_tasks_placed, 'data task')} at once beside them"
         )
         check.values["workers_by_node"] = list(found.workers_by_node)
 
@@ -285,6 +284,8 @@ class _Examined:
                 for stage, model in self.models.items()
             ]
             fitting.judge(fits, self.recipe, on, check, self.findings)
+            if on.is_gpu:
+                fitting.judge_loading(self.counts, self.recipe, self.nodes, check)
             if self.recipe.caches_blind and on.is_gpu and on.num_bytes:
                 llm = self.llm_bytes
                 if llm + memory.CUDA_BYTES > fitting.NEARLY_FULL * on.num_bytes:
@@ -305,14 +306,14 @@ class _Examined:
                     check.note(f"{stage}: steps unknown, as the data could not be counted")
                 elif step is None:
                     check.note(
-                        f"{stage}: {num_steps:,} steps, time unknown (--step-time SECONDS, or an earlier run's metrics)"
+                        f"{stage}: {number(num_steps, 'step')}, time unknown (--step-time SECONDS, or an earlier run's metrics)"
                     )
                 else:
                     time_s = num_steps * step.time_s
                     total_s += time_s
                     values.update(step_time_s=step.time_s, step_time_origin=step.origin, estimated_time_s=time_s)
                     check.note(
-                        f"{stage}: {num_steps:,} steps of {step.time_s:.3g} s ({step.origin}): {duration(time_s)}"
+                        f"{stage}: {number(num_steps, 'step')} of {step.time_s:.3g} s ({step.origin}): {duration(time_s)}"
                     )
             if total_s:
                 gpus = self.recipe.cluster.gpus_per_worker * self.recipe.cluster.max_workers
@@ -350,15 +351,13 @@ class _Examined:
 
 def _layout_text(layout: arithmetic.BatchLayout) -> str:
     """One stage's step in words."""
-    text = (
-        f"{layout.stage}: {layout.global_batch_size} samples a step = {layout.num_workers} workers x {layout.num_passes} passes of "
-        f"at most {layout.micro_batch_size}"
-    )
+    workers, passes = number(layout.num_workers, "worker"), number(layout.num_passes, "pass")
+    text = f"{layout.stage}: {number(layout.num_samples, 'sample')} a step on {workers} in {passes} of {layout.micro_batch_size} at most"
     if layout.num_filler_passes:
-        text += f", {layout.num_filler_passes} of {layout.num_workers * layout.num_passes} passes filler"
-    if layout.num_steps is None:
+        text += f", {layout.num_filler_passes} of all {layout.num_workers * layout.num_passes} passes filler"
+    if layout.num_steps is None or layout.steps_per_epoch is None:
         return f"{text}; steps unknown"
-    text += f"; {layout.num_steps:,} steps, {layout.steps_per_epoch:,} an epoch"
-    if layout.last_batch_size != layout.global_batch_size:
-        text += f", whose last takes {layout.last_batch_size}"
+    text += f"; {number(layout.num_steps, 'step')}, {layout.steps_per_epoch:,} an epoch"
+    if layout.last_batch_size != layout.num_samples:
+        text += f", the last of {number(layout.last_batch_size or 0, 'sample')}"
     return text

@@ -88,3 +88,8 @@ class Findings:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return {"checks": [check.to_dict() for check in self.checks], "stages": list(self.stages.values())}
+
+
+def number(count: int, noun: str) -> str:
+    """`1 step`, `2,000 steps`."""
+    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"

@@ -127,6 +127,19 @@ def judge(fits: list[Fit], recipe: Recipe, on: Device, check: Check, findings: F
     check.note(f"compared with the {gib(on.num_bytes)} of a {on.what}; estimates, of the worst moment of a step")
 
 
+def judge_loading(counts: Mapping[str, Counts], recipe: Recipe, nodes: Nodes, check: Check) -> None:
+    """Has each node room for the model of each of its workers? They load it into its own memory first, whole."""
+    whole = max(c.whole for c in counts.values()) * precision_dtype(recipe).itemsize
+    placed = placing.place(nodes.resources, recipe.cluster, recipe.data.workers).workers_by_node
+    for node, num in zip(nodes.nodes, placed, strict=True):
+        if node.memory_bytes and num * whole > node.memory_bytes:
+            check.warn(
+                f"{num} workers on one node load {gib(whole)} each into its memory before it goes to the GPU: expected room for "
+                f"{gib(num * whole)}, found {gib(node.memory_bytes)}; take nodes with more memory, or fewer workers on each"
+            )
+            return
+
+
 def _advice(found: Fit, recipe: Recipe, fitting: list[int | None]) -> str:
     section = getattr(recipe.stages, found.stage)
     ways = []

@@ -80,5 +80,7 @@ def _memory(console: Console, stages: list[dict[str, Any]]) -> None:
         table.add_row(stage, f"{way}{'*' if row['is_chosen'] else ' '}", *numbers, style=style)
     console.print(table)
     told = "  *: the recipe's. sum: the worst moment, with samples as long as the longest seen; at max: as max_length"
+    if any(row["start_bytes"] + row["reserve_bytes"] == row["total_bytes"] for _, row in rows):
+        told += "\n  ZeRO 3 has the whole model on the device at the start, before it is parted: where that is most, it is the sum"
     console.print(told, style="dim", soft_wrap=True)
     console.print()

@@ -16,6 +16,7 @@ class BatchLayout:
     num_workers: int
     global_batch_size: int
     micro_batch_size: int
+    num_samples: int  # of the first step: the global batch, or all of less data
     num_passes: int  # micro-batches of each worker: the accumulation steps
     num_filler_passes: int  # of all workers together; made of filler alone, they only keep the ranks in step
     steps_per_epoch: int | None = None  # None: not known how much data there is
@@ -23,14 +24,9 @@ class BatchLayout:
     last_batch_size: int | None = None  # of an epoch's last step
 
     @property
-    def num_slots(self) -> int:
-        """Samples that all passes have room for."""
-        return self.num_workers * self.num_passes * self.micro_batch_size
-
-    @property
     def num_idle_workers(self) -> int:
         """Workers that are given no sample in any step."""
-        return max(0, self.num_workers - self.global_batch_size)
+        return max(0, self.num_workers - self.num_samples)
 
 
 def batch_layout(recipe: Recipe, stage: str, num_workers: int, num_samples: int | None = None) -> BatchLayout:
@@ -47,15 +43,19 @@ def batch_layout(recipe: Recipe, stage: str, num_workers: int, num_samples: int 
         whole = section.epochs * steps_per_epoch
         num_steps = min(whole, section.max_steps or whole)
         last = num_samples - (steps_per_epoch - 1) * size
-    return BatchLayout(stage, num_workers, size, micro, passes, filler, steps_per_epoch, num_steps, last)
+    return BatchLayout(stage, num_workers, size, micro, first, passes, filler, steps_per_epoch, num_steps, last)
 
 
 def risks(layout: BatchLayout) -> list[str]:
     """What is wasted in every step, and which key changes it."""
-    if layout.num_idle_workers:
-        return [
-            f"stages.{layout.stage}.global_batch_size={layout.global_batch_size} on {layout.num_workers} workers: "
-            f"{layout.num_idle_workers} of them get no sample and compute filler in every step; expected at least as many "
-            "samples as workers. Raise it, or lower cluster.workers"
-        ]
-    return []
+    if not layout.num_idle_workers:
+        return []
+    if layout.num_samples < layout.global_batch_size:
+        what, advice = f"{layout.num_samples} samples in all of its data", "Lower cluster.workers, or add data"
+    else:
+        what = f"{layout.num_samples} samples a step (stages.{layout.stage}.global_batch_size)"
+        advice = "Raise it, or lower cluster.workers"
+    return [
+        f"{layout.stage}: {what} on {layout.num_workers} workers: expected at least one for each, found {layout.num_idle_workers} "
+        f"workers that get none and compute filler in every step. {advice}"
+    ]

@@ -15,6 +15,8 @@ from dpa_ray.store.fs import Store
 PREFIX = "probe-"
 """Of the folder that a probe makes in the store, and deletes."""
 
+_ADVICE = ". A run lists, reads, writes and deletes there: see that these credentials may, and that there is room"
+
 OPERATIONS = ("reach", "write", "read", "list", "conditional put", "delete")
 
 
@@ -63,7 +65,7 @@ def _tried(store: Store, folder: str) -> list[Tried]:
         except FileNotFoundError as err:
             result = Tried(operation, False, f"{store.url(path)}: expected what was just written, found none ({err})")
         except UserError as err:
-            result = Tried(operation, False, str(err))
+            result = Tried(operation, False, f"{err}{'' if operation == 'reach' else _ADVICE}")
         found.append(result)
         return result.is_ok
 
@@ -95,7 +97,7 @@ def _tried(store: Store, folder: str) -> list[Tried]:
     def delete() -> Tried | None:
         store.delete(folder)
         left = store.list(folder)
-        return Tried("delete", False, f"{store.url(folder)}: expected it gone, found {left}") if left else None
+        return Tried("delete", False, f"{store.url(folder)}: expected it gone, found {left}{_ADVICE}") if left else None
 
     if not attempt("reach", lambda: store.check(write=False)):
         return found
