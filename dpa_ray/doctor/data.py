@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from dpa_ray.batch import Encoded
-from dpa_ray.data.bridged import BridgedStore
 from dpa_ray.data.catalog import Piece, digest, pieces
 from dpa_ray.data.encode import Encoder
 from dpa_ray.data.images import decode
@@ -18,7 +17,6 @@ from dpa_ray.data.ingest import Loader
 from dpa_ray.data.known import Known
 from dpa_ray.data.pixels import Geometry, levels
 from dpa_ray.data.prepared import Prepared, find_prepared
-from dpa_ray.data.retry import bridging
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.shards import size_bytes
 from dpa_ray.data.sources import Rejected
@@ -54,22 +52,21 @@ class Looked:
         return len(self.samples) + len(self.rejected)
 
 
-def look(store: Store | None, section: SourceSection, retry_s: float) -> Looked:
+def look(store: Store | None, section: SourceSection) -> Looked:
     """Some samples of `section`: of the shards where `store` has them, else straight from the source, which is gone through
-    without its images, as a run does. Nothing is written. Raises: UserError where it cannot be read."""
-    with bridging(retry_s):
-        if store is None:
-            return _from_sources(pieces(section))
-        bridged = BridgedStore(store)
-        found = pieces(section, Known(bridged, write=False))
-        prepared = find_prepared(bridged, digest(found))
-        if prepared is not None:
-            return _from_shards(store, prepared, retry_s)
-        return _from_sources(found)
+    without its images, as a run does. Nothing is written, and an S3 server that is away is not waited for.
+
+    Raises: UserError where it cannot be read.
+    """
+    if store is None:
+        return _from_sources(pieces(section))
+    found = pieces(section, Known(store, write=False))
+    prepared = find_prepared(store, digest(found))
+    return _from_sources(found) if prepared is None else _from_shards(store, prepared)
 
 
-def _from_shards(store: Store, prepared: Prepared, retry_s: float) -> Looked:
-    loader = Loader(store, prepared, None, None, 0, retry_s=retry_s)  # type: ignore[arg-type]  # nothing is encoded by it
+def _from_shards(store: Store, prepared: Prepared) -> Looked:
+    loader = Loader(store, prepared, None, None, 0)  # type: ignore[arg-type]  # nothing is encoded by it
     rows = sampled_rows(prepared.row_groups)
     spread = np.unique(np.linspace(0, len(rows) - 1, NUM_PARTS * ROWS_PER_PART).round().astype(int))
     samples = [loader.samples([rows[i]])[0] for i in spread]
@@ -119,7 +116,10 @@ def judge_unusable(looked: Looked, max_fraction: float, check: Check) -> None:
         f"(data.max_quarantined_fraction). The first: {first.place}: {first.reason}: {first.detail}"
     )
     expected = num * max_fraction
-    sure = bad == num or (bad > expected if num >= looked.num_rows else bad > expected + 3 * max(1.0, expected**0.5))
+    if num >= looked.num_rows:  # all of them
+        (check.fail if bad > expected or bad == num else check.note)(told)
+        return
+    sure = bad == num or bad > expected + 3 * max(1.0, expected**0.5)
     (check.fail if sure else check.warn)(told)
 
 

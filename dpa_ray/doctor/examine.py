@@ -92,7 +92,10 @@ class _Examined:
                     check.warn(f"{each.operation}: {each.detail}")
             done = [each.operation for each in tried if each.is_ok]
             self.is_store_there = "reach" in done
-            check.note(f"{self.store.uri}: {', '.join(done) or 'nothing'}" + (": nothing is left there" if "delete" in done else ""))
+            check.note(
+                f"{self.store.uri}: {', '.join(done) or 'nothing'}"
+                + (": nothing is left there" if "delete" in done else "")
+            )
         if not self.is_store_there:
             self.findings.skip("name", "the store does not answer")
             return
@@ -146,7 +149,7 @@ class _Examined:
         sets |= {f"eval_extra.{name}": extra for name, extra in section.eval_extra.items()}
         for name, source in sets.items():
             with self.findings.check(f"data.{name}") as check:
-                looked = data.look(self.store if self.is_store_there else None, source, section.retry_s)
+                looked = data.look(self.store if self.is_store_there else None, source)
                 self.looked[name] = looked
                 state = "prepared" if looked.is_prepared else "not prepared yet; read from the source"
                 check.note(

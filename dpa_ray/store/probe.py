@@ -63,7 +63,10 @@ def _tried(store: Store, folder: str) -> list[Tried]:
             answer = action()
             result = answer if isinstance(answer, Tried) else Tried(operation, True)
         except FileNotFoundError as err:
-            result = Tried(operation, False, f"{store.url(path)}: expected what was just written, found none ({err})")
+            missing = "a place to write to" if operation == "write" else "what was just written"
+            result = Tried(
+                operation, False, f"{store.url(path)}: expected {missing}, found none ({err.strerror}){_ADVICE}"
+            )
         except UserError as err:
             result = Tried(operation, False, f"{err}{'' if operation == 'reach' else _ADVICE}")
         found.append(result)

@@ -98,7 +98,12 @@ def test_an_8b_model_by_hand() -> None:
     whole, part = 8_000_000_000, 1_000_000_000
     assert [of(stage).weights for stage in (0, 1, 2)] == [2 * (whole + 2_000_000)] * 3
     assert of(3).weights == 2 * (part + 250_000)
-    assert [of(stage).masters + of(stage).moments for stage in (0, 1, 2, 3)] == [12 * whole, 12 * part, 12 * part, 12 * part]
+    assert [of(stage).masters + of(stage).moments for stage in (0, 1, 2, 3)] == [
+        12 * whole,
+        12 * part,
+        12 * part,
+        12 * part,
+    ]
     assert [of(stage).gradients for stage in (0, 1, 2, 3)] == [2 * whole, 2 * whole, 2 * part, 2 * part]
     assert of(3).start == 2 * (whole + 2_000_000) + 2 * (part + 250_000), "the whole model, and its part"
 
@@ -113,7 +118,9 @@ def test_totals_fall_with_the_stage_and_with_the_ranks() -> None:
 def test_the_loss_takes_a_chunk_and_a_trained_heads_gradient_whatever_the_targets() -> None:
     few, many = of(2, num_targets=1000).loss, of(2, num_targets=4000).loss
     assert many - few == 2 * 3000 * 4096 * 2, "only hidden states grow"
-    frozen = estimate(counts(head_is_trained=False), zero_stage=2, world_size=8, bf16=True, num_slots=0, num_targets=4000, kept=0)
+    frozen = estimate(
+        counts(head_is_trained=False), zero_stage=2, world_size=8, bf16=True, num_slots=0, num_targets=4000, kept=0
+    )
     assert many - frozen.loss == 6 * 128_256 * 4096
 
 
