@@ -21,7 +21,7 @@ from dpa_ray.recipe import PROXY_METHODS, Recipe, SourceSection
 from dpa_ray.report.console import duration
 from dpa_ray.stages import arithmetic, build, preflight, supervision
 from dpa_ray.stages.runs import Run
-from dpa_ray.stages.spec import precision_dtype
+from dpa_ray.stages.spec import TRAINING_STAGES, precision_dtype
 from dpa_ray.store import probe
 from dpa_ray.store.fs import Store
 
@@ -36,8 +36,9 @@ class Options:
 
 
 def training_stages(recipe: Recipe) -> tuple[str, ...]:
-    """The stages of the recipe's method, in order."""
-    return ("proxy_llm", "proxy_mllm", "instruct") if recipe.method in PROXY_METHODS else ("proxy_mllm", "instruct")
+    """The stages of the recipe's method that are trained, in order: those that are not imported."""
+    stages = TRAINING_STAGES if recipe.method in PROXY_METHODS else TRAINING_STAGES[1:]
+    return tuple(stage for stage in stages if not getattr(getattr(recipe.stages, stage), "from_", None))
 
 
 def examine(recipe: Recipe, options: Options) -> Findings:
@@ -52,6 +53,7 @@ def examine(recipe: Recipe, options: Options) -> Findings:
         examined.check_store()
         examined.check_llm()
         examined.check_vision()
+        examined.check_imports()
         examined.check_data()
         examined.check_targets()
         examined.check_batches()
@@ -140,6 +142,17 @@ class _Examined:
                 )
             else:
                 check.note(f"{found} features of {self.tower.image_size} pixels a side, and as many image tokens")
+
+    def check_imports(self) -> None:
+        sources = {
+            stage: getattr(getattr(self.recipe.stages, stage), "from_", None) for stage in ("proxy_llm", "proxy_mllm")
+        }
+        if self.recipe.method not in PROXY_METHODS:
+            del sources["proxy_llm"]
+        for stage, source in sources.items():
+            if source is not None:
+                with self.findings.check(f"stages.{stage}.from") as check:
+                    models.check_import(stage, source, check)
 
     def check_data(self) -> None:
         section = self.recipe.data
@@ -248,13 +261,9 @@ class _Examined:
                 )
         if "instruct" in self.models and self.vision_ref is not None:
             with self.findings.check("weights") as check:
-                whole = self.models["instruct"]
-                lora = sum(p.numel() for n, p in whole.named_parameters() if ".lora_" in n)
-                connector = sum(p.numel() for p in whole.model.multi_modal_projector.parameters())
-                tower = sum(p.numel() for p in whole.model.vision_tower.parameters())
-                llm = self.counts["instruct"].whole - lora - connector - tower
-                models.check_weights(self.llm_ref, "llm", llm, check)
-                models.check_weights(self.vision_ref, "vision", tower, check)
+                expected = models.num_parameters(self.models["instruct"])
+                models.check_weights(self.llm_ref, "llm", expected["llm"], check)
+                models.check_weights(self.vision_ref, "vision", expected["tower"], check)
 
     def check_placing(self, nodes: cluster.Nodes, check: Check) -> None:
         self.nodes = nodes
@@ -290,7 +299,7 @@ class _Examined:
             if on.is_gpu:
                 fitting.judge_loading(self.counts, self.recipe, self.nodes, check)
             if self.recipe.caches_blind and on.is_gpu and on.num_bytes:
-                llm = self.llm_bytes
+                llm = self.num_llm * precision_dtype(self.recipe).itemsize
                 if llm + memory.CUDA_BYTES > fitting.NEARLY_FULL * on.num_bytes:
                     check.fail(
                         f"q of stage 2: expected room for the whole LLM on each {on.what}, whatever deepspeed.zero_stage; found "
@@ -320,14 +329,13 @@ class _Examined:
                     )
             if total_s:
                 gpus = self.recipe.cluster.gpus_per_worker * self.recipe.cluster.max_workers
-                check.note(f"together {duration(total_s)}" + (f", {total_s / 3600 * gpus:,.1f} GPU hours" if gpus else "")
+                check.note(f"together (what is known) {duration(total_s)}" + (f", {total_s / 3600 * gpus:,.1f} GPU hours" if gpus else "")
                            + "; without starting, preparing data, q, the merge and held-out questions")  # fmt: skip
                 check.values["estimated_time_s"] = total_s
         with self.findings.check("bytes written") as check:
             sets = self.looked.values()
             data_bytes = sum(looked.size_bytes for looked in sets if not looked.is_prepared)
-            item = precision_dtype(self.recipe).itemsize
-            written = cost.written_bytes(self.recipe, self.counts, self.llm_bytes // item, data_bytes)
+            written = cost.written_bytes(self.recipe, self.counts, self.num_llm, data_bytes)
             total = sum(written.values())
             check.values["bytes"] = written
             check.note(
@@ -342,14 +350,9 @@ class _Examined:
                 )
 
     @property
-    def llm_bytes(self) -> int:
-        """Of the LLM's weights in the run's precision."""
-        if "proxy_mllm" not in self.models:
-            return 0
-        whole = self.models["proxy_mllm"]
-        parts = [whole.model.multi_modal_projector, whole.model.vision_tower]
-        other = sum(p.numel() for part in parts for p in part.parameters())
-        return (self.counts["proxy_mllm"].whole - other) * precision_dtype(self.recipe).itemsize
+    def num_llm(self) -> int:
+        """Parameters of the LLM, without a LoRA; 0 where it is not known."""
+        return models.num_parameters(self.models["instruct"])["llm"] if "instruct" in self.models else 0
 
 
 def _layout_text(layout: arithmetic.BatchLayout) -> str:

@@ -14,7 +14,7 @@ from transformers import AutoModel
 from dpa_ray.data import shapes
 from dpa_ray.doctor.findings import Check
 from dpa_ray.errors import UserError
-from dpa_ray.model import tiny
+from dpa_ray.model import lora, tiny, vlm
 from dpa_ray.model.tower import TowerSpec
 from dpa_ray.model.vlm import ModelRef, quiet_loading
 from dpa_ray.stages import weights
@@ -94,6 +94,27 @@ def check_weights(ref: ModelRef, kind: weights.Kind, num_parameters: int, check:
         )
         return
     check.note(f"model.{kind}: {count:,} parameters in {len(names)} file{'' if len(names) == 1 else 's'}")
+
+
+def num_parameters(whole: Any) -> dict[str, int]:
+    """Of a LLaVA model's parts: llm (without a LoRA; a tied head is counted once), tower, connector."""
+    parts = {"tower": whole.model.vision_tower, "connector": whole.model.multi_modal_projector}
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    base = sum(p.numel() for name, p in whole.named_parameters() if ".lora_" not in name)
+    return {**counts, "llm": base - sum(counts.values())}
+
+
+def check_import(stage: str, source: str, check: Check) -> None:
+    """Is what `stages.X.from` names an adapter or a connector? Raises: UserError."""
+    if source.startswith("s3://"):
+        check.skip(f"{source} is on S3; the run fetches it and looks at it first")
+        return
+    folder = Path(source).expanduser()
+    if stage == "proxy_llm":
+        lora.check_adapter(folder)
+    else:
+        vlm.import_connector(folder)
+    check.note(f"{source} is whole")
 
 
 def num_features(spec: TowerSpec) -> int:
