@@ -14,6 +14,7 @@ from typing import Any
 from dpa_ray.credentials import without_credentials
 from dpa_ray.data.prepare import find_prepared
 from dpa_ray.data.retry import bridging, retried
+from dpa_ray.engine import placing
 from dpa_ray.engine.evaluate import RESULT
 from dpa_ray.engine.messages import FAILED, PROGRESS
 from dpa_ray.errors import UserError
@@ -23,11 +24,12 @@ from dpa_ray.report.goodput import LAUNCHED, Ledger
 from dpa_ray.report.metrics import FILE as METRICS
 from dpa_ray.report.metrics import read
 from dpa_ray.report.watch import Watch
+from dpa_ray.stages import arithmetic
 from dpa_ray.stages.pipeline import HELD_OUT, Pipeline, Plan, make_plan, num_steps
 from dpa_ray.stages.preflight import trainables
 from dpa_ray.stages.runs import RUN_FILE, Run
 from dpa_ray.stages.spec import BLIND, Task
-from dpa_ray.store import lease
+from dpa_ray.store import lease, probe
 from dpa_ray.store.fs import Store
 
 KEEP_GOODPUT_EVERY_S = 10.0
@@ -76,6 +78,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
             pipeline = Pipeline(plan, store, run_record, progress.note)
             view = View(progress, recipe, run_record, ledger, keep_goodput)
             try:
+                if plan.needed:
+                    _look_ahead(plan, store, progress.note)
                 pipeline.carry_out(
                     lambda tasks: _launch(tasks, store, recipe, view, check), start=lambda: _start(recipe, view)
                 )
@@ -102,6 +106,14 @@ def _print(text: str) -> None:
     console.terminal().print(text, soft_wrap=True)
 
 
+def _look_ahead(plan: Plan, store: Store, note: Callable[[str], None]) -> None:
+    """The cheap part of `jobs/doctor.py`. Raises: UserError where the store refuses what a run asks of it."""
+    recipe = plan.recipe
+    layouts = [arithmetic.batch_layout(recipe, s, recipe.cluster.max_workers) for s in plan.stages if s in plan.needed]
+    for text in (*probe.check(store), *(text for layout in layouts for text in arithmetic.risks(layout))):
+        note(text)
+
+
 def _start(recipe: Recipe, view: View) -> None:
     from dpa_ray.engine import launch  # Ray takes seconds to import, and a run that reuses everything needs none
 
@@ -110,6 +122,10 @@ def _start(recipe: Recipe, view: View) -> None:
     where = launch.connect(recipe.cluster)
     view.progress.note(f"{where}, up in {time.perf_counter() - start:.0f} s")
     launch.wait_for_resources(recipe.cluster)
+    nodes = launch.node_resources()
+    placed = placing.place(nodes, recipe.cluster, recipe.data.workers)
+    for text in placing.problems(placed, nodes, recipe.cluster):
+        view.progress.note(text)
 
 
 def _launch(tasks: Sequence[Task], store: Store, recipe: Recipe, view: View, check: Callable[[], None]) -> None:

@@ -20,6 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from dpa_ray.data.ray_tasks import RETRY_ENVIRONMENT
 from dpa_ray.engine.failures import Failures, first_line, root_causes
 from dpa_ray.engine.messages import FAILED, STARTED, Board, Orders
+from dpa_ray.engine.placing import worker_resources
 from dpa_ray.engine.pulse import Standstill
 from dpa_ray.engine.worker import run_worker
 from dpa_ray.errors import UserError
@@ -75,11 +76,15 @@ def connect(cluster: ClusterSection) -> str:
         except (ConnectionError, RuntimeError, ValueError) as err:
             raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there: {first_line(err)}") from None
         return f"cluster at {address}"
-    num_cpus = os.cpu_count() or 1
-    # Logical CPUs only say what may run at once: training workers wait for data tasks, and must leave room for one.
-    wanted = cluster.max_workers * cluster.cpus_per_worker + 1
-    ray.init(address="local", num_cpus=max(num_cpus, int(-(-wanted // 1))), include_dashboard=False, **quiet)
+    ray.init(address="local", num_cpus=local_cpus(cluster), include_dashboard=False, **quiet)
     return "local Ray"
+
+
+def local_cpus(cluster: ClusterSection) -> int:
+    """CPUs that a local Ray is told to have. They only say what may run at once: training workers wait for data tasks, and
+    must leave room for one."""
+    wanted = cluster.max_workers * cluster.cpus_per_worker + 1
+    return max(os.cpu_count() or 1, int(-(-wanted // 1)))
 
 
 def launch(
@@ -111,7 +116,7 @@ def launch(
         scaling_config=ScalingConfig(
             num_workers=_num_workers(cluster),
             use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker=_resources(cluster),
+            resources_per_worker=worker_resources(cluster),
         ),
         run_config=RunConfig(
             name="fit",
@@ -213,8 +218,13 @@ def wait_for_resources(cluster: ClusterSection, poll_s: float = 1.0) -> None:
         time.sleep(poll_s)
 
 
+def node_resources() -> list[dict[str, float]]:
+    """What each node that lives has, by Ray's names."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def _needed(cluster: ClusterSection) -> dict[str, float]:
-    return {k: v * cluster.min_workers for k, v in _resources(cluster).items()}
+    return {k: v * cluster.min_workers for k, v in worker_resources(cluster).items()}
 
 
 def _asked_and_found(cluster: ClusterSection) -> str:
@@ -228,13 +238,6 @@ def _there(cluster: ClusterSection, resources: dict[str, float]) -> str:
 
 def _num_workers(cluster: ClusterSection) -> int | tuple[int, int]:
     return cluster.workers if isinstance(cluster.workers, int) else (cluster.min_workers, cluster.max_workers)
-
-
-def _resources(cluster: ClusterSection) -> dict[str, float]:
-    resources = {"CPU": cluster.cpus_per_worker}
-    if cluster.gpus_per_worker:
-        resources["GPU"] = cluster.gpus_per_worker
-    return resources
 
 
 def _here() -> Any:
