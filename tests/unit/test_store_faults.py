@@ -133,7 +133,38 @@ def test_a_refusal_is_told_at_once_with_address_operation_reason_and_remedy(
     assert not [r for r in caplog.records if r.name == retry.__name__], "nothing was waited for"
 
 
-def test_an_outage_of_good_is_one_message_when_its_time_is_over(store: Store, proxy: Proxy, tmp_path: Path) -> None:
+ODD_PAGES = [
+    b"<html><body>Please sign in", b"", b"<ListBucketResult></ListBucketResult>", b"{}", bytes(range(256)), b"<" * 10_000,
+    b"<?xml version='1.0'?><!DOCTYPE x [<!ENTITY a '" + b"b" * 999 + b"'>]><x>&a;</x>",
+    b"<ListBucketResult><Contents><Key>../../etc/passwd</Key></Contents></ListBucketResult>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.ci if i else [], id=str(i)) for i, page in enumerate(ODD_PAGES)]
+)
+def test_answers_that_are_none_of_s3s_are_a_result_or_a_message(
+    page: bytes, store: Store, proxy: Proxy, tmp_path: Path
+) -> None:
+    """What a proxy that asks for a password answers, for one: with status 200."""
+    proxy.fail(Fault(page=page))
+    calls: list[Callable[[], Any]] = [
+        lambda: store.read_json("a/x"), lambda: store.list("a"), lambda: store.list_dirs("a"), lambda: store.delete("a/x"),
+        lambda: store.download("a", tmp_path / "down"), lambda: store.upload(tmp_path / "up", "up"),
+        lambda: store.put_if_absent("a/z", b"mine"), lambda: store.copy("a/x", "b/x"), lambda: store.check(),
+    ]  # fmt: skip
+    fill(tmp_path / "up", big=1000)
+    for call in calls:
+        try:
+            call()
+        except (UserError, FileNotFoundError) as err:
+            assert store.uri in str(err)
+    assert not (tmp_path / "etc").exists()
+    assert not list(tmp_path.rglob("passwd"))
+
+
+@pytest.mark.ci
+def test_an_outage_for_good_is_one_message_when_its_time_is_over(store: Store, proxy: Proxy, tmp_path: Path) -> None:
     proxy.fail(Fault(503))
     for name in ("read", "write", "list", "upload", "download"):
         told: list[str] = []
@@ -181,6 +212,7 @@ def test_a_holder_that_could_not_renew_in_time_asks_before_it_writes(store: Stor
     assert store.read_bytes("lease/2.json") == b"{}", "the other one's lease is left alone"
 
 
+@pytest.mark.ci
 def test_an_outage_that_nobody_used_leaves_the_lease_where_it_was(store: Store, proxy: Proxy) -> None:
     with held(store, "lease", report=print, lost=lambda: None, lapses_after_s=1.0) as lease:
         proxy.fail(Fault(503))
