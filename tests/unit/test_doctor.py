@@ -19,8 +19,11 @@ from dpa_ray.doctor import data, screen
 from dpa_ray.doctor.cost import StepTime
 from dpa_ray.doctor.examine import Options, examine
 from dpa_ray.doctor.findings import Check, Findings
+from dpa_ray.engine import job
+from dpa_ray.errors import UserError
 from dpa_ray.recipe import Recipe, SourceSection
 from dpa_ray.report.console import terminal
+from dpa_ray.stages.pipeline import make_plan
 from dpa_ray.store.fs import Store
 from tests.tiny_models import LlavaData, make_captions
 
@@ -178,6 +181,22 @@ def test_few_broken_samples_are_a_risk_and_many_a_failure(bad: int, of: int, num
     check = Check("data")
     data.judge_unusable(looked, 0.01, check)
     assert check.status == expected
+
+
+# -- the main job's own part
+
+
+def test_the_main_job_looks_ahead_where_something_is_to_be_made(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    made = recipe("cluster.workers=6")
+    store = Store(made.store)
+    plan = make_plan(made, store, make=False, report=lambda text: None)
+    notes: list[str] = []
+    job._look_ahead(plan, store, notes.append)
+    assert [note.partition(":")[0] for note in notes] == ["proxy_llm", "proxy_mllm", "instruct"]
+    assert all("found 2 workers that get none" in note for note in notes)
+    assert not Path(made.store).exists(), "nothing is left of the probe"
+    with pytest.raises(UserError, match="the store cannot write"):
+        job._look_ahead(plan, Store("/proc/nowhere"), notes.append)
 
 
 # -- the screen and the command
