@@ -218,8 +218,12 @@ def test_targets_are_marked_in_colour_and_without_colours_in_brackets(recipe: Ca
             assert f"[{shown}]" in plain.getvalue()
             assert f"\x1b[1;32m{shown}" in coloured.getvalue()
     assert "skipped" not in plain.getvalue()
-    tables = plain.getvalue()[plain.getvalue().index("MiB a device") :]
-    assert max(map(len, tables.splitlines())) <= 110
+    memory = plain.getvalue()[plain.getvalue().index("MiB a device") : plain.getvalue().index("  *: ")]
+    checks = plain.getvalue()[plain.getvalue().index("check  ") :]
+    assert max(map(len, (memory + checks).splitlines())) <= 80
+    for row in memory.splitlines()[1:]:
+        *parts, total, _ = map(float, row.replace("*", " ").split()[2:])
+        assert sum(parts) == pytest.approx(total, abs=0.4), "the columns add up, but for rounding"
 
 
 def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
