@@ -178,6 +178,8 @@ class _Examined:
                 self.findings.skip(name, "there is no tokenizer, or no tower")
                 continue
             with self.findings.check(name) as check:
+                if stage == "instruct":
+                    check.note(f"chat template of {self.recipe.model.llm}")
                 num = 0 if stage == "proxy_llm" or self.tower is None else self.tower.num_image_tokens
                 encoder = preflight.check_template(self.recipe, stage, self.vocabulary, num)
                 if stage == "instruct" and self.vision_ref is not None and self.tower is not None:

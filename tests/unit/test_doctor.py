@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,10 +22,12 @@ from dpa_ray.doctor.examine import Options, examine
 from dpa_ray.doctor.findings import Check, Findings
 from dpa_ray.engine import job
 from dpa_ray.errors import UserError
-from dpa_ray.recipe import Recipe, SourceSection
+from dpa_ray.recipe import Recipe, SourceSection, parse
 from dpa_ray.report.console import terminal
 from dpa_ray.stages.pipeline import make_plan
 from dpa_ray.store.fs import Store
+from tests.integration.runs import make_recipe
+from tests.integration.test_bad_recipes import WRONG_TARGETS
 from tests.tiny_models import LlavaData, make_captions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -224,6 +227,25 @@ def test_targets_are_marked_in_colour_and_without_colours_in_brackets(recipe: Ca
     for row in memory.splitlines()[1:]:
         *parts, total, _ = map(float, row.replace("*", " ").split()[2:])
         assert sum(parts) == pytest.approx(total, abs=0.4), "the columns add up, but for rounding"
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("case", WRONG_TARGETS)
+def test_what_ends_a_run_is_found_beforehand(
+    case: str, tiny_llm: Callable, tiny_tower: Callable, captions: LlavaData, conversations: LlavaData, tmp_path: Path
+) -> None:
+    """The main job's own cases: a word of its message, and no check that is not of this failure fails."""
+    right = make_recipe(
+        tiny_llm("llama", bos=True, reserved="token", num_steps=1), tiny_tower("clip"), captions, conversations
+    )
+    wrong, words = WRONG_TARGETS[case](right, tmp_path)
+    made = parse({**wrong, "name": "wrong", "store": str(tmp_path / "store")})
+    found = examine(made, Options())
+    (failed,) = [check for check in found.checks if check.status == "fail"]
+    for word in words:
+        assert re.search(word, failed.detail, re.IGNORECASE), failed.detail
+    assert "nobody foresaw" not in failed.detail
+    assert not (tmp_path / "store").exists()
 
 
 def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
