@@ -131,6 +131,35 @@ def test_a_template_without_targets_is_found(
     assert "no way to find" in detail(found, "targets of instruct")
 
 
+def test_samples_longer_than_the_llm_has_positions_are_a_risk(
+    recipe: Callable[..., Recipe], models: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(models["llm"], tmp_path / "short")
+    config = json.loads((tmp_path / "short/config.json").read_text())
+    (tmp_path / "short/config.json").write_text(json.dumps({**config, "max_position_embeddings": 20}))
+    found = examine(recipe(f"model.llm={tmp_path / 'short'}"), Options())
+    assert status(found)["targets of instruct"] == "warn"
+    assert "expected samples of at most 20 tokens" in detail(found, "targets of instruct")
+
+
+def test_a_decoder_that_cannot_be_counted_is_told_and_the_rest_estimated(
+    recipe: Callable[..., Recipe], models: dict[str, str], tmp_path: Path
+) -> None:
+    """A mixture of experts in fp32: torch's grouped product is of bfloat16 alone on the meta device."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    folder = tmp_path / "experts"
+    shutil.copytree(models["llm"], folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    rows = json.loads((Path(models["llm"]) / "config.json").read_text())["vocab_size"]
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=rows, num_key_value_heads=2, num_local_experts=2, **small)
+    MixtralForCausalLM(config).save_pretrained(folder)
+    found = examine(recipe(f"model.llm={folder}"), Options())
+    assert {name: value for name, value in status(found).items() if value != "ok"} == {"memory": "warn"}
+    assert "what a mixtral keeps for the backward cannot be counted" in detail(found, "memory")
+    assert found.stages["instruct"]["memory"][0]["weights_bytes"] > 4 * rows * 32
+
+
 @pytest.mark.parametrize(("gib", "expected"), [(1000.0, "ok"), (0.001, "fail")], ids=["large", "small"])
 def test_memory_is_compared_with_the_gpus_that_will_be_there(
     gib: float, expected: str, recipe: Callable[..., Recipe]
