@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe_name, overrides = "tiny", [recipe_name, *overrides]
 
     quiet_libraries()
+    from dpa_ray.credentials import without_credentials
     from dpa_ray.errors import UserError
     from dpa_ray.recipe import RecipeError, load
 
@@ -47,10 +48,10 @@ def main(argv: list[str] | None = None) -> int:
         else:
             run(recipe)
     except RecipeError as err:
-        print(f"error: {err}", file=sys.stderr)
+        print(f"error: {without_credentials(str(err))}", file=sys.stderr)
         return 2
     except UserError as err:
-        print(f"error: {err}", file=sys.stderr)
+        print(f"error: {without_credentials(str(err))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(

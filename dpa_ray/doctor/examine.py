@@ -306,11 +306,12 @@ class _Examined:
             fitting.judge(fits, self.recipe, on, check, self.findings)
             if on.is_gpu:
                 fitting.judge_loading(self.counts, self.recipe, self.nodes, check)
-            if self.recipe.caches_blind and on.is_gpu and on.num_bytes:
+            cached = [stage for stage in self.models if self.recipe.caches_blind(stage)]
+            if cached and on.is_gpu and on.num_bytes:
                 llm = self.num_llm * precision_dtype(self.recipe).itemsize
                 if llm + memory.CUDA_BYTES > fitting.NEARLY_FULL * on.num_bytes:
                     check.fail(
-                        f"q of stage 2: expected room for the whole LLM on each {on.what}, whatever deepspeed.zero_stage; found "
+                        f"q of {' and '.join(cached)}: expected room for the whole LLM on each {on.what}, whatever deepspeed.zero_stage; found "
                         f"{fitting.gib(on.num_bytes)} for weights of {fitting.gib(llm)}; set cmo.blind=live"
                     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,11 +47,16 @@ def sampled_rows(row_groups: list[int]) -> list[int]:
     return [int(starts[g]) + i for g in chosen for i in range(min(ROWS_PER_GROUP, row_groups[g]))]
 
 
-def measure(store: StoreLike, prepared: Prepared, encoder: Encoder, retry_s: float = 0.0) -> Supervision:
-    """Encode a sample of `prepared` (images are not decoded). Raises: UserError where a sample cannot be encoded."""
+def measure(
+    store: StoreLike, prepared: Prepared, encoder: Encoder, retry_s: float = 0.0, skipped: Collection[int] = ()
+) -> Supervision:
+    """Encode a sample of `prepared` (images are not decoded) without the rows `skipped`.
+
+    Raises: UserError where a sample cannot be encoded.
+    """
     loader = Loader(store, prepared, encoder, None, 0, retry_s=retry_s)
-    rows = sampled_rows(prepared.row_groups)  # one by one: memory holds the images of a row group
-    samples = (loader.samples([row])[0] for row in rows)
+    rows = [row for row in sampled_rows(prepared.row_groups) if row not in skipped]
+    samples = (loader.samples([row])[0] for row in rows)  # one by one: memory holds the images of a row group
     return of_samples(((sample, encoder(sample)) for sample in samples), encoder)
 
 
