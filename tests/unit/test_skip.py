@@ -21,6 +21,7 @@ from dpa_ray.data.prepare import prepare
 from dpa_ray.data.prepared import Prepared
 from dpa_ray.data.skip import Skipped, entry_of, find
 from dpa_ray.engine import logs
+from dpa_ray.errors import UserError
 from dpa_ray.recipe import Recipe, RecipeError, SourceEntry, SourceSection
 from dpa_ray.stages.pipeline import make_plan
 from dpa_ray.stages.runs import Run, identity
@@ -136,6 +137,26 @@ def test_a_batch_and_a_filler_of_skipped_samples_alone_have_neither_image_nor_ta
         assert (batch.num_samples, batch.num_tokens, batch.num_targets) == (num_samples, 0, 0)
         assert len(batch.pixel_values) == 0
         assert not batch.image_mask.any()
+
+
+def test_a_sample_that_cannot_be_read_is_told_with_what_skips_it(tmp_path: Path) -> None:
+    """An image that has gone bad since it was prepared; skipped, it is not decoded any more."""
+    loader = prepared_loader(tmp_path, [record(i) for i in range(3)])
+    data = loader.samples([1])[0].images[0].data
+    for name, _ in loader.prepared.shards:
+        shard = tmp_path / "store" / loader.prepared.path / name
+        content = shard.read_bytes()
+        where = content.index(data)  # the images of the other rows are others
+        shard.write_bytes(content[:where] + bytes(len(data)) + content[where + len(data) :])
+    entry = entry_of(loader.prepared.digest, 1)
+    again = replace(loader)
+    with pytest.raises(
+        UserError, match=f"set.json#1: .* does not decode.*; to go on without.* add '{entry}' to data.skip_ids"
+    ):
+        again.load(np.arange(3), 0)
+    batch = replace(loader, skipped=frozenset({1})).load(np.arange(3), 0)
+    assert batch.num_skipped == 1
+    assert len(batch.pixel_values) == 2
 
 
 def test_packed_they_take_one_place(tmp_path: Path) -> None:
