@@ -143,8 +143,11 @@ class View:
             self.progress.note(f"run.json could not be written: {err}")
 
     def _steps_before(self, stage: str) -> list[dict[str, Any]]:
-        """The stage's steps in the run's metrics so far."""
-        return [record for record in read(self.store, self.run_record.path) if record["stage"] == stage]
+        """The stage's steps in the run's metrics so far, as far as they can be read: no warning is worth a run."""
+        try:
+            return [record for record in read(self.store, self.run_record.path) if record["stage"] == stage]
+        except (UserError, OSError):
+            return []
 
     def close(self) -> None:
         """TensorBoard's files into the store, runs/<name>/tensorboard."""

@@ -27,6 +27,7 @@ from dpa_ray.stages.pipeline import make_plan
 from dpa_ray.stages.runs import Run, identity
 from dpa_ray.stages.spec import BlindTask, InstructTask, ProxyLlmTask, ProxyMllmTask
 from dpa_ray.store import Store
+from tests.random_models import batch_of, make_step, make_vlm
 from tests.small_recipes import keys_of
 from tests.unit.test_ingest import equal, prepared_loader, text_only
 from tests.unit.test_pipeline import carry_out
@@ -166,6 +167,22 @@ def test_packed_they_take_one_place(tmp_path: Path) -> None:
     assert int((passing.sample == 3).sum()) == 1
     assert (passing.labels[passing.sample == 3] == IGNORE_INDEX).all()
     assert plain.num_tokens > passing.num_tokens == int((passing.sample >= 0).sum()) - 1
+
+
+@pytest.mark.parametrize("weights", ["uniform", "prob"])
+@pytest.mark.parametrize("others", [["s2 I t4", "I t5"], ["s2 t4", "s1 t2"]], ids=["images", "text"])
+def test_what_stands_for_it_changes_no_sum_and_no_gradient(weights: str, others: list[str]) -> None:
+    """One token without target, beside the others and alone in a pass."""
+    found = []
+    for passes in ([others], [[others[0], "s1", others[1]]], [others, ["s1"]]):
+        module = make_step(make_vlm(), weights).train()
+        sums = [module(batch_of(notations)) for notations in passes]
+        sum((s.loss for s in sums), start=torch.zeros(())).backward()
+        grads = [p.grad for p in module.parameters() if p.grad is not None]
+        found.append((sum(s.detached() for s in sums), torch.cat([grad.flatten() for grad in grads])))
+    for total, grads in found[1:]:
+        torch.testing.assert_close(total, found[0][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grads, found[0][1], rtol=1e-4, atol=1e-5)
 
 
 # -- stages, keys, names, records
