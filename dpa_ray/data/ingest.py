@@ -22,14 +22,15 @@ from dpa_ray.data.blind_scores import BlindScores
 from dpa_ray.data.collate import collate
 from dpa_ray.data.encode import Encoder
 from dpa_ray.data.images import ImageError, decode
-from dpa_ray.data.pack import pack
 from dpa_ray.data.pixels import Geometry, levels, pixel_shape
 from dpa_ray.data.prepared import Prepared, StoreLike
 from dpa_ray.data.retry import bridging, first_line, retried
 from dpa_ray.data.sample import Sample
+from dpa_ray.data.shard_file import open_shard
 from dpa_ray.data.shards import from_row
 from dpa_ray.data.skip import entry_of
 from dpa_ray.errors import UserError
+from dpa_ray.pack import pack
 
 T = TypeVar("T")
 
@@ -235,7 +236,7 @@ class _Reader:
             found, expected = system.get_file_info(path).size, self._prepared.sizes_bytes[shard]
             if found != expected:
                 raise self._broken(shard, f"expected {expected} bytes, found {'no file' if found is None else found}")
-            file = pq.ParquetFile(system.open_input_file(path), pre_buffer=True)
+            file = open_shard(system.open_input_file(path), self._prepared.footers[shard])
             self._files[shard] = file
             while len(self._files) > _OPEN_SHARDS:
                 self._files.popitem(last=False)[1].close(force=True)

@@ -20,15 +20,15 @@ import torch
 from dpa_ray.data.blind_scores import Scores, file_name, is_finite, write_scores
 from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.encode import Encoder
-from dpa_ray.data.pack import first_fit
 from dpa_ray.data.retry import bridging
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.skip import entry_of
 from dpa_ray.data.texts import text_groups
 from dpa_ray.data.threads import ordered_map
-from dpa_ray.engine.protocol import from_rank_0, rank, world_size
-from dpa_ray.errors import UserError
+from dpa_ray.engine.protocol import barrier, from_rank_0, rank, world_size
+from dpa_ray.errors import BrokenJson, UserError
 from dpa_ray.model.blind import TextSample, packed_scores, row_width, text_of
+from dpa_ray.pack import first_fit
 from dpa_ray.stages.blind import BlindBuilt, build_blind, encoder
 from dpa_ray.stages.spec import BlindTask
 from dpa_ray.store.artifacts import commit, digest_folder
@@ -56,7 +56,7 @@ Text = _Text | None
 def compute_blind(
     task: BlindTask, store: Store, device: torch.device, cursor: Cursor, tell: Callable[..., None]
 ) -> None:
-    """Compute and commit q of the samples that stage 2 takes by `cursor`. All ranks call it.
+    """Compute and commit q of the samples that the reading stage takes by `cursor`. All ranks call it.
 
     `tell` brings an event to the driver, from any rank. Raises: UserError where a sample cannot be read or (one that
     stage 2 does not skip) has a q that is not finite, or where the LLM does not fit on the device.
@@ -79,8 +79,7 @@ def compute_blind(
                 f"q cannot be computed beforehand: the whole LLM has to fit on each worker's GPU ({str(err).splitlines()[0]}); "
                 "set cmo.blind=live"
             ) from None
-    if world_size() > 1:
-        torch.distributed.barrier()
+    barrier()
     if rank() == 0:
         meta = {
             "num_samples": int(wanted.sum()), "num_shards": len(sizes), "num_shards_found": len(sizes) - len(left),
@@ -227,13 +226,26 @@ def _stage(store: Store, task: BlindTask, folder: Path, name: str) -> None:
 
 def staged(store: Store, task: BlindTask) -> dict[str, dict[str, Any]]:
     """{name: size and SHA-256} of the files that are there as they were written; others do not count."""
-    names = [n.removesuffix(".json") for n in store.list(staging(task)) if n.endswith(".json")]
-    files = {name: store.read_json(f"{staging(task)}/{name}.json") for name in names}
+    found = {n: _noted(store, task, n) for n in _without_json(store.list(staging(task)))}
+    files = {name: entry for name, entry in found.items() if entry is not None}
     there = set(store.list(staging(task)))
     with tempfile.TemporaryDirectory() as tmp:
-        store.download(staging(task), Path(tmp), [n for n in names if n in there])
+        store.download(staging(task), Path(tmp), [n for n in files if n in there])
         wrong = differences(Path(tmp), files)
     return {name: entry for name, entry in files.items() if name not in wrong}
+
+
+def _without_json(names: Sequence[str]) -> list[str]:
+    return [name.removesuffix(".json") for name in names if name.endswith(".json")]
+
+
+def _noted(store: Store, task: BlindTask, name: str) -> dict[str, Any] | None:
+    """What was written down of a staged file; None where that is damaged, so that the file is made again."""
+    try:
+        entry = store.read_json(f"{staging(task)}/{name}.json")
+        return {"size_bytes": int(entry["size_bytes"]), "sha256": str(entry["sha256"])}
+    except (BrokenJson, KeyError, TypeError, ValueError):
+        return None
 
 
 def _finish(task: BlindTask, store: Store, names: Sequence[str], meta: dict[str, Any], start: float) -> None:

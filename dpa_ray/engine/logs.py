@@ -16,6 +16,7 @@ from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.skip import Skipped
 from dpa_ray.engine.blind_job import chosen_rows
 from dpa_ray.engine.protocol import rank, world_size
+from dpa_ray.errors import UserError
 from dpa_ray.report.metrics import MetricsLog
 from dpa_ray.stages.spec import TrainTask
 from dpa_ray.store.fs import Store
@@ -52,7 +53,7 @@ class Recorder:
         self.saving_s = before.saving_s
         self.lines = list(before.metrics)
         self.cursor, self.task = cursor, task
-        self.log = MetricsLog(store, task.run_path)
+        self.log = MetricsLog(store, task.run_path, note=lambda text: tell("note", text=text))
         self.untaught = UntaughtLog(store, task)
         self.samples = SampleLog(store, task, cursor) if task.recipe.debug.record_samples else None
         if rank() == 0:
@@ -69,7 +70,7 @@ class Recorder:
             return
         self.log.append(metrics)
         self.lines.append(json.dumps(metrics) + "\n")
-        self.tell("step", **metrics)
+        self.tell("step", **metrics, saving_s=self.saving_s)
 
     def loss(self, number: int) -> float | None:
         """Of the `number`-th step that was recorded (-1: the last), on rank 0."""
@@ -175,7 +176,12 @@ class SampleLog:
 
 def rewrite_stage(store: Store, path: str, stage: str, lines: list[str]) -> None:
     """Put `lines` in place of `stage`'s in a JSONL file of several stages, at its end; an empty file is not made."""
-    old = store.read_bytes(path).decode().split("\n") if store.exists(path) else []
-    kept = [f"{line}\n" for line in old if line and json.loads(line)["stage"] != stage]
+    old = store.read_bytes(path).split(b"\n") if store.exists(path) else []
+    try:
+        kept = [f"{line.decode()}\n" for line in old if line and json.loads(line)["stage"] != stage]
+    except (ValueError, KeyError, TypeError, RecursionError) as err:
+        raise UserError(
+            f"{store.url(path)}: expected JSON objects with a stage, one a line, found something else ({err}); delete the file"
+        ) from err
     if old or lines:
         store.write_bytes(path, "".join([*kept, *lines]).encode())

@@ -7,7 +7,7 @@ from typing import Any
 
 from dpa_ray.recipe import PROXY_METHODS, Recipe, SourceSection
 from dpa_ray.stages import blind, build, instruct, proxy_llm, proxy_mllm
-from dpa_ray.stages.spec import Weights
+from dpa_ray.stages.spec import BLIND, Weights
 
 NOT_IN_KEYS = ("micro_batch_size", "packing", "gradient_checkpointing", "weights", "from")
 """Of a stage's section: how it is computed, not what; weights are in the key as what they resolve to."""
@@ -79,26 +79,35 @@ def proxy_mllm_inputs(
     }  # fmt: skip
 
 
-def blind_inputs(recipe: Recipe, llm_key: str, num_image_tokens: int, data_digest: str) -> dict[str, Any]:
-    """q of stage 2's samples. `llm_key` as in stage 2: it holds the tokenizer too.
+def blind_inputs(
+    recipe: Recipe, llm_key: str, num_image_tokens: int, data_digest: str, stage: str = "proxy_mllm"
+) -> dict[str, Any]:
+    """q of the samples of `stage`, 2 or 3. `llm_key` is that of its frozen LLM: it holds the tokenizer too.
 
-    Stage 2 on all samples has nothing of its order in the key, and any seed, batch size and number of epochs shares q.
+    A stage on all samples has nothing of its order in the key, and any seed, batch size and number of epochs shares q.
     Where it may take fewer (`fraction`, `max_steps`), q is of those alone, and all that chooses them is in the key. What
-    stage 2 passes over has its q all the same.
+    the stage passes over has its q all the same.
     """
-    section, source = recipe.stages.proxy_mllm, recipe.data.pretrain
+    section = getattr(recipe.stages, stage)
+    source = recipe.data.instruct if stage == "instruct" else recipe.data.pretrain
     chosen: dict[str, Any] = {}
     if source.fraction < 1 or section.max_steps is not None:
         chosen = {"fraction": source.fraction, "seed": recipe.seed}
     if section.max_steps is not None:
         chosen |= {
             "max_steps": section.max_steps, "global_batch_size": section.global_batch_size,
-            "shuffle_window": recipe.data.shuffle_window, "order": proxy_mllm.VERSION,
+            "shuffle_window": recipe.data.shuffle_window,
+            "order": instruct.VERSION if stage == "instruct" else proxy_mllm.VERSION,
         }  # fmt: skip
+        if stage == "instruct":
+            chosen["group_by_length"] = section.group_by_length
+    template = {"template": "plain"}
+    if stage == "instruct":
+        template = {"template": "chat", "template_date": recipe.model.template_date}
     return {
-        "format": FORMAT, "version": blind.VERSION, "stage": "blind", "llm": llm_key, "precision": recipe.precision,
-        "template": "plain", "max_length": section.max_length, "num_image_tokens": num_image_tokens,
-        "data": data_digest, "chosen": chosen,
+        "format": FORMAT, "version": blind.VERSION, "stage": BLIND[stage], "llm": llm_key,
+        "precision": recipe.precision, **template, "max_length": section.max_length,
+        "num_image_tokens": num_image_tokens, "data": data_digest, "chosen": chosen,
     }  # fmt: skip
 
 

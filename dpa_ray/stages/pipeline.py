@@ -16,11 +16,13 @@ from dpa_ray.data.prepare import Known, Prepared, find_prepared, prepare, source
 from dpa_ray.data.retry import bridging
 from dpa_ray.data.skip import Skipped
 from dpa_ray.recipe import PROXY_METHODS, Recipe, SourceSection
+from dpa_ray.report.metrics import FILE as METRICS
 from dpa_ray.report.metrics import MetricsLog
 from dpa_ray.stages import build, imports, keys, skips, supervision, weights
 from dpa_ray.stages.preflight import Checked, preflight
 from dpa_ray.stages.runs import Run
 from dpa_ray.stages.spec import (
+    BLIND,
     ArtifactRef,
     BaseLlm,
     BlindTask,
@@ -36,7 +38,7 @@ from dpa_ray.stages.spec import (
     TrainTask,
     Weights,
 )  # fmt: skip
-from dpa_ray.store.artifacts import Artifact, content_key, find
+from dpa_ray.store.artifacts import Artifact, content_key, find, verify
 from dpa_ray.store.fs import Store
 
 Report = Callable[[str], None]
@@ -73,7 +75,8 @@ class Plan:
     @property
     def shown(self) -> tuple[str, ...]:
         """What a person is told of, in order: the training stages, and q before the stage that takes it."""
-        return tuple(n for s in self.stages for n in (("blind", s) if s == "proxy_mllm" else (s,)) if n in self.refs)
+        named = (name for stage in self.stages for name in (BLIND.get(stage, stage), stage))
+        return tuple(dict.fromkeys(name for name in named if name in self.refs))
 
     @property
     def held_out(self) -> dict[str, tuple[SourceSection, str]]:
@@ -84,14 +87,14 @@ class Plan:
         """What has to be made, in order: of what is absent, only what something absent needs."""
         wanted = {"instruct", *(["eval"] if "eval" in self.refs else [])}
         if "instruct" not in self.found:
-            wanted.add("proxy_mllm")
+            wanted |= {"proxy_mllm", *({"blind_instruct"} & self.refs.keys())}
         if "proxy_mllm" in wanted and "proxy_mllm" not in self.found:
             wanted |= {"blind"} & self.refs.keys()
             if self.has_proxy:
                 wanted.add("proxy_merged")
                 if "proxy_merged" not in self.found:
                     wanted.add("proxy_llm")
-        order = ("proxy_llm", "proxy_merged", "blind", "proxy_mllm", "instruct", "eval")
+        order = ("proxy_llm", "proxy_merged", "blind", "proxy_mllm", "blind_instruct", "instruct", "eval")
         return tuple(name for name in order if name in wanted and name not in self.found)
 
     def add(self, name: str, stage: str, inputs: dict[str, Any], store: Store) -> ArtifactRef:
@@ -149,7 +152,7 @@ def _add_stages(plan: Plan, store: Store, *, make: bool) -> None:
             )
         inputs = keys.merged_inputs(recipe, plan.llm, plan.refs["proxy_llm"].key)
         llm_key = plan.add("proxy_merged", "proxy-merged", inputs, store).key
-    if recipe.caches_blind:
+    if recipe.caches_blind("proxy_mllm"):
         num_image_tokens = weights.num_image_tokens(plan.tower, recipe.model.image_size, store)
         plan.add("blind", "blind", keys.blind_inputs(recipe, llm_key, num_image_tokens, captions), store)
     source = recipe.stages.proxy_mllm.from_
@@ -161,6 +164,10 @@ def _add_stages(plan: Plan, store: Store, *, make: bool) -> None:
         inputs = keys.proxy_mllm_inputs(recipe, llm_key, plan.tower, captions, skipped["pretrain"])
         plan.add("proxy_mllm", "proxy-mllm", inputs, store)
     connector, digest = plan.refs["proxy_mllm"].key, plan.data["instruct"][1]
+    if recipe.caches_blind("instruct"):
+        num_image_tokens = weights.num_image_tokens(plan.tower, recipe.model.image_size, store)
+        inputs = keys.blind_inputs(recipe, plan.llm.digest, num_image_tokens, digest, "instruct")
+        plan.add("blind_instruct", "blind-instruct", inputs, store)
     inputs = keys.instruct_inputs(recipe, plan.llm, plan.tower, connector, digest, skipped["instruct"])
     plan.add("instruct", "instruct", inputs, store)
 
@@ -242,10 +249,12 @@ class Pipeline:
             )  # fmt: skip
         if name == "proxy_merged":
             return MergeTask(**common, base=base, adapter=ProxyAdapter(plan.refs["proxy_llm"]))
-        if name == "blind":
-            reader = self._task("proxy_mllm")
-            assert isinstance(reader, ProxyMllmTask)
-            return BlindTask(**common, reader=reader, num_image_tokens=plan.inputs[name]["num_image_tokens"])
+        if name in BLIND.values():
+            reader = self._task("proxy_mllm" if name == "blind" else "instruct")
+            assert isinstance(reader, ProxyMllmTask | InstructTask)
+            return BlindTask(
+                **common, reader=reader, num_image_tokens=plan.inputs[name]["num_image_tokens"], stage=name
+            )
         if name == "proxy_mllm":
             data = self._prepared("pretrain")
             llm = MergedProxy(plan.refs["proxy_merged"]) if plan.has_proxy else base
@@ -257,7 +266,8 @@ class Pipeline:
             data, connector = self._prepared("instruct"), Connector(plan.refs["proxy_mllm"])
             return InstructTask(
                 **common, base=base, connector=connector, tower=plan.tower, data=data,
-                num_steps=num_steps(recipe, name, data), skipped=plan.skipped.get("instruct", ()),
+                blind=plan.refs.get("blind_instruct"), num_steps=num_steps(recipe, name, data),
+                skipped=plan.skipped.get("instruct", ()),
             )  # fmt: skip
         sets = {held_out: self._prepared(held_out) for held_out in plan.inputs["eval"]["sets"]}
         return EvalTask(**common, model=plan.refs["instruct"], sets=sets)
@@ -276,17 +286,19 @@ class Pipeline:
 
     def _copy_metrics(self, stage: str) -> None:
         """A reused stage's lines, from its artifact (an imported one has none)."""
-        path = f"{self.plan.refs[stage].path}/metrics.jsonl"
-        lines = self.store.read_bytes(path).decode().splitlines() if self.store.exists(path) else []
+        lines: list[str] = []
+        if METRICS in self.plan.found[stage].files:
+            lines = (self.plan.refs[stage].fetched(self.store, [METRICS]) / METRICS).read_text().splitlines()
         MetricsLog.copy_reused(self.store, self.run.path, stage, [json.loads(line) for line in lines])
 
     def _place_model(self) -> None:
-        """runs/<name>/model: the instruct artifact's model files."""
+        """runs/<name>/model: the instruct artifact's model files. Raises: UserError where they are not what was committed."""
         target = f"{self.run.path}/model"
         artifact = self.plan.found["instruct"]
+        verify(self.store, artifact)
         self.store.delete(target)
         for name in artifact.files:
-            if name != "metrics.jsonl":
+            if name != METRICS:
                 self.store.copy(f"{artifact.path}/{name}", f"{target}/{name}")
 
     def _artifacts(self) -> dict[str, Any]:

@@ -25,6 +25,10 @@ TRAINING_STAGES = ("proxy_llm", "proxy_mllm", "instruct")
 """The stages in their order, by their names in a recipe and in metrics.jsonl."""
 
 
+BLIND = {"proxy_mllm": "blind", "instruct": "blind_instruct"}
+"""What q of a stage's samples is called, where it is computed beforehand."""
+
+
 @dataclass(frozen=True)
 class ArtifactRef:
     """An artifact by what it is: stage and content key."""
@@ -146,15 +150,6 @@ class ProxyMllmTask(Task):
 
 
 @dataclass(frozen=True)
-class BlindTask(Task):
-    """q of the samples that `reader` will take, from the LLM that it will be given."""
-
-    reader: ProxyMllmTask
-    num_image_tokens: int
-    stage: str = "blind"
-
-
-@dataclass(frozen=True)
 class InstructTask(Task):
     base: BaseLlm
     connector: Connector
@@ -162,11 +157,21 @@ class InstructTask(Task):
     data: Prepared
     num_steps: int
     stage: str = "instruct"
+    blind: ArtifactRef | None = None  # q of its samples, where its LLM is frozen and it was computed beforehand
     skipped: tuple[Skipped, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, BaseLlm) or not isinstance(self.connector, Connector):
             raise TypeError("stage 3 takes the base LLM and a connector, never a proxy")
+
+
+@dataclass(frozen=True)
+class BlindTask(Task):
+    """q of the samples that `reader` will take, from the frozen LLM that it will be given."""
+
+    reader: ProxyMllmTask | InstructTask
+    num_image_tokens: int
+    stage: str = "blind"
 
 
 @dataclass(frozen=True)
@@ -177,6 +182,7 @@ class EvalTask(Task):
 
 
 TrainTask = ProxyLlmTask | ProxyMllmTask | InstructTask
+AnyTask = TrainTask | MergeTask | BlindTask | EvalTask
 
 
 def precision_dtype(recipe: Recipe) -> torch.dtype:

@@ -104,6 +104,30 @@ def test_stage_two_computes_the_same_with_it_as_live(small: Callable[..., BlindT
     assert float(module(filler.to(CPU)).weight) == 0
 
 
+def test_a_frozen_stage_three_computes_the_same_with_it_as_live(recipe: Callable[..., Recipe]) -> None:
+    """Conversations by the chat template, from a base LLM that stage 2 without a proxy has too."""
+    made = recipe("method=cmo", "stages.instruct.llm=frozen", "data.eval=null")
+    store = Store(made.store)
+    plan = make_plan(made, store, make=True, report=lambda _: None)
+    pipeline = Pipeline(plan, store, Run(store, made), report=lambda _: None)
+    task, captions = pipeline._task("blind_instruct"), pipeline._task("proxy_mllm")
+    assert isinstance(task, BlindTask)
+    assert isinstance(captions, ProxyMllmTask)
+    assert find(store, "blind-instruct", task.result.key) is None
+    run(task)
+    built = proxy_mllm.build_stage(captions, store)
+    encode, blind = blind_job.encoder(task, store), worker._blind_scores(task.reader, store)
+    live, cached = (
+        Loader(store, task.reader.data, encode, built.image_processor, 0, blind=scores).load(np.arange(9), 0).to(CPU)
+        for scores in (None, blind)
+    )
+    assert cached.log_q is not None
+    assert live.log_q is None
+    assert encode.template == "chat"
+    found, expected = (built.module(batch).detached() for batch in (cached, live))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_broken_off_it_goes_on_with_what_is_not_committed(
     small: Callable[..., BlindTask], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from dpa_ray.batch import IGNORE_INDEX, Batch
 from dpa_ray.data.cursor import Cursor
-from dpa_ray.data.pack import pack
 from dpa_ray.engine.loop import Plan, Schedule, train
 from dpa_ray.engine.plain import PlainEngine
 from dpa_ray.engine.protocol import OptimizerSettings
 from dpa_ray.errors import UserError
+from dpa_ray.pack import pack
 from tests.engine_worker import (
     BROKEN,
     GUILTY,
