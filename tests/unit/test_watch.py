@@ -19,6 +19,7 @@ from dpa_ray.engine.plain import PlainEngine
 from dpa_ray.engine.protocol import OptimizerSettings
 from dpa_ray.model import lora
 from dpa_ray.recipe import Recipe
+from dpa_ray.report.goodput import Ledger
 from dpa_ray.report.watch import Watch
 from dpa_ray.stages.runs import Run
 from dpa_ray.store import Store
@@ -171,9 +172,9 @@ def test_warnings_are_on_the_screen_and_in_run_json_and_stay_there(recipe: Calla
     progress: Any = SimpleNamespace(step=lambda values: None, note=notes.append)
     run = Run(store, made)
     run.write("running")
-    view = View(progress, made, store, run)
+    view = View(progress, made, run, Ledger(0.0), lambda: run.write("running"))
     for line in records("proxy_llm", loss=rises):
-        view.handle("step", line)
+        view.handle("step", {**line, "saving_s": 0.0, "step_time_s": 1.0, "data_wait_s": 0.0}, line["step"])
     (note,) = notes
     assert note.startswith("warning: proxy_llm, step ")
     (warned,) = store.read_json("runs/small/run.json")["warnings"]
