@@ -14,7 +14,7 @@ import warnings
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from dpa_ray.data.image_ends import is_cut, is_image
 
@@ -51,7 +51,8 @@ def decode(data: bytes) -> Image.Image:
     image = _load(data)
     form = image.format
     with contextlib.suppress(Exception):  # metadata is often broken, in as many ways; then it says no orientation
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else Pillow would copy the image
+            image = ImageOps.exif_transpose(image)
     return _rgb(image, form)
 
 
@@ -117,7 +118,7 @@ def _rgb(image: Image.Image, form: str | None) -> Image.Image:
         if "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # Pillow would copy it
     except (OSError, ValueError) as err:
         raise ImageError("image_corrupt", f"{form} of mode {image.mode}, which does not become RGB: {err}") from None
 

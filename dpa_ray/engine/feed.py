@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -26,6 +27,9 @@ from dpa_ray.errors import UserError
 
 MAX_RESTARTS = 3
 """How often a Feeder that died is replaced before a batch comes: what kills it each time will not stop by itself."""
+
+NOTICE_S = 30.0
+"""How long training waits for a batch before people are told."""
 
 _log = logging.getLogger(__name__)
 
@@ -77,12 +81,14 @@ class Feed:
         prefetch: int,
         workers: int,
         stall_timeout_s: float = math.inf,
+        note: Callable[[str], None] = _log.warning,
     ) -> Iterator[Batch]:
         """The batches of `micro_batches` in order; `prefetch` of them are asked for ahead, the first ones at once.
 
         Data tasks start while the caller goes on, to make its engine, say. A Feeder that dies is replaced, and goes on
-        where it was. Iterating raises: UserError with what a data task said, where Feeders die one after the other, or
-        where one batch does not come for `stall_timeout_s`.
+        where it was; `note` is told of that, and of a batch that is long in coming. Iterating raises: UserError with
+        what a data task said, where Feeders die one after the other, or where one batch does not come for
+        `stall_timeout_s`.
         """
 
         def ask(num_taken: int) -> deque[Any]:
@@ -98,10 +104,7 @@ class Feed:
             num_taken = num_restarts = 0
             while num_taken < num:
                 try:
-                    timeout_s = None if math.isinf(stall_timeout_s) else stall_timeout_s
-                    packed, error = ray.get(asked[0], timeout=timeout_s)
-                except GetTimeoutError:
-                    raise UserError(_stalled(num_taken + 1, num, stall_timeout_s)) from None
+                    packed, error = _awaited(asked[0], f"batch {num_taken + 1:,} of {num:,}", stall_timeout_s, note)
                 except RayActorError as err:
                     if num_restarts == MAX_RESTARTS:
                         raise UserError(
@@ -109,7 +112,7 @@ class Feed:
                             f"{num_taken + 1:,} of {num:,} came ({first_line(err)}); {DEATH_HINT}"
                         ) from None
                     num_restarts += 1
-                    _log.warning("the process that feeds this worker died at batch %d; starting another", num_taken + 1)
+                    note(f"the process that feeds this worker died at batch {num_taken + 1:,}; starting another")
                     self.close()
                     self.actor = _actor()
                     asked = ask(num_taken)
@@ -120,6 +123,7 @@ class Feed:
                 num_taken, num_restarts = num_taken + 1, 0
                 if num_taken + len(asked) < num:
                     asked.append(self.actor.next.remote())
+                assert packed is not None, "a batch or an error"
                 yield wire.loads(packed)
 
         return taken()
@@ -129,11 +133,31 @@ class Feed:
         ray.kill(self.actor)
 
 
-def _stalled(batch: int, num: int, stall_timeout_s: float) -> str:
+def _awaited(answer: Any, what: str, stall_timeout_s: float, note: Callable[[str], None]) -> Answer:
+    """`answer`, when it comes. Raises: UserError after `stall_timeout_s`; RayActorError where the Feeder died."""
+    begun = time.monotonic()
+    try:
+        made: Answer = ray.get(answer, timeout=min(NOTICE_S, stall_timeout_s))
+        return made
+    except GetTimeoutError:
+        if stall_timeout_s > NOTICE_S:
+            note(
+                f"waiting for data: {what} has not come for {NOTICE_S:g} s (data.stall_timeout_s: {stall_timeout_s:g})"
+            )
+    left_s = begun + stall_timeout_s - time.monotonic()
+    try:
+        made = ray.get(answer, timeout=None if math.isinf(left_s) else max(0.0, left_s))
+    except GetTimeoutError:
+        raise UserError(_stalled(what, stall_timeout_s)) from None
+    note(f"{what} came after {time.monotonic() - begun:.0f} s")
+    return made
+
+
+def _stalled(what: str, stall_timeout_s: float) -> str:
     """What was waited for, and what there is to make it with."""
     there, free = ray.cluster_resources(), ray.available_resources()
     return (
-        f"no batch for {stall_timeout_s:g} s (data.stall_timeout_s): waiting for batch {batch:,} of {num:,} from tasks that "
+        f"no batch for {stall_timeout_s:g} s (data.stall_timeout_s): waiting for {what} from tasks that "
         f"ask for {TASK_CPUS:g} CPU each; the cluster has {there.get('CPU', 0):g} CPU, {free.get('CPU', 0):g} free. Give it more "
         "CPUs for data, see whether the store answers, or set data.stall_timeout_s higher. What was saved stays, and the same "
         "command goes on from there"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 import time
@@ -13,17 +14,28 @@ from typing import Any
 from dpa_ray.credentials import without_credentials
 from dpa_ray.data.prepare import find_prepared
 from dpa_ray.data.retry import bridging, retried
+from dpa_ray.engine import placing
 from dpa_ray.engine.evaluate import RESULT
+from dpa_ray.engine.messages import FAILED, PROGRESS
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import Recipe
 from dpa_ray.report import console, trackers
+from dpa_ray.report.goodput import LAUNCHED, Ledger
 from dpa_ray.report.metrics import FILE as METRICS
+from dpa_ray.report.metrics import read
+from dpa_ray.report.watch import Watch
+from dpa_ray.stages import arithmetic
 from dpa_ray.stages.pipeline import HELD_OUT, Pipeline, Plan, make_plan, num_steps
 from dpa_ray.stages.preflight import trainables
 from dpa_ray.stages.runs import RUN_FILE, Run
-from dpa_ray.stages.spec import Task
-from dpa_ray.store import lease
+from dpa_ray.stages.spec import BLIND, Task
+from dpa_ray.store import lease, probe
 from dpa_ray.store.fs import Store
+
+KEEP_GOODPUT_EVERY_S = 10.0
+"""So often at most, when something is saved (and always, when workers failed), run.json says how time was spent."""
+
+_log = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -50,11 +62,24 @@ def run(recipe: Recipe) -> dict[str, Any]:
             if held.taken:
                 raise lease.LeaseTaken(f"{store.url(run_record.path)}: another process has taken this run over")
 
+        ledger = Ledger(run_record.started, run_record.earlier_goodput())
+        run_record.goodput = lambda: ledger.entries(time.time())
+
+        def keep_run() -> None:
+            if held.taken:
+                return
+            try:
+                run_record.write("running")
+            except (UserError, OSError) as err:  # the next time, perhaps; training does not need it
+                _log.warning("run.json is not written for now: %s", err)
+
         with console.Progress() as progress:
             plan = make_plan(recipe, store, make=True, report=progress.note)
             pipeline = Pipeline(plan, store, run_record, progress.note)
-            view = View(progress, recipe, run_record.path)
+            view = View(progress, recipe, run_record, ledger, keep_run)
             try:
+                if plan.needed:
+                    _look_ahead(plan, store, progress.note)
                 pipeline.carry_out(
                     lambda tasks: _launch(tasks, store, recipe, view, check), start=lambda: _start(recipe, view)
                 )
@@ -63,7 +88,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
                 raise
             view.close(store)
         check()
-        return _closing(plan, pipeline, store, run_record)
+        return _closing(plan, pipeline, store, run_record, ledger)
 
 
 def _failed(err: BaseException, run_record: Run, view: View, store: Store) -> None:
@@ -81,6 +106,14 @@ def _print(text: str) -> None:
     console.terminal().print(text, soft_wrap=True)
 
 
+def _look_ahead(plan: Plan, store: Store, note: Callable[[str], None]) -> None:
+    """The cheap part of `jobs/doctor.py`. Raises: UserError where the store refuses what a run asks of it."""
+    recipe = plan.recipe
+    layouts = [arithmetic.batch_layout(recipe, s, recipe.cluster.max_workers) for s in plan.stages if s in plan.needed]
+    for text in (*probe.check(store), *(text for layout in layouts for text in arithmetic.risks(layout))):
+        note(text)
+
+
 def _start(recipe: Recipe, view: View) -> None:
     from dpa_ray.engine import launch  # Ray takes seconds to import, and a run that reuses everything needs none
 
@@ -89,30 +122,51 @@ def _start(recipe: Recipe, view: View) -> None:
     where = launch.connect(recipe.cluster)
     view.progress.note(f"{where}, up in {time.perf_counter() - start:.0f} s")
     launch.wait_for_resources(recipe.cluster)
+    nodes = launch.node_resources()
+    placed = placing.place(nodes, recipe.cluster, recipe.data.workers)
+    for text in placing.problems(placed, nodes, recipe.cluster):
+        view.progress.note(text)
 
 
 def _launch(tasks: Sequence[Task], store: Store, recipe: Recipe, view: View, check: Callable[[], None]) -> None:
     from dpa_ray.engine import launch
 
+    view.ledger.saw(LAUNCHED, {}, time.time())
+    view.keep_run()
     launch.launch(tasks, store, recipe.cluster, view.handle, check)
 
 
 class View:
-    """The workers' events: to the screen and the trackers."""
+    """The workers' events: to the screen, the trackers and the ledger of the run's time."""
 
-    def __init__(self, progress: console.Progress, recipe: Recipe, run_path: str):
+    def __init__(
+        self,
+        progress: console.Progress,
+        recipe: Recipe,
+        run_record: Run,
+        ledger: Ledger,
+        keep_run: Callable[[], None],
+    ):
+        """`keep_run` writes run.json: what a job that is killed has spent, and what it warned of, is not forgotten."""
         self.progress = progress
         self.recipe = recipe
-        self.run_path = run_path
+        self.run_record = run_record
+        self.watch = Watch(recipe, run_record.warnings, self._steps_before)
         self.folder = Path(tempfile.mkdtemp(prefix="dpa_ray-"))
         self.trackers: trackers.Trackers | None = None
+        self.ledger, self.keep_run = ledger, keep_run
+        self.kept_at_s = 0.0
 
     def open_trackers(self) -> None:
         """Before anything starts: a tracking server that does not answer is told at once."""
         self.trackers = trackers.Trackers(self.recipe.trackers, self.folder, self.recipe.name, self.recipe.to_dict())
 
-    def handle(self, kind: str, values: dict[str, Any]) -> None:
+    def handle(self, kind: str, values: dict[str, Any], at_s: float) -> None:
         """One event of rank 0."""
+        self.ledger.saw(kind, values, at_s)
+        if kind == FAILED or (kind in PROGRESS and at_s - self.kept_at_s >= KEEP_GOODPUT_EVERY_S):
+            self.kept_at_s = at_s
+            self.keep_run()
         if kind == "stage_started":
             names = values.pop("names")
             self.progress.stage_started(values["stage"], values["num_steps"], values["trainable"])
@@ -122,7 +176,9 @@ class View:
                 f"{len(names)} tensors ({shown})"
             )
         elif kind == "step":
+            values.pop("saving_s")
             self.progress.step(values)
+            self._watch(values)
             if self.trackers is not None:
                 self.trackers.log(values["stage"], values["step"], values)
         elif kind == "note":
@@ -137,7 +193,26 @@ class View:
             self.progress.stage_finished()
         elif kind == "task_started":
             texts = {"proxy_merged": "merging the proxy's LoRA", "eval": "answering held-out questions"}
-            self.progress.note(texts.get(values["stage"], values["stage"]))
+            if values["stage"] in texts:
+                self.progress.note(texts[values["stage"]])
+
+    def _watch(self, record: dict[str, Any]) -> None:
+        """Tell what may be going wrong, and write it to run.json."""
+        new = self.watch.step(record)
+        if self.run_record.warnings == self.watch.warnings:
+            return
+        self.run_record.warnings = self.watch.warnings.copy()
+        for warned in new:
+            self.progress.note(f"warning: {warned['text']}")
+        self.keep_run()
+
+    def _steps_before(self, stage: str) -> list[dict[str, Any]]:
+        """The stage's steps in the run's metrics so far, as far as they can be read: no warning is worth a run."""
+        try:
+            every = read(self.run_record.store, self.run_record.path)
+        except (UserError, OSError):
+            return []
+        return [record for record in every if record["stage"] == stage]
 
     def close(self, store: Store) -> None:
         """TensorBoard's files into the store, runs/<name>/tensorboard."""
@@ -146,12 +221,13 @@ class View:
         files = [p for p in self.folder.rglob("*") if p.is_file() and not p.is_symlink()]
         try:
             if files:
-                store.upload(self.folder, self.run_path, [p.relative_to(self.folder).as_posix() for p in files])
+                names = [p.relative_to(self.folder).as_posix() for p in files]
+                store.upload(self.folder, self.run_record.path, names)
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run) -> dict[str, Any]:
+def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run, ledger: Ledger) -> dict[str, Any]:
     """The tables at the end, and the finished run.json."""
     rows, stages = [], {}
     for stage in plan.shown:
@@ -162,14 +238,16 @@ def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run) -> d
         rows.append(
             console.StageRow(
                 stage,
-                meta.get("trainable", "imported") if stage != "blind" else f"q of {meta['num_samples']:,} samples",
+                meta.get("trainable", "imported")
+                if stage not in BLIND.values()
+                else f"q of {meta['num_samples']:,} samples",
                 meta.get("num_steps", 0),
                 meta.get("loss_first"),
                 meta.get("loss_last"),
                 meta.get("wall_time_s", 0.0),
                 reused,
                 store.url(artifact.path),
-                is_trained=stage != "blind",
+                is_trained=stage not in BLIND.values(),
             )  # fmt: skip
         )
         stages[stage] = {
@@ -181,10 +259,12 @@ def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run) -> d
     if "eval" in plan.found:
         scores = json.loads((plan.refs["eval"].fetched(store, [RESULT]) / RESULT).read_text())
     made = sum(s["wall_time_s"] for s in stages.values() if not s["reused"])
+    ledger.ended(time.time())
     run_record.write("done", timings=stages, eval=scores, totals={"stages_wall_time_s": made})
     path = run_record.path
     places = {"model": f"{path}/model", "metrics": f"{path}/{METRICS}", "run": f"{path}/{RUN_FILE}"}
     console.closing_table(rows, paths={name: store.url(where) for name, where in places.items()})
+    console.goodput_table(ledger.entries(time.time()))
     if scores:
         order = sorted(scores, key=lambda name: name != HELD_OUT)
         console.accuracy_table(
@@ -215,7 +295,7 @@ def dry_run(recipe: Recipe) -> None:
         counts = {stage: {s.description: s.num_parameters} for stage, s in sets.items()}
     rows, notes = [], []
     for stage in plan.shown:
-        if stage == "blind":
+        if stage in BLIND.values():
             rows.append(console.PlanRow(stage, plan.refs[stage].key, stage in plan.found, None, is_trained=False))
             continue
         source, digest = plan.data["instruct" if stage == "instruct" else "pretrain"]
@@ -225,6 +305,8 @@ def dry_run(recipe: Recipe) -> None:
             steps = getattr(recipe.stages, stage).max_steps
             notes.append(f"{stage}: {source.label} is not prepared yet; steps are shown as max_steps says, or as ?")
         rows.append(console.PlanRow(stage, plan.refs[stage].key, stage in plan.found, steps, counts.get(stage, {})))
+    if recipe.data.skip_ids and not plan.skipped:
+        notes.append("data.skip_ids is looked up when the data is prepared; the stages have other keys then")
     console.plan(rows, recipe=recipe, ignored=ignored_sections(recipe))
     for name in builtin_missing:
         notes.append(f"{name} is made by the first run: trainable parameters are shown once it is there")

@@ -26,16 +26,27 @@ from dpa_ray.data.sizes import ONE_IMAGE, Sizes
 from dpa_ray.engine.blind_job import compute_blind
 from dpa_ray.engine.checkpointing import Checkpointer, candidates, restore
 from dpa_ray.engine.evaluate import evaluate
-from dpa_ray.engine.failures import STARTED
 from dpa_ray.engine.feed import Feed
 from dpa_ray.engine.logs import Before, Recorder
 from dpa_ray.engine.loop import Plan, Schedule, train
-from dpa_ray.engine.messages import Orders
-from dpa_ray.engine.protocol import Engine, OptimizerSettings, from_rank_0, rank, world_size
+from dpa_ray.engine.messages import STARTED, Orders
+from dpa_ray.engine.postmortem import Postmortem
+from dpa_ray.engine.protocol import Engine, OptimizerSettings, barrier, from_rank_0, limit_waits, rank, world_size
+from dpa_ray.engine.pulse import beating
 from dpa_ray.errors import UserError
 from dpa_ray.stages import instruct, proxy_llm, proxy_mllm
 from dpa_ray.stages.build import Built
-from dpa_ray.stages.spec import ArtifactFile, BlindTask, EvalTask, MergeTask, ProxyMllmTask, Task, TrainTask
+from dpa_ray.stages.spec import (
+    AnyTask,
+    ArtifactFile,
+    BlindTask,
+    EvalTask,
+    InstructTask,
+    MergeTask,
+    ProxyMllmTask,
+    Task,
+    TrainTask,
+)  # fmt: skip
 from dpa_ray.stages.trainable import TrainableSet, check_trainable, select_trainable
 from dpa_ray.store import checkpoints, lease
 from dpa_ray.store.artifacts import commit, find
@@ -52,15 +63,20 @@ def run_worker(orders: Orders) -> None:
     """Entry point on every worker: do each task that nobody has done yet."""
     import ray
 
-    tasks: tuple[Task, ...] = ray.get(orders.tasks)
+    tasks: tuple[AnyTask, ...] = ray.get(orders.tasks)
+    recipe = tasks[0].recipe
     worker = Worker(Store(orders.store_uri, through=retried), _device(), orders.board)
     worker.tell(STARTED, number=world_size())
-    with bridging(tasks[0].recipe.data.retry_s, lambda text: worker.tell("note", text=text)):
+    with (
+        bridging(recipe.data.retry_s, lambda text: worker.tell("note", text=text)),
+        beating(orders.board, rank(), recipe.cluster.collective_timeout_s),
+    ):
         for task in tasks:
             with worker.alone(task, orders.owner):
                 if not from_rank_0(rank() == 0 and worker.is_made(task)):  # one look for all ranks
                     worker.run(task)
-                worker.barrier()
+                    worker.tell("task_finished", stage=task.stage)
+                barrier()
     worker.feed.close()
 
 
@@ -86,7 +102,8 @@ class Worker:
         self.feed = Feed()
         self.confirm: Callable[[], None] = lambda: None  # rank 0: raises where another process may have taken over
 
-    def run(self, task: Task) -> None:
+    def run(self, task: AnyTask) -> None:
+        self.tell("task_started", stage=task.stage, trains=isinstance(task, TrainTask))
         if isinstance(task, MergeTask):
             self._merge(task)
         elif isinstance(task, EvalTask):
@@ -94,7 +111,7 @@ class Worker:
         elif isinstance(task, BlindTask):
             compute_blind(task, self.store, self.device, cursor_of(task.reader, self.store), self.tell_from_any)
         else:
-            self._train(task)  # type: ignore[arg-type]
+            self._train(task)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -130,17 +147,18 @@ class Worker:
         if self.board is not None:
             self.board.put.remote("note", {"text": text})
 
+    def save_wanted(self) -> bool:
+        """Does the controller want a checkpoint before it replaces the workers?"""
+        import ray
+
+        return self.board is not None and ray.get(self.board.save_wanted.remote())
+
     def tell_from_any(self, kind: str, **values: Any) -> None:
         """The same, from every rank."""
         if self.board is not None:
             self.board.put.remote(kind, values)
 
-    def barrier(self) -> None:
-        if world_size() > 1:
-            torch.distributed.barrier()
-
     def _merge(self, task: MergeTask) -> None:
-        self.tell("task_started", stage=task.stage)
         if rank() == 0:
             start = time.perf_counter()
             with scratch() as folder:
@@ -148,7 +166,6 @@ class Worker:
                 self._commit(task, folder, {"wall_time_s": time.perf_counter() - start})
 
     def _evaluate(self, task: EvalTask) -> None:
-        self.tell("task_started", stage=task.stage)
         start = time.perf_counter()
         result = evaluate(task, self.store, self.device)
         if rank() == 0:
@@ -177,6 +194,7 @@ class Worker:
             store=self.store, prepared=task.data, encoder=built.encoder, image_processor=built.image_processor,
             pad_token_id=_pad_token(built.encoder.tokenizer), packing=getattr(section, "packing", False),
             retry_s=recipe.data.retry_s, blind=_blind_scores(task, self.store),
+            skipped=frozenset(skipped.row for skipped in task.skipped),
         )  # fmt: skip
         loader.check()
         whole = Plan(cursor, task.num_steps, rank(), world_size(), section.micro_batch_size)
@@ -186,10 +204,12 @@ class Worker:
         saver = Checkpointer(
             self.store, task, engine, recorder, self.device, note=self.note,
             saved=lambda step: self.tell("saved", stage=stage, step=step), drained=_drained, confirm=self.confirm,
+            wanted=self.save_wanted,
         )  # fmt: skip
         train(
             engine, batches, plan, Schedule(task.num_steps, section.lr, section.warmup_fraction),
             stage=stage, seed=recipe.seed, device=self.device, record=recorder.record, saver=saver,
+            explain=Postmortem(self.store, task, recorder.lines),
         )  # fmt: skip
         saver.close()
         recorder.close()
@@ -206,9 +226,12 @@ class Worker:
             left = replace(plan, steps_done=checkpoint.step if checkpoint else 0)
             # before the engine, so that the first batches are made while the model is put on it
             batches = self.feed.batches(
-                loader, left, prefetch=data.prefetch_batches, workers=data.workers, stall_timeout_s=data.stall_timeout_s
-            )
-            engine = engine or make_engine(built, task, self.device, accumulation_steps=plan.most_passes)
+                loader, left, prefetch=data.prefetch_batches, workers=data.workers,
+                stall_timeout_s=data.stall_timeout_s, note=lambda text: self.note(f"{task.stage}: {text}"),
+            )  # fmt: skip
+            if engine is None:
+                engine = make_engine(built, task, self.device, accumulation_steps=plan.most_passes)
+                limit_waits(task.recipe.collective_limit_s)
             if checkpoint is None:
                 break
             before, problem = restore(self.store, checkpoint, engine, self.device, task.recipe.data.retry_s)
@@ -300,19 +323,24 @@ def _build(task: TrainTask, store: Store) -> Built:
 
 @contextmanager
 def one_node_at_a_time() -> Iterator[None]:
-    """Rank 0 first, then the others: the first fills caches (hub, downloaded artifacts) that the others find."""
-    if world_size() > 1 and rank() != 0:
-        torch.distributed.barrier()
-    try:
+    """Rank 0 first, then the others: the first fills caches (hub, downloaded artifacts) that the others find.
+
+    All leave together: what comes next has a time limit, and a model may take longer than that to come.
+    """
+    if rank() != 0:
+        barrier()
         yield
-    finally:
-        if world_size() > 1 and rank() == 0:
-            torch.distributed.barrier()
+    else:
+        try:
+            yield
+        finally:
+            barrier()
+    barrier()
 
 
 def _blind_scores(task: TrainTask, store: Store) -> BlindScores | None:
     """q of the stage's samples, where it was computed beforehand."""
-    if not isinstance(task, ProxyMllmTask) or task.blind is None:
+    if not isinstance(task, ProxyMllmTask | InstructTask) or task.blind is None:
         return None
     return BlindScores(task.data, ArtifactFile(store, task.blind), store.url(task.blind.path))
 

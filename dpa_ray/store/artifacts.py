@@ -24,7 +24,17 @@ from dpa_ray.store.threads import each
 
 __all__ = ["STAGES", "Artifact", "commit", "content_key", "digest_file", "digest_folder", "fetch", "find", "verify"]
 
-STAGES = ("base-llm", "base-vision", "proxy-llm", "proxy-merged", "blind", "proxy-mllm", "instruct", "eval")
+STAGES = (
+    "base-llm",
+    "base-vision",
+    "proxy-llm",
+    "proxy-merged",
+    "blind",
+    "proxy-mllm",
+    "blind-instruct",
+    "instruct",
+    "eval",
+)
 MANIFEST = "manifest.json"
 SCHEMA = 1
 KEYS = ("schema", "stage", "key", "files", "inputs", "meta", "versions", "created", "digest")

@@ -153,6 +153,9 @@ class LocalFolder:
         finally:
             tmp.unlink(missing_ok=True)
 
+    def honours_conditions(self, path: str) -> bool:
+        return not self.put_if_absent(path, b"")
+
     def append_line(self, path: str, line: str) -> None:
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -115,6 +115,18 @@ class S3Folder:
             return repeated and self.read_bytes(path) == data
         return True
 
+    def honours_conditions(self, path: str) -> bool:
+        from botocore.exceptions import ClientError
+
+        try:
+            client().put_object(Bucket=self.bucket, Key=self.key(path), Body=b"", IfNoneMatch="*")
+        except ClientError as err:
+            code, status = client_error(err)
+            if code in ("PreconditionFailed", "ConditionalRequestConflict") or status in (409, 412):
+                return True
+            raise
+        return False
+
     def files(self, path: str, recursive: bool) -> list[str]:
         start = self._start(path)
         names = [key.removeprefix(start) for key in self._keys(start, recursive)]
