@@ -232,6 +232,28 @@ def test_renewing_gives_up_long_before_the_lease_lapses() -> None:
     assert lapses_after_s / RENEWALS + calls * attempts * (connect_s + read_s) < lapses_after_s
 
 
+def test_workers_wait_for_one_that_waits_for_the_store() -> None:
+    from dpa_ray.recipe import load
+
+    limits = {
+        load("tiny", [f"data.retry_s={s}", "data.stall_timeout_s=50"]).collective_limit_s - s for s in (100, 5000)
+    }
+    assert limits == {load("tiny").cluster.collective_timeout_s}
+
+
+def test_a_run_that_writes_its_end_asks_nobody_who_waits(tmp_path: Path) -> None:
+    from dpa_ray.recipe import load
+    from dpa_ray.stages.runs import Run
+
+    waiting, other = Store(str(tmp_path), through=retried), Store(str(tmp_path))
+    run, asked = Run(waiting, load("tiny", [f"store={tmp_path}"])), list[Store]()
+    run.confirm = asked.append
+    run.write("running")
+    run.write("failed", other)
+    assert asked[0] is waiting
+    assert asked[1] is other
+
+
 # -- metrics and checkpoints
 
 
