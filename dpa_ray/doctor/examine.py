@@ -47,7 +47,7 @@ def examine(recipe: Recipe, options: Options) -> Findings:
     with ExitStack() as stack:
         stack.enter_context(quiet_loading())
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dpa_ray-")))
-        examined = _Examined(recipe, options, Store(recipe.store), scratch, findings)
+        examined = _Examined(recipe, options, Store(recipe.store).brief(), scratch, findings)
         with findings.check("recipe") as check:
             check.note(f"{recipe.name}: {recipe.method}, {recipe.precision}, {recipe.engine}, seed {recipe.seed}")
         examined.check_store()
@@ -163,7 +163,7 @@ class _Examined:
         sets |= {f"eval_extra.{name}": extra for name, extra in section.eval_extra.items()}
         for name, source in sets.items():
             with self.findings.check(f"data.{name}") as check:
-                looked = data.look(self.store if self.is_store_there else None, source)
+                looked = data.look(self.store if self.is_store_there else None, source, section.skip_ids)
                 self.looked[name] = looked
                 state = "prepared" if looked.is_prepared else "not prepared yet; read from the source"
                 check.note(

@@ -186,6 +186,9 @@ def test_samples_come_from_the_source_or_the_shards_and_are_the_same(source: Lla
     assert all(sample in before.samples for sample in after.samples)
     assert before.size_bytes == pytest.approx(after.size_bytes, rel=0.5)
     assert data.look(None, section(source)).samples == before.samples
+    assert data.look(None, section(source), ["c0", "c7"]).samples == [
+        before.samples[i] for i in range(40) if i not in (0, 7)
+    ]
 
 
 def test_a_file_with_windows_line_ends_and_missing_images(source: LlavaData, tmp_path: Path) -> None:
