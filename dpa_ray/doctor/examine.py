@@ -47,7 +47,7 @@ def examine(recipe: Recipe, options: Options) -> Findings:
     with ExitStack() as stack:
         stack.enter_context(quiet_loading())
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dpa_ray-")))
-        examined = _Examined(recipe, options, Store(recipe.store).brief(), scratch, findings)
+        examined = _Examined(recipe, options, Store(recipe.store), scratch, findings)
         with findings.check("recipe") as check:
             check.note(f"{recipe.name}: {recipe.method}, {recipe.precision}, {recipe.engine}, seed {recipe.seed}")
         examined.check_store()
