@@ -218,6 +218,19 @@ def test_few_broken_samples_are_a_risk_and_many_a_failure(bad: int, of: int, num
     assert check.status == expected
 
 
+def test_what_is_imported_is_looked_at_and_what_nobody_needs_is_not_counted(
+    recipe: Callable[..., Recipe], random_connector: Path, tmp_path: Path
+) -> None:
+    found = examine(recipe(f"stages.proxy_mllm.from={random_connector}"), Options())
+    assert found.exit_code == 0, [check.to_dict() for check in found.checks if check.status != "ok"]
+    assert list(found.stages) == ["instruct"]
+    assert "is whole" in detail(found, "stages.proxy_mllm.from")
+    found = examine(recipe(f"stages.proxy_llm.from={tmp_path}"), Options())
+    assert list(found.stages) == ["proxy_mllm", "instruct"]
+    assert "expected a PEFT adapter folder" in detail(found, "stages.proxy_llm.from")
+    assert status(found)["bytes written"] == "ok"
+
+
 # -- the main job's own part
 
 
