@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpa_ray.data.prepare import find_prepared
+from dpa_ray.engine import reporting
 from dpa_ray.engine.evaluate import RESULT
 from dpa_ray.recipe import Recipe
 from dpa_ray.report import console, trackers
@@ -54,11 +55,24 @@ def run(recipe: Recipe) -> dict[str, Any]:
             except BaseException as err:
                 if run_record.values and not taken.is_set():  # else nothing was begun, or another process goes on
                     run_record.write("failed", error=str(err) or type(err).__name__)
+                    if isinstance(err, Exception):  # who interrupts does not want to wait
+                        _write_report(store, recipe, progress.note)
                 raise
             finally:
                 view.close()
         check()
         return _closing(plan, pipeline, store, run_record)
+
+
+def _write_report(store: Store, recipe: Recipe, note: Callable[[str], None]) -> bool:
+    """runs/<name>/report.html. What a run made does not depend on it: a report that cannot be made is told, no more."""
+    place = reporting.Place(store, "runs", recipe.name)
+    try:
+        reporting.write_report(place)
+    except Exception as err:
+        note(f"no report was made ({type(err).__name__}: {err}); python jobs/report.py {place.url} tries again")
+        return False
+    return True
 
 
 def _print(text: str) -> None:
@@ -167,6 +181,8 @@ def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run) -> d
     run_record.write("done", timings=stages, eval=scores, totals={"stages_wall_time_s": made})
     path = run_record.path
     places = {"model": f"{path}/model", "metrics": f"{path}/{METRICS}", "run": f"{path}/{RUN_FILE}"}
+    if _write_report(store, plan.recipe, _print):
+        places["report"] = f"{path}/{reporting.FILE}"
     console.closing_table(rows, paths={name: store.url(where) for name, where in places.items()})
     if scores:
         order = sorted(scores, key=lambda name: name != HELD_OUT)
