@@ -66,7 +66,7 @@ def run_data(name: str = "one", *, method: str = "dpa", shift: float = 0.0, num_
             "eval": {"heldout": {"num_questions": 6, "accuracy": 0.5 + shift / 10, "shuffled": 0.2, "majority": 0.3}},
             "goodput": {
                 "goodput": 0.7, "wall_time_s": 130.0, "num_attempts": 2, "num_restarts": 1,
-                "stages": {s: parts for s in stages}, "outside_stages": {"starting_s": 7.0},
+                "stages": dict.fromkeys(stages, parts), "outside_stages": {"starting_s": 7.0},
             },
         },
         metrics=[record(stage, step, shift) for stage in stages for step in range(1, num_steps + 1)],

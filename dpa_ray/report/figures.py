@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
-HEIGHT = 260
+HEIGHT, ROW = 260, 34
+"""Pixels: of a plot, and of a row of one that has rows."""
+
+AUTOSIZE = {"type": "fit-x", "contains": "padding"}
 
 Spec = dict[str, Any]
 Cell = str | float | int | None
@@ -65,7 +68,12 @@ def curves(
             "data": {"values": values},
             "mark": {"type": "line", "tooltip": True, "point": len(values) < 60},
             "encoding": {
-                "x": {"field": "x", "type": "quantitative", "title": x, "axis": {"tickMinStep": 1}},
+                "x": {
+                    "field": "x",
+                    "type": "quantitative",
+                    "title": x,
+                    "axis": {"tickMinStep": 1, "tickCount": {"expr": "ceil(width / 80)"}},
+                },
                 "y": {"field": "y", "type": "quantitative", "title": y, "scale": {"zero": False}},
                 "color": {"field": "series", "type": "nominal", "sort": order, "title": None},
                 "strokeDash": {"field": "series", "type": "nominal", "sort": order, "title": None},
@@ -87,34 +95,37 @@ def gain_histogram(
     bounds: tuple[float, float] | None, note: str,
 ) -> Figure:  # fmt: skip
     """p - q of targets as fractions per bin, for each of `counts` by name; `bounds`: the clamp, where it is one of p - q."""
-    values = []
-    rows: list[tuple[Cell, ...]] = []
-    fractions = {series: [c / max(1, sum(found)) for c in found] for series, found in counts.items()}
-    for i, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
-        here = {series: found[i] for series, found in fractions.items()}
-        values += [{"x": low, "x2": high, "y": y, "series": series} for series, y in here.items()]
-        if any(here.values()):
-            rows.append((f"{low:.3f} to {high:.3f}", *(round(y, 5) for y in here.values())))
+    shares = {series: [c / max(1, sum(found)) for c in found] for series, found in counts.items()}
+    bins = list(zip(edges[:-1], edges[1:], strict=True))
+    rows: list[tuple[Cell, ...]] = [
+        (f"{low:.3f} to {high:.3f}", *(round(y, 5) for y in here))
+        for (low, high), *here in zip(bins, *shares.values(), strict=True)
+        if any(here)
+    ]
     order = list(counts)
     x_scale = {"type": "pow", "exponent": 0.5, "domain": [edges[0], edges[-1]]}
-    layers: list[Spec] = [
-        {
-            "data": {"values": values},
-            "mark": {"type": "bar", "tooltip": True, "fillOpacity": 0.5, "stroke": None},
-            "encoding": {
-                "x": {
-                    "field": "x", "type": "quantitative", "title": "p − q (narrower bins near 0)", "scale": x_scale,
-                    "axis": {"values": [-1, -0.5, -0.2, -0.05, 0, 0.05, 0.2, 0.5, 1], "format": "~"},
-                },
-                "x2": {"field": "x2"},
-                "y": {
-                    "field": "y", "type": "quantitative", "title": "share of targets", "stack": None,
-                    "scale": {"type": "sqrt"}, "axis": {"format": "%"},
-                },
-                "color": {"field": "series", "type": "nominal", "sort": order, "title": None},
-            },
-        }
-    ]  # fmt: skip
+    encoding: Spec = {
+        "x": {
+            "field": "x", "type": "quantitative", "title": "p − q (narrower bins near 0)", "scale": x_scale,
+            "axis": {"values": [-1, -0.5, -0.2, -0.05, 0, 0.05, 0.2, 0.5, 1], "format": "~"},
+        },
+        "y": {
+            "field": "y", "type": "quantitative", "title": "share of targets", "stack": None,
+            "scale": {"type": "sqrt", "domainMin": 0}, "axis": {"format": "%"},
+        },
+        "color": {"field": "series", "type": "nominal", "sort": order, "title": None},
+    }  # fmt: skip
+    layers: list[Spec] = []
+    for series, found in shares.items():
+        values = [{"x": low, "x2": high, "y": y, "series": series} for (low, high), y in zip(bins, found, strict=True)]
+        if series == order[-1]:  # the latest as bars, the others as lines over them
+            bar = {"type": "bar", "tooltip": True, "fillOpacity": 0.6}
+            bars = {**encoding, "x2": {"field": "x2"}, "y2": {"datum": 0}}
+            layers.insert(0, {"data": {"values": values}, "mark": bar, "encoding": bars})
+        else:
+            values.append({"x": edges[-1], "y": found[-1], "series": series})
+            line = {"type": "line", "interpolate": "step-after"}
+            layers.append({"data": {"values": values}, "mark": line, "encoding": encoding})
     if bounds is not None:
         marks = [{"x": bounds[0], "text": f"lower {bounds[0]:g}"}, {"x": bounds[1], "text": f"upper {bounds[1]:g}"}]
         layers.append(_rules(marks, x_scale))
@@ -146,7 +157,7 @@ def time_spent(name: str, title: str, parts: Mapping[str, Mapping[str, float]], 
         (stage, *(round(found.get(kind, 0.0), 1) for kind in kinds), round(sum(found.values()), 1))
         for stage, found in parts.items()
     ]
-    spec = _whole(layers, height={"step": 30})
+    spec = _whole(layers, height=ROW * len(parts))
     return Figure(name, title, spec, ("stage", *(f"{kind}, s" for kind in kinds), "in all, s"), rows, note)
 
 
@@ -171,7 +182,7 @@ def heat_map(
     text = {"type": "text", "fontWeight": "bold"}
     shown = {"field": "score", "type": "quantitative", "format": ".3~r"}
     spec = {
-        "$schema": SCHEMA, "width": "container", "height": HEIGHT, "data": {"values": values},
+        "$schema": SCHEMA, "width": "container", "height": HEIGHT, "autosize": AUTOSIZE, "data": {"values": values},
         "params": [
             choice("across", "across", 0, settings),
             choice("upwards", "upwards", 1, settings),
@@ -212,26 +223,24 @@ def parallel_coordinates(
     data_at: tuple[str, str],
 ) -> Figure:
     """A line per trial through its settings and scores, one axis each, coloured by the last; words are ranked by name."""
-    lines, labels = [], []
-    for column, axis in enumerate(axes):
+    lines, top, bottom = [], [], []
+    names = short(axes)
+    for column, axis in enumerate(names):
         found = [values[column] for _, values in trials if values[column] is not None]
-        words = sorted({str(v) for v in found}) if any(isinstance(v, str) for v in found) else None
-        numbers = [float(v) for v in found] if words is None else []  # type: ignore[arg-type]
-        low, high = (min(numbers), max(numbers)) if numbers else (0.0, float(max(1, len(words or ()) - 1)))
-
-        def place(value: Cell, low: float = low, high: float = high, words: list[str] | None = words) -> float:
-            number = float(words.index(str(value))) if words is not None else float(value)  # type: ignore[arg-type]
-            return 0.5 if high == low else (number - low) / (high - low)
-
-        ends = {0.0: words[0], 1.0: words[-1]} if words else {0.0: f"{low:.4g}", 1.0: f"{high:.4g}"}
-        labels += [{"axis": axis, "y": y, "text": text} for y, text in (ends if numbers or words else {}).items()]
+        scale = _Scale.of(found)
+        if found:
+            top.append({"axis": axis, "y": 1, "text": scale.last})
+            bottom.append({"axis": axis, "y": 0, "text": scale.first})
         for trial, values in trials:
             value, last = values[column], values[-1]
             if value is not None and last is not None:
-                lines.append({"trial": trial, "axis": axis, "y": place(value), "value": value, "score": last})
-    across = {"field": "axis", "type": "nominal", "sort": list(axes), "title": None,
-            "axis": {"labelAngle": -25, "domain": False, "grid": True, "labelLimit": 130}}  # fmt: skip
+                lines.append({"trial": trial, "axis": axis, "y": scale(value), "value": value, "score": last})
+    across = {
+        "field": "axis", "type": "nominal", "sort": names, "title": None,
+        "axis": {"labelAngle": -25, "labelPadding": 18, "domain": False, "ticks": False, "grid": True, "labelLimit": 130},
+    }  # fmt: skip
     upright = {"field": "y", "type": "quantitative", "axis": None, "scale": {"domain": [0, 1]}}
+    ends = {"x": across, "y": upright, "text": {"field": "text"}}
     layers: list[Spec] = [
         {
             "data": {"values": lines},
@@ -241,20 +250,56 @@ def parallel_coordinates(
                 "x": across,
                 "y": upright,
                 "detail": {"field": "trial"},
-                "color": {"field": "score", "type": "quantitative", "title": axes[-1] if axes else None,
-                          "legend": {"orient": "bottom"}},
+                "color": {
+                    "field": "score", "type": "quantitative", "title": names[-1],
+                    "legend": {"type": "gradient", "direction": "horizontal"},
+                },
                 "opacity": {"condition": {"param": "near", "value": 1}, "value": 0.25},
                 "tooltip": [{"field": "trial"}, {"field": "axis"}, {"field": "value"}],
             },
         },
-        {
-            "data": {"values": labels},
-            "mark": {"type": "text", "dx": 6, "align": "left", "baseline": "middle"},
-            "encoding": {"x": across, "y": upright, "text": {"field": "text"}},
-        },
+        {"data": {"values": top}, "mark": {"type": "text", "dy": -6, "baseline": "bottom"}, "encoding": ends},
+        {"data": {"values": bottom}, "mark": {"type": "text", "dy": 6, "baseline": "top"}, "encoding": ends},
     ]  # fmt: skip
     spec = _whole(layers, height=HEIGHT + 40)
     return Figure(name, title, spec, note="Point at a line to bring it out.", data_at=data_at)
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Places from 0 to 1 of numbers, or of words in their order."""
+
+    low: float
+    high: float
+    words: tuple[str, ...] | None
+    first: str
+    last: str
+
+    @classmethod
+    def of(cls, found: Sequence[Cell]) -> _Scale:
+        if any(isinstance(value, str) for value in found):
+            words = tuple(sorted({str(value) for value in found}))
+            return cls(0, len(words) - 1, words, words[0], words[-1])
+        numbers = [float(value) for value in found if value is not None] or [0.0]
+        return cls(min(numbers), max(numbers), None, f"{min(numbers):.4g}", f"{max(numbers):.4g}")
+
+    def __call__(self, value: Cell) -> float:
+        number = float(value or 0) if self.words is None else self.words.index(str(value))
+        return 0.5 if self.high == self.low else (number - self.low) / (self.high - self.low)
+
+
+def short(keys: Sequence[str]) -> list[str]:
+    """Dotted keys by their last two parts, or as many more as tell them apart."""
+
+    def last(key: str, num: int) -> str:
+        return ".".join(key.split(".")[-num:])
+
+    most = max((key.count(".") + 1 for key in keys), default=1)
+    found = []
+    for key in keys:
+        alone = (n for n in range(2, most + 1) if [last(k, n) for k in keys].count(last(key, n)) == 1)
+        found.append(last(key, next(alone, most)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -289,12 +334,12 @@ def intervals(name: str, title: str, found: Sequence[Interval], *, x: str, note:
         },
     ]
     rows: list[tuple[Cell, ...]] = [(i.name, i.middle, i.low, i.high) for i in found]
-    spec = _whole(layers, height={"step": 34})
+    spec = _whole(layers, height=ROW * len(found))
     return Figure(name, title, spec, ("method", "difference", "low", "high"), rows, note)
 
 
-def _whole(layers: list[Spec], height: int | Spec = HEIGHT) -> Spec:
-    return {"$schema": SCHEMA, "width": "container", "height": height, "layer": layers}
+def _whole(layers: list[Spec], height: int = HEIGHT) -> Spec:
+    return {"$schema": SCHEMA, "width": "container", "height": height, "autosize": AUTOSIZE, "layer": layers}
 
 
 def _rules(marks: list[Spec], scale: Spec | None = None) -> Spec:

@@ -133,6 +133,12 @@ def sort_key(value: Cell) -> str:
     return repr(float(value)) if isinstance(value, int | float) else ""
 
 
+def number_columns(rows: Sequence[Sequence[Cell]]) -> list[int]:
+    """Those whose cells are numbers, but for cells without a value."""
+    columns = [[value for value in column if value is not None] for column in zip(*rows, strict=True)]
+    return [i for i, found in enumerate(columns) if found and all(isinstance(v, int | float) for v in found)]
+
+
 def _asset(name: str) -> str:
     return files("dpa_ray.report").joinpath("assets", name).read_text(encoding="utf-8")
 
@@ -153,5 +159,5 @@ def _template() -> jinja2.Template:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         loader=jinja2.FunctionLoader(_asset),
     )  # fmt: skip
-    environment.filters |= {"shown": shown, "sort_key": sort_key}
+    environment.filters |= {"shown": shown, "sort_key": sort_key, "number_columns": number_columns}
     return environment.get_template("report.html.j2")

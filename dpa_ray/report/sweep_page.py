@@ -27,7 +27,7 @@ def sweep_page(name: str, url: str, sweep: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "no trials yet"
     sections = [
         Section("what", "What was tried", _what(url, sweep, trials, goal)),
-        *_compared(sweep.get("compare")),
+        *_compared(sweep),
         Section("trials", "Trials", _trials(trials, settings, scores), "" if trials else "There are no trials yet."),
         _figures(trials, settings, scores),
         _savings(sweep),
@@ -159,14 +159,13 @@ def _savings(sweep: Mapping[str, Any]) -> Section:
     return Section("savings", "What sharing saved", blocks, "" if blocks else "Nothing was counted yet.")
 
 
-def _compared(compare: Any) -> list[Section]:
+def _compared(sweep: Mapping[str, Any]) -> list[Section]:
     """Methods side by side, with the paired differences to the first of them."""
-    rows = [row for row in _listed(_mapping(compare).get("methods")) if isinstance(row, dict)]
+    compare = _mapping(sweep.get("compare"))
+    rows = [row for row in _listed(compare.get("methods")) if isinstance(row, dict)]
     if not rows:
         return []
-    metric, baseline = (
-        str(_mapping(compare).get(key, text)) for key, text in (("metric", "score"), ("baseline", "vanilla"))
-    )
+    metric, baseline = (str(compare.get(key, text)) for key, text in (("metric", "score"), ("baseline", "vanilla")))
     cells: list[tuple[Cell, ...]] = []
     found = []
     for row in rows:
@@ -177,7 +176,13 @@ def _compared(compare: Any) -> list[Section]:
         verdict = "–"
         if difference is not None and low is not None and high is not None:
             found.append(Interval(name, difference, low, high))
-            verdict = "no difference shown" if low <= 0 <= high else "better" if difference > 0 else "worse"
+            verdict = (
+                "no difference shown"
+                if low <= 0 <= high
+                else "better"
+                if (difference > 0) == _is_max(compare, metric)
+                else "worse"
+            )
         cells.append(
             (
                 name,
@@ -190,7 +195,7 @@ def _compared(compare: Any) -> list[Section]:
                 verdict,
             )
         )
-    columns = ("method", "seeds", "mean", "standard deviation", f"difference to {baseline}", "low", "high", "")
+    columns = ("method", "seeds", "mean", "standard deviation", f"difference to {baseline}", "low", "high", "verdict")
     blocks: list[Block] = [Table("compare-table", f"{metric} by method", columns, cells)]
     if found:
         note = "Means of the differences, seed by seed, with their confidence intervals. An interval across 0 shows no difference."
