@@ -11,10 +11,10 @@ from dpa_ray.report.figures import Cell
 from dpa_ray.report.page import Asked, Block, Drawing, Facts, Section, Shaded, Table, Token, render
 from dpa_ray.report.run_figures import gain_figures, loss_figures, overlaid_losses, time_figure
 
-NUM_EXAMPLES = 8
+NUM_EXAMPLES = 6
 """Samples of a stage that are shown with the weights of their tokens, in a report of one run."""
 
-NUM_ASKED = 12
+NUM_ASKED = 8
 """Samples of a held-out set whose questions are shown."""
 
 MAX_TOKENS = 250
