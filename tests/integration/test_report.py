@@ -1,0 +1,75 @@
+"""Is there a report after a run, does the command make one of runs and sweeps, and does it say what is wrong?"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.runs import ENVIRONMENT, ROOT, Run
+from tests.report_data import sweep
+
+
+def report(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "jobs/report.py"), *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env={"PATH": "/usr/bin:/bin", **ENVIRONMENT}, capture_output=True, text=True
+    )
+
+
+def test_a_run_leaves_its_report_with_the_weights_of_its_words(measured: Run) -> None:
+    text = (measured.folder / "report.html").read_text()
+    assert "Run measured" in text
+    assert measured.stdout.count("report.html") == 1
+    for stage in ("proxy_mllm", "instruct"):
+        lines = (measured.artifact(stage) / "examples.jsonl").read_text().splitlines()
+        assert len(lines) == 8
+        for line in lines:
+            example = json.loads(line)
+            weights = [weight for _, weight, _, _ in example["tokens"] if weight is not None]
+            assert all(0.05 <= weight <= 0.5 for weight in weights)
+            assert weights or "no_target" in line or stage == "instruct"
+    assert not (measured.model / "examples.jsonl").exists(), "no part of the model"
+
+
+def test_the_command_of_one_of_several_and_of_a_sweep(measured: Run, tmp_path: Path) -> None:
+    one = report(measured.folder, "--output", tmp_path / "one.html")
+    assert one.returncode == 0, one.stderr
+    assert (tmp_path / "one.html").read_text() == (measured.folder / "report.html").read_text()
+    shutil.copytree(measured.folder, tmp_path / "store/runs/other")
+    several = report(measured.folder, f"{tmp_path}/store/runs/other/", cwd=tmp_path)
+    assert several.returncode == 0, several.stderr
+    assert "2 runs" in (tmp_path / "report.html").read_text()
+    folder = tmp_path / "store/sweeps/ranks"
+    folder.mkdir(parents=True)
+    (folder / "sweep.json").write_text(json.dumps(sweep()))
+    of_sweep = report(folder)
+    assert of_sweep.returncode == 0, of_sweep.stderr
+    assert of_sweep.stdout.strip() == str(folder / "report.html")
+    assert "Sweep ranks" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["{store}/runs/nobody"], 2, "runs/nobody/run.json, found no such file"),
+        (["{store}/artifacts/x"], 2, "expected a run or a sweep, STORE/runs/NAME or STORE/sweeps/NAME"),
+        (["gs://bucket/runs/a"], 2, "expected an absolute local path or s3://"),
+        (["{run}", "{store}/sweeps/broken"], 2, "expected runs, or one sweep"),
+        (["{store}/sweeps/broken"], 1, "sweeps/broken/sweep.json"),
+        (["{run}", "--output", "{store}"], 1, "Is a directory"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told(arguments: list[str], code: int, words: str, measured: Run, tmp_path: Path) -> None:
+    broken = tmp_path / "sweeps/broken/sweep.json"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("[1")
+    made = [a.format(store=tmp_path, run=measured.folder) for a in arguments]
+    done = report(*made)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
