@@ -101,7 +101,8 @@ def time_figure(run: RunData) -> Figure | None:
         if (share := number(goodput.get("goodput"))) is not None:
             note = f"Goodput {share:.1%}: the share of the wall time that was training. {note}"
     else:
-        parts = {stage: _measured(run, stage, timing) for stage, timing in run.info.get("timings", {}).items()}
+        timings = run.info.get("timings") or {stage: {} for stage in run.stages}  # it failed before any were written
+        parts = {stage: _measured(run, stage, timing) for stage, timing in timings.items()}
         note = "What each stage measured of itself; parts are added up, not shown when they happened. "
         note += "A reused stage took no time of this run."
     if not any(sum(found.values()) > 0 for found in parts.values()):
@@ -117,9 +118,9 @@ def _seconds(found: Any) -> dict[str, float]:
 
 
 def _measured(run: RunData, stage: str, timing: Mapping[str, Any]) -> dict[str, float]:
-    if timing.get("reused"):
-        return {}
     wall_s, records = number(timing.get("wall_time_s")) or 0.0, run.of_stage(stage)
+    if timing.get("reused") or any(record.get("reused") for record in records):
+        return {}
     data_s = sum(number(r.get("data_wait_s")) or 0.0 for r in records)
     training_s = sum(number(r.get("step_time_s")) or 0.0 for r in records) - data_s
     saving_s = number(timing.get("saving_s")) or 0.0

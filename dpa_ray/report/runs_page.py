@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dpa_ray.report.content import STAGES, RunData, Weighting, last_mean, number
@@ -20,8 +21,6 @@ NUM_ASKED = 8
 MAX_TOKENS = 250
 """Of a sample: with a table of them beside it, more make the page too large to send around."""
 
-TIMELINE = "timeline"
-
 
 def run_page(run: RunData, edges: Sequence[float]) -> str:
     """The report of one run. `edges`: of the bins of gain_histogram."""
@@ -29,10 +28,11 @@ def run_page(run: RunData, edges: Sequence[float]) -> str:
     sections = [
         Section("what", "What was run", [_facts(run)]),
         _scores([run]),
-        Section("losses", "Loss curves", [Drawing(f) for f in loss_figures(run)], _none_of(run.stages, "steps")),
-        _gains("gains", "What the image adds: p − q", run, edges),
-        *_shown_samples([run]),
-        _timeline(run, TIMELINE, "Where the time went"),
+        _losses(run),
+        _gains(run, edges),
+        _words([run]),
+        _questions([run]),
+        _time(run),
     ]
     return render(f"Run {run.name}", f"Method {method}, seed {seed}; {_status(run)}.", sections)
 
@@ -44,11 +44,10 @@ def runs_page(runs: Sequence[RunData], edges: Sequence[float]) -> str:
     sections = [
         _scores(runs),
         Section("losses", "Loss curves", [Drawing(f) for f in overlaid_losses(runs)]),
-        *_shown_samples(runs),
+        _words(runs),
+        _questions(runs),
     ]
-    for n, run in enumerate(runs, 1):
-        drawings = [_renamed(f, n) for f in (*loss_figures(run), *gain_figures(run, edges), *_listed(time_figure(run)))]
-        sections.append(Section(f"run-{n}", f"Run {run.name}", [_facts(run), *_faults(run, n), *drawings]))
+    sections += [_of_one_among_several(run, place, edges) for place, run in enumerate(runs, 1)]
     return render(f"{len(runs)} runs", ", ".join(run.name for run in runs), sections)
 
 
@@ -142,23 +141,24 @@ def _cell(value: Any) -> Cell:
 # -- figures
 
 
-def _none_of(found: Any, what: str) -> str:
-    return "" if found else f"There are no {what} yet."
+def _losses(run: RunData) -> Section:
+    drawings: list[Block] = [Drawing(figure) for figure in loss_figures(run)]
+    return Section("losses", "Loss curves", drawings, "" if drawings else "There are no steps yet.")
 
 
-def _gains(name: str, title: str, run: RunData, edges: Sequence[float]) -> Section:
-    figures = gain_figures(run, edges)
-    note = "" if figures else "No stage of this run measured p − q: none weighs its tokens, or none was made."
-    return Section(name, title, [Drawing(f) for f in figures], note)
+def _gains(run: RunData, edges: Sequence[float]) -> Section:
+    drawings: list[Block] = [Drawing(figure) for figure in gain_figures(run, edges)]
+    note = "" if drawings else "No stage of this run measured p − q: none weighs its tokens, or none was made."
+    return Section("gains", "What the image adds: p − q", drawings, note)
 
 
-def _timeline(run: RunData, name: str, title: str) -> Section:
+def _time(run: RunData) -> Section:
     figure = time_figure(run)
     blocks: list[Block] = [*_faults(run, 0), *([Drawing(figure)] if figure else [])]
-    return Section(name, title, blocks, "" if blocks else "Nothing was measured yet.")
+    return Section("time", "Where the time went", blocks, "" if blocks else "Nothing was measured yet.")
 
 
-def _faults(run: RunData, number_: int) -> list[Block]:
+def _faults(run: RunData, place: int) -> list[Block]:
     """What became of each stage: made or reused, and where it was taken up again."""
     rows: list[tuple[Cell, ...]] = []
     for stage, timing in _mapping(run.info.get("timings")).items():
@@ -179,25 +179,20 @@ def _faults(run: RunData, number_: int) -> list[Block]:
         blocks.append(Facts(facts))
     if rows:
         columns = ("stage", "made or reused", "steps", "wall time, s", "taken up again")
-        blocks.append(Table(f"stages-{number_}", f"Stages of {run.name}", columns, rows, is_sortable=False))
+        blocks.append(Table(f"stages-{place}", f"Stages of {run.name}", columns, rows, is_sortable=False))
     return blocks
 
 
-def _listed(value: Any) -> list[Any]:
-    return [] if value is None else [value]
-
-
-def _renamed(figure: Any, number_: int) -> Drawing:
-    from dataclasses import replace
-
-    return Drawing(replace(figure, name=f"run-{number_}-{figure.name}"))
+def _of_one_among_several(run: RunData, place: int, edges: Sequence[float]) -> Section:
+    """What only this run has, with names of its own in the page."""
+    figures = [*loss_figures(run), *gain_figures(run, edges)]
+    if (time := time_figure(run)) is not None:
+        figures.append(time)
+    drawings = [Drawing(replace(figure, name=f"run-{place}-{figure.name}")) for figure in figures]
+    return Section(f"run-{place}", f"Run {run.name}", [_facts(run), *_faults(run, place), *drawings])
 
 
 # -- samples
-
-
-def _shown_samples(runs: Sequence[RunData]) -> list[Section]:
-    return [_words(runs), _questions(runs)]
 
 
 def _words(runs: Sequence[RunData]) -> Section:

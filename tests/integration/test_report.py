@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.integration.runs import ENVIRONMENT, ROOT, Run
+from jobs import report
+from tests.integration.runs import Run
 from tests.report_data import sweep
-
-
-def report(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "jobs/report.py"), *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, env={"PATH": "/usr/bin:/bin", **ENVIRONMENT}, capture_output=True, text=True
-    )
 
 
 def test_a_run_leaves_its_report_with_the_weights_of_its_words(measured: Run) -> None:
@@ -36,20 +28,21 @@ def test_a_run_leaves_its_report_with_the_weights_of_its_words(measured: Run) ->
     assert not (measured.model / "examples.jsonl").exists(), "no part of the model"
 
 
-def test_the_command_of_one_of_several_and_of_a_sweep(measured: Run, tmp_path: Path) -> None:
-    one = report(measured.folder, "--output", tmp_path / "one.html")
-    assert one.returncode == 0, one.stderr
+def test_the_command_of_one_of_several_and_of_a_sweep(
+    measured: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.main([str(measured.folder), "--output", str(tmp_path / "one.html")]) == 0
     assert (tmp_path / "one.html").read_text() == (measured.folder / "report.html").read_text()
     shutil.copytree(measured.folder, tmp_path / "store/runs/other")
-    several = report(measured.folder, f"{tmp_path}/store/runs/other/", cwd=tmp_path)
-    assert several.returncode == 0, several.stderr
+    monkeypatch.chdir(tmp_path)
+    assert report.main([str(measured.folder), f"{tmp_path}/store/runs/other/"]) == 0
     assert "2 runs" in (tmp_path / "report.html").read_text()
     folder = tmp_path / "store/sweeps/ranks"
     folder.mkdir(parents=True)
     (folder / "sweep.json").write_text(json.dumps(sweep()))
-    of_sweep = report(folder)
-    assert of_sweep.returncode == 0, of_sweep.stderr
-    assert of_sweep.stdout.strip() == str(folder / "report.html")
+    capsys.readouterr()
+    assert report.main([str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
     assert "Sweep ranks" in (folder / "report.html").read_text()
 
 
@@ -64,12 +57,11 @@ def test_the_command_of_one_of_several_and_of_a_sweep(measured: Run, tmp_path: P
         (["{run}", "--output", "{store}"], 1, "Is a directory"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_told(arguments: list[str], code: int, words: str, measured: Run, tmp_path: Path) -> None:
+def test_what_is_wrong_is_told(
+    arguments: list[str], code: int, words: str, measured: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     broken = tmp_path / "sweeps/broken/sweep.json"
     broken.parent.mkdir(parents=True)
     broken.write_text("[1")
-    made = [a.format(store=tmp_path, run=measured.folder) for a in arguments]
-    done = report(*made)
-    assert done.returncode == code, done.stderr
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
+    assert report.main([a.format(store=tmp_path, run=measured.folder) for a in arguments]) == code
+    assert words in capsys.readouterr().err

@@ -149,6 +149,9 @@ def test_time_is_the_ledgers_or_else_what_the_stages_measured() -> None:
     assert figure is not None
     assert figure.columns == ("stage", "training, s", "waiting for data, s", "saving, s", "other, s", "in all, s")
     assert figure.rows[:2] == [("proxy_llm", 0.0, 0.0, 0.0, 0.0, 0), ("proxy_mllm", 24.0, 6.0, 1.0, 9.0, 40.0)]
+    figure = time_figure(replace(run, info={"status": "failed"}))
+    assert figure is not None
+    assert figure.rows[0] == ("proxy_llm", 24.0, 6.0, 30.0)
 
 
 def test_runs_stand_side_by_side() -> None:
