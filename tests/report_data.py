@@ -89,21 +89,31 @@ def sweep() -> dict[str, Any]:
         score = 0.5 + 0.1 * math.log2(rank / 128) - 0.2 * (upper - 0.5) ** 2
         trials.append(
             {
-                "name": f"trial-{number:05d}", "status": "done",
+                "number": number, "name": f"ranks-{number:04}", "status": "done",
                 "overrides": {"stages.proxy_llm.lora.rank": rank, "cmo.upper": upper, "method": "dpa"},
                 "metrics": {"eval.heldout.accuracy": score, "instruct.nll_mean": 2 - score},
+                "wall_time_s": 30.0,
             }
         )  # fmt: skip
-    trials[4] |= {"status": "failed", "metrics": {}, "reason": f"loss is not finite {HOSTILE}"}
-    methods = [
-        {"method": "vanilla", "num_seeds": 5, "mean": 0.7, "std": 0.02, "difference": None, "interval": None},
-        {"method": "cmo", "num_seeds": 5, "mean": 0.71, "std": 0.03, "difference": 0.01, "interval": [-0.02, 0.04]},
-        {"method": "dpa", "num_seeds": 5, "mean": 0.74, "std": 0.02, "difference": 0.04, "interval": [0.01, 0.07]},
-    ]  # fmt: skip
+    trials[4] |= {"status": "failed", "metrics": {"instruct.nll_mean": 9.0}, "reason": f"loss is not finite {HOSTILE}"}
+
+    def row(name: str, mean: float, low: float | None, verdict: str) -> dict[str, Any]:
+        difference = None if low is None else {
+            "num_pairs": 5, "mean": round(mean - 0.7, 3), "low": low, "high": round(2 * (mean - 0.7) - low, 3),
+            "verdict": verdict,
+        }  # fmt: skip
+        return {"variant": name, "num_seeds": 5, "num_failed": 0, "mean": mean, "std": 0.02, "difference": difference}
+
+    rows = [
+        row("vanilla", 0.7, None, ""),
+        row("cmo", 0.71, -0.02, "no difference shown"),
+        row("dpa", 0.74, 0.01, "higher"),
+    ]
     return {
-        "name": "ranks", "metric": "eval.heldout.accuracy", "mode": "max", "trials": trials,
+        "name": "ranks", "status": "done", "search": "grid", "metric": "eval.heldout.accuracy", "mode": "max",
+        "trials": trials, "best": "ranks-0007", "left_out": [{"cmo.upper": 0.01}], "device": "cpu", "wall_time_s": 300.5,
         "stages": {s: {"asked": 9, "made": m, "reused": 9 - m} for s, m in
-                   (("proxy-llm", 3), ("blind", 3), ("proxy-mllm", 9), ("instruct", 9))},
+                   (("proxy_llm", 3), ("blind", 3), ("proxy_mllm", 9), ("instruct", 9))},
         "gpu_s": {"spent": 410.0, "naive": 900.0},
-        "compare": {"metric": "eval.heldout.accuracy", "baseline": "vanilla", "methods": methods},
+        "compare": {"baseline": "vanilla", "level": 0.95, "metrics": {"eval.heldout.accuracy": rows}},
     }  # fmt: skip

@@ -312,7 +312,7 @@ class Interval:
     high: float
 
 
-def intervals(name: str, title: str, found: Sequence[Interval], *, x: str, note: str) -> Figure:
+def intervals(name: str, title: str, found: Sequence[Interval], *, x: str) -> Figure:
     """Differences as points with their intervals, and a rule at 0: an interval across it shows no difference."""
     values = [{"name": i.name, "x": i.middle, "low": i.low, "high": i.high} for i in found]
     y = {"field": "name", "type": "nominal", "sort": [i.name for i in found], "title": None}
@@ -335,7 +335,7 @@ def intervals(name: str, title: str, found: Sequence[Interval], *, x: str, note:
     ]
     rows: list[tuple[Cell, ...]] = [(i.name, i.middle, i.low, i.high) for i in found]
     spec = _whole(layers, height=ROW * len(found))
-    return Figure(name, title, spec, ("method", "difference", "low", "high"), rows, note)
+    return Figure(name, title, spec, ("variant", "difference", "low", "high"), rows)
 
 
 def _whole(layers: list[Spec], height: int = HEIGHT) -> Spec:

@@ -183,7 +183,7 @@ def test_a_run_that_failed_early_says_why() -> None:
         {},
         {"trials": []},
         {"trials": [{"status": "running"}], "stages": {"instruct": {}}, "gpu_s": {"spent": 3}},
-        {"trials": [{"overrides": {"a": [1, 2]}, "metrics": {"b": None}}, 7, {"overrides": None}], "compare": {"methods": [{}]}},
+        {"trials": [{"overrides": {"a": [1, 2]}, "metrics": {"b": None}}, 7, {"overrides": None}], "compare": {"metrics": {"b": [{}], "c": 3}}},
         {"trials": "none", "stages": [], "gpu_s": 3, "compare": "later", "metric": 4},
     ],
 )  # fmt: skip
@@ -193,20 +193,26 @@ def test_a_sweep_that_has_only_begun_is_shown(values: dict[str, Any]) -> None:
 
 def test_a_sweep_shows_its_best_trial_its_cost_and_its_intervals() -> None:
     page = Page(sweep_page("ranks", "/store/sweeps/ranks", sweep()))
-    assert "trial-00007: eval.heldout.accuracy 0.7, with stages.proxy_llm.lora.rank 512, cmo.upper 0.5" in page.text
+    assert "best trial ranks-0007, stages.proxy_llm.lora.rank 512, cmo.upper 0.5, method dpa: 0.7" in page.text
+    assert "the better is the larger" in page.text
     assert "9 trials: 8 done, 1 failed." in page.text
-    assert "proxy-llm 9 3 6" in page.text
+    assert "proxy_llm 9 3 6" in page.text
+    assert "spent, worker seconds 410" in page.text
     assert "saved 54%" in page.text
-    assert "cmo 5 0.71 0.03 0.01 -0.02 0.04 no difference shown" in page.text
-    assert "dpa 5 0.74 0.02 0.04 0.01 0.07 better" in page.text
+    assert "vanilla 5 0 0.7 0.02 – – – –" in page.text
+    assert "cmo 5 0 0.71 0.02 0.01 -0.02 0.04 no difference shown" in page.text
+    assert "dpa 5 0 0.74 0.02 0.04 0.01 0.07 higher" in page.text
 
 
-def test_the_smaller_is_the_better_of_a_loss() -> None:
-    values = sweep() | {"metric": "instruct.nll_mean", "mode": "min"}
-    values["compare"] |= {"metric": "instruct.nll_mean"}
-    page = Page(sweep_page("ranks", "/store/sweeps/ranks", values))
-    assert "trial-00007: instruct.nll_mean 1.3" in page.text
-    assert "0.07 worse" in page.text
+def test_figures_are_of_finished_trials_alone() -> None:
+    """What a stopped trial told last is not what it would have come to."""
+    page = Page(sweep_page("ranks", "/store/sweeps/ranks", sweep()))
+    specs = json.loads(next(s for s in page.scripts if s.startswith("{")))
+    assert len(specs["heat-map"]["data"]["values"]) == 8
+    assert {value["trial"] for value in specs["parallel"]["layer"][0]["data"]["values"]} == {
+        f"ranks-{n:04}" for n in range(9) if n != 4
+    }
+    assert "ranks-0004 failed" in page.text, "the table has it"
 
 
 def test_numbers_as_they_are_read() -> None:
