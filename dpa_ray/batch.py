@@ -65,6 +65,7 @@ class Batch:
     num_targets: int
     rows: list[tuple[str, int]] = field(default_factory=list)  # (data digest, row) of the real samples
     ids: list[str | None] = field(default_factory=list)  # their `id` in the source, which may repeat or be absent
+    places: list[str] = field(default_factory=list)  # where each stands in the source, for people
     sample: torch.Tensor | None = (
         None  # (B, T) int32, packed: number of the position's sample in the batch, or NO_SAMPLE
     )
@@ -77,6 +78,7 @@ class Batch:
     untaught: list[tuple[int, str | None, str]] = field(
         default_factory=list
     )  # (row, id, place) of those without target
+    num_skipped: int = 0  # real samples that the recipe passes over: a token without target stands for each
 
     @classmethod
     def of(cls, arrays: Arrays) -> Batch:

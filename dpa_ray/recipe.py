@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from dpa_ray.recipe_errors import RecipeError, key_path, message, shown
+from dpa_ray.recipe_errors import RecipeError, credentials_in, key_path, message, shown
 from dpa_ray.recipe_sources import ColumnsSection, Section, SourceEntry, SourceOptions, SourceSection
 from dpa_ray.recipe_yaml import apply_override, read_yaml
 
@@ -53,6 +53,10 @@ class ModelSection(Section):
         -2, description="hidden state of the tower that feeds the connector; negative counts from the last"
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    compile: bool = Field(
+        False,
+        description="compile the LLM's layers (torch.compile): fewer seconds a step, about half a minute more a stage",
+    )
     image_size: int | None = Field(None, gt=0, description="pixels a side; default: the tower's image processor's")
     template_date: str = Field("26 Jul 2024", description="what a chat template that reads the clock is told")
 
@@ -63,6 +67,10 @@ class DataSection(Section):
     eval: SourceSection | None = None
     eval_extra: dict[str, SourceSection] = Field(default_factory=dict, description="further held-out sets, by name")
     max_quarantined_fraction: float = Field(0.01, ge=0, le=1)
+    skip_ids: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        description="training samples to pass over: ids (every sample that has one), or DIGEST:ROW of prepared data",
+    )
     check_supervision: bool = Field(
         True, description="refuse data of which hardly any text token is trained on, or (in a chat) nearly every one"
     )
@@ -85,8 +93,8 @@ class CmoSection(Section):
     window: int = Field(3, ge=1)
     blind: Literal["auto", "cached", "live"] = Field(
         "auto",
-        description="q of stage 2: computed once and kept (cached, and auto where it can be), or at every step (live); "
-        "in stage 3, whose LLM may be trained, it is always live",
+        description="q of stages whose LLM is frozen, which stage 2's is and stage 3's may be: computed once and kept "
+        "(cached, and auto where it can be), or at every step (live, and always where the LLM is trained)",
     )
 
     @model_validator(mode="after")
@@ -201,6 +209,17 @@ class ClusterSection(Section):
     max_failures: int = Field(
         3, ge=0, description="lost workers that a run gets over by itself, one after the other without a new checkpoint"
     )
+    max_preemptions: int | None = Field(
+        20,
+        ge=0,
+        description="the same of nodes that are taken away, which count apart; null: however many, as long as it takes",
+    )
+    collective_timeout_s: float = Field(
+        600,
+        ge=10,
+        description="how long workers wait for one whose process does not answer before all are replaced; for one that "
+        "answers but does not come to a collective, data.stall_timeout_s longer",
+    )
 
     @property
     def min_workers(self) -> int:
@@ -290,10 +309,15 @@ class Recipe(Section):
             upper if self.cmo.upper is None else self.cmo.upper,
         )
 
+    def caches_blind(self, stage: str) -> bool:
+        """Is `stage` given a q that was computed beforehand? Where its LLM is frozen: always in stage 2, by recipe in 3."""
+        is_frozen = not self.stages.proxy_mllm.from_ if stage == "proxy_mllm" else self.stages.instruct.llm == "frozen"
+        return self.cmo.blind != "live" and self.weights(stage) != "uniform" and is_frozen
+
     @property
-    def caches_blind(self) -> bool:
-        """Is stage 2 given a q that was computed beforehand? (Its LLM is frozen, whatever the method.)"""
-        return self.cmo.blind != "live" and self.weights("proxy_mllm") != "uniform" and not self.stages.proxy_mllm.from_
+    def collective_limit_s(self) -> float:
+        """Seconds after which a collective gives up. A worker may honestly wait for its batch, and others then for it."""
+        return self.cluster.collective_timeout_s + self.data.stall_timeout_s
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, aliases as users write them; `parse` gives the same recipe back."""
@@ -329,7 +353,7 @@ def parse(values: dict[str, Any], where: str = "recipe", extra_errors: list[tupl
     Checks between keys run where the keys themselves are right.
     Raises: RecipeError with every error found, each with its key path, what was expected and what was found.
     """
-    errors = list(extra_errors or [])
+    errors = [*(extra_errors or []), *credentials_in(values)]
     recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate(values)
@@ -343,9 +367,13 @@ def parse(values: dict[str, Any], where: str = "recipe", extra_errors: list[tupl
                 defaults = "{} and {}".format(*WEIGHT_BOUNDS[weights])
                 found = f"expected lower <= upper, found lower {lower} > upper {upper}"
                 errors.append(("cmo", f"{found} (the defaults of {weights} weights are {defaults})"))
-        if recipe.cmo.blind == "cached" and not recipe.caches_blind:
+        if recipe.cmo.blind == "cached" and not any(recipe.caches_blind(s) for s in ("proxy_mllm", "instruct")):
             why = "is not trained" if recipe.stages.proxy_mllm.from_ else "has uniform weights, which need no q"
-            errors.append(("cmo.blind", f"expected auto or live, found cached: it is for stage 2, which {why}"))
+            found = f"expected auto or live, found cached: it is for stage 2, which {why}, and a frozen LLM in stage 3"
+            errors.append(("cmo.blind", found))
+        if recipe.model.compile and recipe.engine == "deepspeed" and recipe.deepspeed.zero_stage == 3:
+            found = "expected false with deepspeed.zero_stage 3, whose parameters come and go inside layers, found true"
+            errors.append(("model.compile", found))
         errors += _ignored_in_held_out(recipe)
     if errors or recipe is None:
         raise RecipeError(errors, where)

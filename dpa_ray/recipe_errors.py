@@ -8,12 +8,14 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
+from dpa_ray.credentials import has_credentials, without_credentials
+
 
 class RecipeError(Exception):
     """The recipe or an override is wrong; `errors` holds (key path, message) pairs, all of them."""
 
     def __init__(self, errors: list[tuple[str, str]], where: str = "recipe"):
-        self.errors = errors
+        self.errors = errors = [(path, without_credentials(message)) for path, message in errors]
         lines = "\n".join(f"  {path}: {message}" if path else f"  {message}" for path, message in errors)
         super().__init__(f"{where}: {len(errors)} error{'s' if len(errors) != 1 else ''}\n{lines}")
 
@@ -82,6 +84,18 @@ def message(error: Any, recipe: type[BaseModel]) -> str:
     expected = EXPECTED[kind].format(**context) if kind in EXPECTED else error["msg"].removeprefix("Input should be ")
     hint = " (put it in quotes)" if kind == "string_type" and isinstance(value, (bool, int, float)) else ""
     return f"expected {expected}, found {shown(value)}{hint}"
+
+
+def credentials_in(value: Any, path: str = "", depth: int = 0) -> list[tuple[str, str]]:
+    """An error for every text under `value` that holds an address with a user and password: a recipe is written into the
+    store, and sent to trackers."""
+    if isinstance(value, str) and has_credentials(value):
+        hint = "give them in the environment (AWS_ACCESS_KEY_ID, MLFLOW_TRACKING_USERNAME, ...)"
+        return [(path, f"expected an address without user and password, found {without_credentials(value)!r}; {hint}")]
+    if depth > 20:  # a section that contains itself; nothing of a recipe lies as deep
+        return []
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [e for key, item in pairs for e in credentials_in(item, f"{path}.{key}" if path else str(key), depth + 1)]
 
 
 def key_path(loc: tuple[Any, ...]) -> str:

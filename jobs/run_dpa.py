@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     if "=" in recipe_name and not Path(recipe_name).is_file():  # overrides of the default recipe
         recipe_name, overrides = "tiny", [recipe_name, *overrides]
 
-    _quiet_libraries()
+    quiet_libraries()
+    from dpa_ray.credentials import without_credentials
     from dpa_ray.errors import UserError
     from dpa_ray.recipe import RecipeError, load
 
@@ -47,10 +48,10 @@ def main(argv: list[str] | None = None) -> int:
         else:
             run(recipe)
     except RecipeError as err:
-        print(f"error: {err}", file=sys.stderr)
+        print(f"error: {without_credentials(str(err))}", file=sys.stderr)
         return 2
     except UserError as err:
-        print(f"error: {err}", file=sys.stderr)
+        print(f"error: {without_credentials(str(err))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """What libraries print at import would drown a run's own lines."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -2,11 +2,13 @@
 
     python -m tests.engine_worker FOLDER
 
-Writes FOLDER/<world size>-<rank>.pt, {case name: Outcome}, with torch.save. `test_engines.py` starts it and compares.
+Writes FOLDER/<world size>-<rank>.pt, {case name: Outcome}, with torch.save, and what each engine says of a step that is
+stopped. `test_engines.py` starts it and compares.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import sys
@@ -14,14 +16,18 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dpa_ray.batch import Batch
+from dpa_ray.batch import IGNORE_INDEX, NO_TURN, Batch
+from dpa_ray.data.cursor import Cursor
+from dpa_ray.engine.loop import Plan, Schedule, train
 from dpa_ray.engine.plain import PlainEngine
 from dpa_ray.engine.protocol import Engine, OptimizerSettings, all_sum
 from dpa_ray.engine.zero import ZeroEngine, _import_deepspeed
+from dpa_ray.errors import UserError
 from dpa_ray.model.step import StepModule, StepSums
 from dpa_ray.stages.trainable import select_trainable
 from tests.random_models import batch_of, make_step, make_vlm
@@ -163,6 +169,62 @@ def run(case: Case, rank: int, world_size: int) -> Outcome:
     return outcome
 
 
+POISONED = 11
+"""A token whose embedding is not finite, or has no finite gradient."""
+GUILTY = 5
+"""The row of the one sample that has it."""
+STOPPED = (None, 2, 3)
+WHATS = ("loss", "gradient", "parameters")
+
+
+def poison(module: StepModule, what: str) -> None:
+    """Make the number that is not finite: of one sample's loss, of one sample's gradient only, or of every sample."""
+    embeddings = module.model.get_input_embeddings()
+    if what == "parameters":
+        with torch.no_grad():
+            module.model.model.language_model.layers[0].mlp.up_proj.weight.fill_(torch.inf)
+        return
+
+    def poisoned(_: torch.nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
+        extra = torch.zeros_like(output)
+        at = arguments[0] == POISONED
+        # the root of 0 is 0, its gradient is infinite, and 0 times that is no number
+        extra[at] = torch.inf if what == "loss" else (0 * output[at]).sqrt()
+        return output + extra
+
+    embeddings.register_forward_hook(poisoned)
+
+
+def plain_samples(rows: Sequence[int]) -> Batch:
+    """A sample with an image for each of `rows`, of which GUILTY has the token POISONED, as its third target."""
+    batch = batch_of([f"s2 I t{3 + row % 3}" for row in rows])
+    batch.input_ids[batch.input_ids == POISONED] = 1
+    batch.input_ids[[row == GUILTY for row in rows], 8] = POISONED
+    batch.labels = torch.where(batch.turn != NO_TURN, batch.input_ids, IGNORE_INDEX)
+    batch.rows, batch.ids = [("0123456789abcdef", row) for row in rows], [f"id{row}" for row in rows]
+    batch.places = [f"set.json#{row}" for row in rows]
+    return batch
+
+
+def stop(zero_stage: int | None, what: str, rank: int, world_size: int) -> str:
+    """What is told of a step of eight samples in micro-batches of two, one of which is poisoned."""
+    case = Case(zero_stage, passes=4 // world_size)
+    module = make_module(case)
+    poison(module, what)
+    engine = make_engine(case, module)
+    cursor = Cursor([8], seed=0, global_batch_size=8, window=8)
+    plan = Plan(cursor, 1, rank, world_size, micro_batch_size=2)
+    batches = (plain_samples([int(row) for row in rows]) for rows, _ in plan)
+    try:
+        train(
+            engine, batches, plan, Schedule(1, 1e-2, 0.0), stage="instruct", seed=0, device=torch.device("cpu"),
+            record=lambda line, _: None,
+        )  # fmt: skip
+    except UserError as err:
+        return str(err)
+    return "not stopped"
+
+
 def work(rank: int, world_size: int, folder: str) -> None:
     """One rank of one world."""
     os.environ["LOCAL_RANK"] = str(rank)
@@ -172,6 +234,8 @@ def work(rank: int, world_size: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=world_size)
     found = {case.name: vars(run(case, rank, world_size)) for case in cases(world_size)}
     torch.save(found, f"{folder}/{world_size}-{rank}.pt")
+    stopped = {f"{stage} {what}": stop(stage, what, rank, world_size) for stage in STOPPED for what in WHATS}
+    Path(folder, f"stopped-{world_size}-{rank}.json").write_text(json.dumps(stopped))
     torch.distributed.destroy_process_group()
 
 

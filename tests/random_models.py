@@ -89,14 +89,15 @@ def make_vlm(
 
 
 def make_step(model: Any, kind: str, *, window: int = 3, bounds: tuple[float, float] | None = None) -> StepModule:
-    """The StepModule of a model from here; the bounds are the method's. The head takes CHUNK_ROWS targets at once."""
+    """The StepModule of a model from here; the bounds are the method's. The head takes CHUNK_ROWS targets at once,
+    and as many rows of the vocabulary."""
     lower, upper = bounds or {"uniform": (1.0, 1.0), "prob": (0.05, 0.5), "logit": (1.0, 5.0)}[kind]
     config = model.config.get_text_config()
     num_rows = VOCABULARY if config.vocab_size > VOCABULARY else None
     weighting = Weighting(kind, lower, upper, window)
     return StepModule(
         model, weighting, softcap=vlm.softcap_of(config), num_softmax_rows=num_rows,
-        chunk_bytes=CHUNK_ROWS * 4 * VOCABULARY,
+        chunk_bytes=4 * CHUNK_ROWS**2,
     )  # fmt: skip
 
 

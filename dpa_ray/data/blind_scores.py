@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from dpa_ray.batch import Encoded
 from dpa_ray.data.prepared import Prepared
 from dpa_ray.data.retry import retried
+from dpa_ray.data.skip import entry_of
 from dpa_ray.errors import UserError
 
 Scores = np.ndarray
@@ -32,6 +33,11 @@ SCHEMA = pa.schema([pa.field("log_q", pa.list_(pa.float32())), pa.field("logit",
 def file_name(shard: int) -> str:
     """Of the shard with this number in `Prepared.shards`."""
     return f"shard-{shard:05d}.parquet"
+
+
+def is_finite(scores: Scores) -> bool:
+    """Are they numbers to train with? (log q may be -inf.)"""
+    return not (np.isnan(scores).any() or np.isposinf(scores).any())
 
 
 def write_scores(path: Path, groups: Sequence[int], rows: Sequence[Scores | None]) -> None:
@@ -69,6 +75,11 @@ class BlindScores:
             raise UserError(
                 f"{place}: expected q of {num_targets} targets, found {found} in row {row} of {self._url}; delete that "
                 "folder to have it computed again, or set cmo.blind=live"
+            )
+        if not is_finite(scores):
+            raise UserError(
+                f"{place}: its q without the image, row {row} of {self._url}, is not finite; to go on without this sample, "
+                f"add {entry_of(self._prepared.digest, row)!r} to data.skip_ids"
             )
         encoded.blind = np.zeros((2, len(encoded.target)), np.float32)
         encoded.blind[:, encoded.target] = scores

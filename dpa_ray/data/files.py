@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 from pyarrow import fs
 
+from dpa_ray.credentials import has_credentials, without_credentials
 from dpa_ray.data.retry import first_line, is_outage, retried
 from dpa_ray.errors import UserError
 
@@ -38,12 +39,12 @@ def open_uri(uri: str) -> tuple[Any, str]:
     if uri.startswith("s3://"):
         path = uri.removeprefix("s3://").strip("/")
         if not path:
-            raise UserError(f"expected s3://BUCKET/PATH, found {uri!r}")
+            raise UserError(f"expected s3://BUCKET/PATH, found {without_credentials(uri)!r}")
         return _s3(path.split("/")[0], os.getpid(), *(os.environ.get(n) for n in _S3_NAMES)), path
     if uri.startswith("file://"):
         uri = unquote(uri.removeprefix("file://"))
     if "://" in uri:
-        raise UserError(f"expected a local path, file:// or s3:// URI, found {uri!r}")
+        raise UserError(f"expected a local path, file:// or s3:// URI, found {without_credentials(uri)!r}")
     return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
 
 
@@ -71,8 +72,10 @@ def _s3(bucket: str, _pid: int, s3_url: str | None, url: str | None, *rest: str 
         for name in ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"):
             os.environ.setdefault(name, "when_required")  # Ceph and rclone answer 411 to what the default sends
         scheme, _, host = endpoint.partition("://")
-        if scheme not in ("http", "https") or not host.strip("/"):
-            raise UserError(f"AWS_ENDPOINT_URL: expected http://HOST[:PORT] or https://HOST[:PORT], found {endpoint!r}")
+        if scheme not in ("http", "https") or not host.strip("/") or has_credentials(endpoint):
+            raise UserError(
+                f"AWS_ENDPOINT_URL: expected http://HOST[:PORT] or https://HOST[:PORT], found {without_credentials(endpoint)!r}"
+            )
         options = {"scheme": scheme, "endpoint_override": host.rstrip("/")}
     elif not region:
         try:

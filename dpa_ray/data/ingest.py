@@ -16,19 +16,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpa_ray.batch import Arrays, Batch, Encoded
+from dpa_ray.batch import NO_TURN, Arrays, Batch, Encoded
 from dpa_ray.data import ray_tasks, wire
 from dpa_ray.data.blind_scores import BlindScores
 from dpa_ray.data.collate import collate
 from dpa_ray.data.encode import Encoder
 from dpa_ray.data.images import ImageError, decode
-from dpa_ray.data.pack import pack
 from dpa_ray.data.pixels import Geometry, levels, pixel_shape
 from dpa_ray.data.prepared import Prepared, StoreLike
 from dpa_ray.data.retry import bridging, first_line, retried
 from dpa_ray.data.sample import Sample
+from dpa_ray.data.shard_file import open_shard
 from dpa_ray.data.shards import from_row
 from dpa_ray.errors import UserError
+from dpa_ray.pack import pack
 
 MicroBatch = tuple[np.ndarray, int]
 """(rows of its samples, none for a filler; the row to make a filler of)."""
@@ -65,7 +66,8 @@ class Loader:
 
     `image_processor` is a transformers image processor (its Geometry is kept), None where `encoder` leaves images out (template "text").
     Row numbers are those of the cursor: 0 to prepared.num_rows - 1. `packing` lays a micro-batch's samples into rows
-    without padding (see pack.py). `blind` has q of every target, computed beforehand.
+    without padding (see pack.py). `blind` has q of every target, computed beforehand. Of the rows `skipped` nothing
+    reaches the model: they keep their place in a batch with one token that is no target.
     """
 
     store: StoreLike
@@ -77,6 +79,7 @@ class Loader:
     cache_bytes: int = CACHE_BYTES
     retry_s: float = 0.0  # an S3 outage as long only delays
     blind: BlindScores | None = None
+    skipped: frozenset[int] = frozenset()
     _reader: _Reader | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -104,19 +107,22 @@ class Loader:
     def arrays(self, rows: np.ndarray, filler_row: int) -> Arrays:
         """`load` without torch."""
         is_filler = len(rows) == 0
-        samples = self.samples([filler_row] if is_filler else rows)
-        encoded = [self.encoder(sample) for sample in samples]
+        wanted = [filler_row] if is_filler else [int(row) for row in rows]
+        samples = self.samples(wanted)
+        passed_over = [row in self.skipped for row in wanted]
+        encoded = [self._stand_in() if out else self.encoder(s) for s, out in zip(samples, passed_over, strict=True)]
         if self.blind is not None:
             with bridging(self.retry_s):
-                for row, sample, e in zip([filler_row] if is_filler else rows, samples, encoded, strict=True):
-                    self.blind.join(int(row), e, sample.place)
+                for row, sample, e, out in zip(wanted, samples, encoded, passed_over, strict=True):
+                    if not out:
+                        self.blind.join(row, e, sample.place)
         images = [array for s, e in zip(samples, encoded, strict=True) for array in self._pixels(s, e)]
         arrays = collate(
             encoded,
             images,
             pad_token_id=self.pad_token_id,
             image_token_id=self.encoder.image_token_id,
-            rows=[] if is_filler else [(self.prepared.digest, int(row)) for row in rows],
+            rows=[] if is_filler else [(self.prepared.digest, row) for row in wanted],
             ids=[] if is_filler else [sample.id for sample in samples],
             num_filler=1 if is_filler else 0,
             image_shape=pixel_shape(self.image_processor),
@@ -124,12 +130,22 @@ class Loader:
             pixel_scale=None if self.image_processor is None else self.image_processor.scale,
         )
         if not is_filler:
+            arrays["places"] = [sample.place for sample in samples]
+            arrays["num_skipped"] = sum(passed_over)
+            arrays["num_tokens"] -= sum(passed_over)
             arrays["untaught"] = [
-                (int(row), sample.id, sample.place)
-                for row, sample, e in zip(rows, samples, encoded, strict=True)
-                if not e.target.any()
+                (row, sample.id, sample.place)
+                for row, sample, e, out in zip(wanted, samples, encoded, passed_over, strict=True)
+                if not out and not e.target.any()
             ]
         return arrays
+
+    def _stand_in(self) -> Encoded:
+        """What the model is given of a skipped sample: a token that pads other samples anyway. A number that is not
+        finite would come through from the sample itself, even without targets: 0 times it is not 0."""
+        no, turn = np.zeros(1, bool), np.full(1, NO_TURN, np.int32)
+        blind = None if self.blind is None else np.zeros((2, 1), np.float32)
+        return Encoded(np.array([self.pad_token_id], np.int64), no, turn, no, num_images=0, blind=blind)
 
     def _pixels(self, sample: Sample, encoded: Encoded) -> list[np.ndarray]:
         if encoded.num_images and self.image_processor is None:
@@ -202,7 +218,7 @@ class _Reader:
             found, expected = system.get_file_info(path).size, self._prepared.sizes_bytes[shard]
             if found != expected:
                 raise self._broken(shard, f"expected {expected} bytes, found {'no file' if found is None else found}")
-            file = pq.ParquetFile(system.open_input_file(path), pre_buffer=True)
+            file = open_shard(system.open_input_file(path), self._prepared.footers[shard])
             self._files[shard] = file
             while len(self._files) > _OPEN_SHARDS:
                 self._files.popitem(last=False)[1].close(force=True)

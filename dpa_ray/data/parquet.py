@@ -34,6 +34,8 @@ from dpa_ray.recipe import ColumnsSection
 _IMAGES = ("image", "images", "jpg", "jpeg", "png", "webp")
 _BATCH_ROWS = 16  # in memory at once, whatever the row groups are
 _TEXT_ROWS = 1024
+MAX_EXPANDED_BYTES, MAX_EXPANSION = 2**30, 500
+"""A column of a row group may be larger than the first, or expand further than the second, not both."""
 _BUFFER_BYTES = 2**20  # else a whole column of a row group is read at once
 
 
@@ -73,6 +75,7 @@ class Parquet:
         content, groups = hashlib.sha256(), []
         paths: dict[str, None] = {}
         with _opened(uri) as file:
+            _check_sizes(uri, file.metadata)
             names = _Names(uri, file.schema_arrow, self.columns)
             leaves = _Leaves(file, names)
             for batch in file.iter_batches(_TEXT_ROWS, columns=leaves.read):
@@ -175,6 +178,19 @@ class _Leaves:
         self.are_paths = not self.data or any(s is not None and s.has_null_count and s.null_count for s in statistics)
 
 
+def _check_sizes(uri: str, metadata: Any) -> None:
+    """Raises: UserError where a column says that it becomes far larger than any text or image does."""
+    for group in range(metadata.num_row_groups):
+        for index in range(metadata.num_columns):
+            column = metadata.row_group(group).column(index)
+            stored, size = column.total_compressed_size, column.total_uncompressed_size
+            if size > MAX_EXPANDED_BYTES and size > MAX_EXPANSION * max(1, stored):
+                raise UserError(
+                    f"{uri}: expected columns that expand at most {MAX_EXPANSION} times, found {column.path_in_schema!r} of "
+                    f"row group {group} with {size} bytes in {stored}: a decompression bomb?"
+                )
+
+
 def _is_path(column: Any) -> bool:
     return column.logical_type.type == "STRING" or column.path.split(".")[-1] == "path"
 
@@ -229,7 +245,11 @@ def _opened(uri: str) -> Iterator[pq.ParquetFile]:
     try:
         with File(uri) if uri.startswith("s3://") else _local(uri) as raw:  # Arrow reads its own with several threads
             yield pq.ParquetFile(raw, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-    except (OSError, pa.ArrowException) as err:
+    except (
+        OSError,
+        pa.ArrowException,
+        UnicodeDecodeError,
+    ) as err:  # the last: a text, or a column's name, that is no UTF-8
         raise UserError(f"{uri}: expected Parquet, found a file that cannot be read: {first_line(err)}") from None
 
 

@@ -22,10 +22,11 @@ from typing import Any
 from dpa_ray.data.bridged import BridgedStore
 from dpa_ray.data.catalog import Piece, digest, pieces, source_digest
 from dpa_ray.data.known import Known
-from dpa_ray.data.prepared import SCHEMA_VERSION, Prepared, StoreLike, find_prepared
+from dpa_ray.data.prepared import SCHEMA_VERSION, Prepared, StoreLike, find_prepared, sealed
 from dpa_ray.data.ray_tasks import bounded_retries, deaths_told, quiet_ray_data
 from dpa_ray.data.retry import bridged_s, bridging
 from dpa_ray.data.sample import Sample
+from dpa_ray.data.shard_file import footer_sha256
 from dpa_ray.data.shards import write_shard
 from dpa_ray.data.sources import Part, Rejected, Scan, Source
 from dpa_ray.errors import UserError
@@ -82,7 +83,7 @@ def _mix(store: StoreLike, found: list[Piece]) -> Prepared:
         ],
     }
     if not store.exists(f"data/{name}/manifest.json"):
-        store.write_json(f"data/{name}/manifest.json", manifest)
+        store.write_json(f"data/{name}/manifest.json", sealed(manifest))
     mixture = find_prepared(store, name)
     assert mixture is not None
     return mixture
@@ -134,7 +135,7 @@ def _prepare(
         "quarantined": dict(sorted(reasons.items())),
         "shards": shards,
     }
-    store.write_json(f"{folder}/manifest.json", manifest)
+    store.write_json(f"{folder}/manifest.json", sealed(manifest))
     store.delete(f"{folder}/parts")
     prepared = find_prepared(store, scan.digest)
     assert prepared is not None
@@ -199,7 +200,10 @@ def prepare_part(
         shard = None
         if groups:
             store.upload(Path(temporary), folder, [name])
-            shard = {"name": name, "rows": groups, "size_bytes": path.stat().st_size, "sha256": _sha256(path)}
+            shard = {
+                "name": name, "rows": groups, "size_bytes": path.stat().st_size, "sha256": _sha256(path),
+                "footer_sha256": footer_sha256(path),
+            }  # fmt: skip
     result = {
         "index": part.index,
         "num_source_rows": part.num_chosen,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from dpa_ray.errors import UserError
+from dpa_ray.errors import BrokenJson, UserError
 
 SCHEMA_VERSION = 1
 """Of the manifest."""
+SEAL = "sha256"
+"""In a manifest: of all that it says but this."""
 
 
 class StoreLike(Protocol):
@@ -38,6 +42,7 @@ class Prepared:
     shards: tuple[tuple[str, tuple[int, ...]], ...]  # (file name, rows of each row group)
     num_quarantined: int
     sizes_bytes: tuple[int, ...] = ()  # of each shard
+    footers: tuple[str, ...] = ()  # SHA-256 of each shard's footer, "" where it is not known
     source_name: str = ""  # comes before the place of a sample
     num_with_system: int = 0  # samples that have a system turn
     homes: tuple[tuple[str, str], ...] = ()  # of a mixture, for each shard: the digest and name of its source
@@ -61,38 +66,73 @@ class Prepared:
         return [rows for _, groups in self.shards for rows in groups]
 
 
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with the SHA-256 of what it says."""
+    return {**manifest, SEAL: _sha256(manifest)}
+
+
+def _sha256(manifest: dict[str, Any]) -> str:
+    rest = {name: value for name, value in manifest.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def find_prepared(store: StoreLike, digest: str) -> Prepared | None:
     """The data under `digest`, or None where it, or a source of the mixture that it is, is not prepared.
 
-    Raises: UserError where its manifest is not one that this version reads.
+    Raises: UserError where its manifest is not one that this version reads, or not what was written.
     """
     path = f"data/{digest}/manifest.json"
     if not store.exists(path):
         return None
-    manifest = store.read_json(path)
     try:
+        manifest = store.read_json(path)
         if manifest["schema"] != SCHEMA_VERSION or manifest["digest"] != digest:
             raise ValueError(f"schema {manifest['schema']}, digest {manifest['digest']}")
-        if "mixture" in manifest:
-            pieces = manifest["mixture"]
-            found = [(find_prepared(store, piece["digest"]), piece["times"]) for piece in pieces]
-            parts = [(part, times) for part, times in found if part is not None]
-            return mixed(digest, parts) if len(parts) == len(pieces) else None
-        return Prepared(
-            digest=digest,
-            num_rows=manifest["num_rows"],
-            shards=tuple((shard["name"], tuple(shard["rows"])) for shard in manifest["shards"]),
-            num_quarantined=manifest["num_quarantined"],
-            sizes_bytes=tuple(shard["size_bytes"] for shard in manifest["shards"]),
-            source_name=manifest["source_name"],
-            num_with_system=manifest["num_with_system"],
-        )
-    except (KeyError, TypeError, ValueError) as err:
+        if manifest.get(SEAL, "") not in ("", _sha256(manifest)):  # older ones have none
+            raise ValueError("its content is not what was written: its SHA-256 is another")
+        if "mixture" not in manifest:
+            return _source(digest, manifest)
+        pieces = [(_text(piece["digest"]), _count(piece["times"])) for piece in manifest["mixture"]]
+        if digest in dict(pieces):
+            raise ValueError("a mixture of itself")
+    except (BrokenJson, KeyError, TypeError, ValueError, AttributeError, RecursionError) as err:
         folder = store.url(f"data/{digest}")
         raise UserError(
             f"{store.url(path)}: expected a manifest of schema {SCHEMA_VERSION} for {digest}, found another ({err}); "
             f"delete the folder {folder} to have the data prepared again"
         ) from None
+    parts = [(part, times) for name, times in pieces if (part := find_prepared(store, name)) is not None]
+    return mixed(digest, parts) if len(parts) == len(pieces) else None
+
+
+def _source(digest: str, manifest: dict[str, Any]) -> Prepared:
+    """One source's. Raises: KeyError, TypeError or ValueError where the manifest is odd."""
+    shards = manifest["shards"]
+    found = Prepared(
+        digest=digest,
+        num_rows=_count(manifest["num_rows"]),
+        shards=tuple((_text(shard["name"]), tuple(map(_count, shard["rows"]))) for shard in shards),
+        num_quarantined=_count(manifest["num_quarantined"]),
+        sizes_bytes=tuple(_count(shard["size_bytes"]) for shard in shards),
+        footers=tuple(_text(shard.get("footer_sha256", "")) for shard in shards),
+        source_name=_text(manifest["source_name"]),
+        num_with_system=_count(manifest["num_with_system"]),
+    )
+    if found.num_rows != sum(found.row_groups):
+        raise ValueError(f"{found.num_rows} rows, {sum(found.row_groups)} in its shards")
+    return found
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"expected a number of 0 or more, found {value!r}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a text, found {value!r}")
+    return value
 
 
 def mixed(digest: str, parts: Sequence[tuple[Prepared, int]]) -> Prepared:
@@ -104,6 +144,7 @@ def mixed(digest: str, parts: Sequence[tuple[Prepared, int]]) -> Prepared:
         shards=tuple(shard for part in each for shard in part.shards),
         num_quarantined=sum(part.num_quarantined for part, _ in parts),
         sizes_bytes=tuple(size for part in each for size in part.sizes_bytes),
+        footers=tuple(footer for part in each for footer in part.footers),
         num_with_system=sum(part.num_with_system for part in each),
         homes=tuple((part.digest, part.source_name) for part in each for _ in part.shards),
     )

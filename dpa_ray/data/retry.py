@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from dpa_ray.errors import NoAnswer, UserError
+from dpa_ray.outages import told_by_arrow
 
 FIRST_WAIT_S = 0.5
 MAX_WAIT_S = 15.0
@@ -20,49 +20,53 @@ MAX_WAIT_S = 15.0
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-_AWAY = re.compile(
-    r"REQUEST_TIMEOUT|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|HTTP status (?:429|5\d\d)\b"
-)
-# libcurl's numbers: name not resolved, refused, cut short, timed out, empty answer, send or receive failed, HTTP/2 reset
-_CURL_AWAY = frozenset({6, 7, 16, 18, 28, 52, 55, 56, 92})
-_TLS_FAILED = 35
-_TLS_CUT = re.compile(r"reset by peer|unexpected eof|SYSCALL", re.IGNORECASE)
+
+Report = Callable[[str], None]
 
 
 class _Bridges:
     """The `bridging` blocks that this process is in, whose longest counts. They need not end in any order."""
 
     def __init__(self) -> None:
-        self._lock, self._open = threading.Lock(), list[float]()
+        self._lock, self._open = threading.Lock(), list[tuple[float, Report | None]]()
 
     @property
     def retry_s(self) -> float:
         with self._lock:
-            return max(self._open, default=0.0)
+            return max((retry_s for retry_s, _ in self._open), default=0.0)
 
-    def begin(self, retry_s: float) -> None:
+    def begin(self, retry_s: float, report: Report | None) -> None:
         with self._lock:
-            self._open.append(retry_s)
+            self._open.append((retry_s, report))
 
-    def end(self, retry_s: float) -> None:
+    def end(self, retry_s: float, report: Report | None) -> None:
         with self._lock:
-            self._open.remove(retry_s)
+            self._open.remove((retry_s, report))
+
+    def tell(self, text: str) -> None:
+        """To the log, and to everybody who wants to be told."""
+        _log.warning("%s", text)
+        with self._lock:
+            reports = [report for _, report in self._open if report is not None]
+        for report in reports:
+            report(text)
 
 
 _BRIDGES = _Bridges()
 
 
 @contextmanager
-def bridging(retry_s: float) -> Iterator[None]:
+def bridging(retry_s: float, report: Report | None = None) -> Iterator[None]:
     """In this block, every thread of this process waits up to `retry_s` for an S3 server that is away.
 
     Of the process, because sources read with threads of their own; other processes (Ray tasks) need their own block.
+    `report` is told, from any thread, when an outage begins.
     """
-    _BRIDGES.begin(retry_s)
+    _BRIDGES.begin(retry_s, report)
     try:
         yield
     finally:
-        _BRIDGES.end(retry_s)
+        _BRIDGES.end(retry_s, report)
 
 
 def bridged_s() -> float:
@@ -73,21 +77,11 @@ def bridged_s() -> float:
 def is_outage(err: BaseException) -> bool:
     """Is `err`, as Arrow or the store raises it, about an S3 server that is away, not about the request or a local file?
 
-    Arrow's OSError has its kind in its text only (seen with pyarrow 26 and libcurl); those with an errno are of local
-    files or of a missing object. A TLS failure means a wrong scheme or certificate, unless the connection broke off.
+    OSErrors with an errno are of local files or of a missing object.
     """
     if isinstance(err, NoAnswer):
         return True
-    text = str(err)
-    if not isinstance(err, OSError) or err.errno is not None or "AWS Error " not in text:
-        return False
-    kind = text.partition("AWS Error ")[2]
-    if not kind.startswith("NETWORK_CONNECTION"):
-        return _AWAY.match(kind.removeprefix("UNKNOWN (")) is not None
-    code = re.search(r"curlCode: (\d+)", kind)
-    if code is None:
-        return True
-    return int(code[1]) in _CURL_AWAY or (int(code[1]) == _TLS_FAILED and _TLS_CUT.search(kind) is not None)
+    return isinstance(err, OSError) and err.errno is None and told_by_arrow(str(err))
 
 
 def wait_s(num_tries: int, elapsed_s: float, retry_s: float, draw: float) -> float | None:
@@ -141,10 +135,10 @@ def retried(
         retry_s = bridged_s()
         if retry_s == 0 or not is_outage(err):
             raise
-        reason = _reason(err)
+        reason = _reason(err, url)
     first, num_tries = now(), 1
     if _WAITING.enter():
-        _log.warning("%s: S3 is away (%s); trying again for %g s (data.retry_s)", url, reason, retry_s)
+        _BRIDGES.tell(f"{url}: S3 is away ({reason}); trying again for {retry_s:g} s (data.retry_s)")
     try:
         while (pause := wait_s(num_tries, now() - first, retry_s, draw())) is not None:
             sleep(pause)
@@ -153,7 +147,7 @@ def retried(
             except (OSError, NoAnswer) as err:
                 if not is_outage(err):
                     raise
-                reason, num_tries = _reason(err), num_tries + 1
+                reason, num_tries = _reason(err, url), num_tries + 1
     finally:
         _WAITING.leave()
     raise UserError(
@@ -162,10 +156,12 @@ def retried(
     )
 
 
-def _reason(err: BaseException) -> str:
-    """The end of Arrow's long message that says it: Failed to connect to 10.0.0.1:80, for one."""
+def _reason(err: BaseException, url: str) -> str:
+    """Of Arrow's long message the end, which says it (Failed to connect to 10.0.0.1:80, for one); of the store's own what
+    stands between the address and the advice, both of which are told anyway."""
     line = first_line(err)
-    return line.rpartition("; Details: ")[2] or line
+    end = line.rpartition("; Details: ")[2]
+    return end if end != line else line.removeprefix(f"{url}: ").partition("; check that")[0]
 
 
 def first_line(err: BaseException) -> str:

@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dpa_ray.data.prepared import Prepared, StoreLike
 from dpa_ray.data.retry import bridging, first_line, retried
 from dpa_ray.data.sample import Sample
+from dpa_ray.data.shard_file import open_shard
 from dpa_ray.errors import UserError
 
 FOOTER_KEY = "dpa_ray.sizes"
@@ -77,19 +77,21 @@ class Sizes:
     def _read(self, shard: int) -> tuple[int, np.ndarray]:
         folder = self._prepared.shard_folder(shard)
         path = f"{folder}/{self._prepared.shards[shard][0]}"
+        again = f"delete {self._store.url(folder)} to have the data prepared again"
         try:
-            footer = retried(lambda: self._footer(path), self._store.url(path))
+            footer = retried(lambda: self._footer(path, self._prepared.footers[shard]), self._store.url(path))
             sizes = np.frombuffer(base64.b64decode(footer.get(FOOTER_KEY.encode(), b"")), np.uint8)
         except (OSError, ValueError, pa.ArrowException) as err:
-            raise UserError(f"{self._store.url(path)}: its footer cannot be read: {first_line(err)}") from None
+            remedy = "" if "AWS Error " in str(err) else f"; {again}"  # the server's refusal says nothing of the shard
+            raise UserError(f"{self._store.url(path)}: its footer cannot be read: {first_line(err)}{remedy}") from None
         if len(sizes) != self._num_rows[shard]:
             raise UserError(
                 f"{self._store.url(path)}: expected the sizes of {self._num_rows[shard]} rows in its footer, found "
-                f"{len(sizes)}; delete {self._store.url(folder)} to have the data prepared again"
+                f"{len(sizes)}; {again}"
             )
         return shard, sizes
 
-    def _footer(self, path: str) -> dict[bytes, bytes]:
+    def _footer(self, path: str, expected_sha256: str) -> dict[bytes, bytes]:
         system, root = self._store.arrow()
         with system.open_input_file(f"{root}/{path}") as file:
-            return pq.ParquetFile(file).metadata.metadata or {}
+            return open_shard(file, expected_sha256).metadata.metadata or {}

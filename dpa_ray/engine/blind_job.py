@@ -10,23 +10,25 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from dpa_ray.data.blind_scores import Scores, file_name, write_scores
+from dpa_ray.data.blind_scores import Scores, file_name, is_finite, write_scores
 from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.encode import Encoder
-from dpa_ray.data.pack import first_fit
 from dpa_ray.data.retry import bridging
 from dpa_ray.data.sample import Sample
+from dpa_ray.data.skip import entry_of
 from dpa_ray.data.texts import text_groups
 from dpa_ray.data.threads import ordered_map
-from dpa_ray.engine.protocol import from_rank_0, rank, world_size
-from dpa_ray.errors import UserError
+from dpa_ray.engine.protocol import barrier, from_rank_0, rank, world_size
+from dpa_ray.errors import BrokenJson, UserError
 from dpa_ray.model.blind import TextSample, packed_scores, row_width, text_of
+from dpa_ray.pack import first_fit
 from dpa_ray.stages.blind import BlindBuilt, build_blind, encoder
 from dpa_ray.stages.spec import BlindTask
 from dpa_ray.store.artifacts import commit, digest_folder
@@ -36,17 +38,28 @@ from dpa_ray.store.fs import Store
 PASS_TOKENS = {"cuda": 8192, "cpu": 2048}
 """Text tokens of one forward pass."""
 
-Text = tuple[TextSample, str] | None
-"""A row's text and where the sample comes from; None where nobody asks for it."""
+
+@dataclass(frozen=True)
+class _Text:
+    """A row's text, where it comes from, what names it in `data.skip_ids`, and whether it is there."""
+
+    sample: TextSample
+    place: str
+    entry: str
+    skipped: bool
+
+
+Text = _Text | None
+"""None where nobody asks for the row."""
 
 
 def compute_blind(
     task: BlindTask, store: Store, device: torch.device, cursor: Cursor, tell: Callable[..., None]
 ) -> None:
-    """Compute and commit q of the samples that stage 2 takes by `cursor`. All ranks call it.
+    """Compute and commit q of the samples that the reading stage takes by `cursor`. All ranks call it.
 
-    `tell` brings an event to the driver, from any rank. Raises: UserError where a sample cannot be read or has a q that is
-    not finite, or where the LLM does not fit on the device.
+    `tell` brings an event to the driver, from any rank. Raises: UserError where a sample cannot be read or (one that
+    stage 2 does not skip) has a q that is not finite, or where the LLM does not fit on the device.
     """
     start = time.perf_counter()
     wanted = chosen_rows(cursor, task.reader.num_steps, task.reader.data.num_rows)
@@ -66,8 +79,7 @@ def compute_blind(
                 f"q cannot be computed beforehand: the whole LLM has to fit on each worker's GPU ({str(err).splitlines()[0]}); "
                 "set cmo.blind=live"
             ) from None
-    if world_size() > 1:
-        torch.distributed.barrier()
+    barrier()
     if rank() == 0:
         meta = {
             "num_samples": int(wanted.sum()), "num_shards": len(sizes), "num_shards_found": len(sizes) - len(left),
@@ -120,16 +132,27 @@ def _compute(
 def _texts(task: BlindTask, store: Store, encode: Encoder, shard: int, wanted: np.ndarray) -> Iterator[list[Text]]:
     """The texts of each row group, encoded by a thread ahead of the caller."""
 
+    data, skipped = task.reader.data, {s.row for s in task.reader.skipped}
+    start = sum(sum(groups) for _, groups in data.shards[:shard])
+
+    def text(inside: int, sample: Sample) -> Text:
+        if not wanted[inside]:
+            return None
+        row = start + inside
+        try:
+            e = encode(sample)
+        except UserError:
+            if row not in skipped:
+                raise
+            return None
+        own = text_of(e.input_ids, e.target, encode.image_token_id)
+        return _Text(own, sample.place, entry_of(data.digest, row), row in skipped)
+
     def encoded(numbered: tuple[int, list[Sample]]) -> list[Text]:
         first, samples = numbered
-        return [_text(encode, s) if wanted[first + i] else None for i, s in enumerate(samples)]
+        return [text(first + i, sample) for i, sample in enumerate(samples)]
 
-    return ordered_map(encoded, _numbered(text_groups(store, task.reader.data, shard)), 1)
-
-
-def _text(encode: Encoder, sample: Sample) -> tuple[TextSample, str]:
-    e = encode(sample)
-    return text_of(e.input_ids, e.target, encode.image_token_id), sample.place
+    return ordered_map(encoded, _numbered(text_groups(store, data, shard)), 1)
 
 
 def _numbered(groups: Iterator[list[Sample]]) -> Iterator[tuple[int, list[Sample]]]:
@@ -145,7 +168,7 @@ def _passes(groups: Iterator[list[Text]], num_tokens: int) -> Iterator[list[Text
     size = 0
     for group in groups:
         for text in group:
-            length = len(text[0].input_ids) if text else 0
+            length = len(text.sample.input_ids) if text else 0
             if part and size + length > num_tokens:
                 yield part
                 part, size = [], 0
@@ -156,19 +179,36 @@ def _passes(groups: Iterator[list[Text]], num_tokens: int) -> Iterator[list[Text
 
 
 def _scored(built: BlindBuilt, texts: list[Text]) -> list[Scores | None]:
-    """Scores of `texts`, None for each None."""
+    """Scores of `texts`, None for each None; what is not finite (of a sample that is skipped) as it is: it goes under a
+    key that says nothing of what is skipped."""
     given = [text for text in texts if text is not None]
-    samples = [sample for sample, _ in given]
-    lengths = [len(sample.input_ids) for sample in samples]
     if not given:
         return [None] * len(texts)
-    layout = first_fit(lengths, max(row_width(built.llm.base_model.config), *lengths))
-    scores = packed_scores(built.llm, samples, layout, softcap=built.softcap, num_rows=built.num_softmax_rows)
-    for (_, place), found in zip(given, scores, strict=True):
-        if np.isnan(found).any() or np.isposinf(found).any():
-            raise UserError(f"{place}: the LLM's q without the image is not finite; are its weights?")
+    scores = _scores(built, [text.sample for text in given])
+    if not all(map(is_finite, scores)):
+        # one that is not finite spoils those that share its row: each alone
+        scores = [score for text in given for score in _scores(built, [text.sample])]
+        _check_finite(given, scores)
     found_of = iter(scores)
     return [None if text is None else next(found_of) for text in texts]
+
+
+def _scores(built: BlindBuilt, samples: list[TextSample]) -> list[Scores]:
+    lengths = [len(sample.input_ids) for sample in samples]
+    layout = first_fit(lengths, max(row_width(built.llm.base_model.config), *lengths))
+    return packed_scores(built.llm, samples, layout, softcap=built.softcap, num_rows=built.num_softmax_rows)
+
+
+def _check_finite(texts: list[_Text], scores: list[Scores]) -> None:
+    """Raises: UserError where a q is not finite that stage 2 reads."""
+    wrong = [text for text, found in zip(texts, scores, strict=True) if not is_finite(found)]
+    told = next((text for text in wrong if not text.skipped), None)
+    if told is None:
+        return
+    do = "are its weights?"
+    if len(wrong) < len(texts):
+        do += f" To go on without this sample, add {told.entry!r} to data.skip_ids"
+    raise UserError(f"{told.place}: the LLM's q without the image is not finite; {do}")
 
 
 # -- what is kept of a job that was broken off
@@ -186,13 +226,26 @@ def _stage(store: Store, task: BlindTask, folder: Path, name: str) -> None:
 
 def staged(store: Store, task: BlindTask) -> dict[str, dict[str, Any]]:
     """{name: size and SHA-256} of the files that are there as they were written; others do not count."""
-    names = [n.removesuffix(".json") for n in store.list(staging(task)) if n.endswith(".json")]
-    files = {name: store.read_json(f"{staging(task)}/{name}.json") for name in names}
+    found = {n: _noted(store, task, n) for n in _without_json(store.list(staging(task)))}
+    files = {name: entry for name, entry in found.items() if entry is not None}
     there = set(store.list(staging(task)))
     with tempfile.TemporaryDirectory() as tmp:
-        store.download(staging(task), Path(tmp), [n for n in names if n in there])
+        store.download(staging(task), Path(tmp), [n for n in files if n in there])
         wrong = differences(Path(tmp), files)
     return {name: entry for name, entry in files.items() if name not in wrong}
+
+
+def _without_json(names: Sequence[str]) -> list[str]:
+    return [name.removesuffix(".json") for name in names if name.endswith(".json")]
+
+
+def _noted(store: Store, task: BlindTask, name: str) -> dict[str, Any] | None:
+    """What was written down of a staged file; None where that is damaged, so that the file is made again."""
+    try:
+        entry = store.read_json(f"{staging(task)}/{name}.json")
+        return {"size_bytes": int(entry["size_bytes"]), "sha256": str(entry["sha256"])}
+    except (BrokenJson, KeyError, TypeError, ValueError):
+        return None
 
 
 def _finish(task: BlindTask, store: Store, names: Sequence[str], meta: dict[str, Any], start: float) -> None:

@@ -25,7 +25,7 @@ from dpa_ray.data.bridged import BridgedStore
 from dpa_ray.data.retry import bridging, retried
 from dpa_ray.engine import state
 from dpa_ray.engine.logs import METRICS, SAMPLES, Before, Recorder
-from dpa_ray.engine.protocol import Engine, all_sum, from_rank_0, rank, world_size
+from dpa_ray.engine.protocol import Engine, all_sum, barrier, from_rank_0, rank, world_size
 from dpa_ray.errors import UserError
 from dpa_ray.stages.spec import TrainTask
 from dpa_ray.store import checkpoints
@@ -79,16 +79,20 @@ class Checkpointer:
         note: Callable[[str], None],
         saved: Callable[[int], None],
         drained: Callable[[], object | None],
+        confirm: Callable[[], None] = lambda: None,
+        wanted: Callable[[], bool] = lambda: False,
     ):
         """
         Args:
             note: takes what a person should know, on any rank.
             saved: rank 0: is told the step of every checkpoint that is whole.
             drained: which workers' nodes are about to go, or None? Asked on all ranks at once.
+            confirm: rank 0: raises where another process may have taken the stage over.
+            wanted: rank 0: does anybody else want a checkpoint now?
         """
         self.store, self.task, self.engine, self.recorder, self.device = store, task, engine, recorder, device
         self.section = task.recipe.checkpoint
-        self.note, self.saved, self.drained = note, saved, drained
+        self.note, self.saved, self.drained, self.confirm, self.wanted = note, saved, drained, confirm, wanted
         self.stage, self.key = task.result.stage, task.result.key
         self.pending: _Pending | None = None
         self.leaving: object | None = None
@@ -96,10 +100,10 @@ class Checkpointer:
         sweep_tmp()
 
     def votes(self) -> list[float]:
-        """Rank 0: is it time to save, and to ask about nodes that go? Any rank: is it still writing, has it failed to?"""
+        """Rank 0: is it time to save, or asked for, and is it time to ask about nodes that go? Any rank: is it still writing, has it failed to?"""
         now, first, every_s = time.monotonic(), rank() == 0, self.section.every_s
-        due = first and every_s is not None and now - self.last_save >= every_s
         ask = first and now - self.last_ask >= DRAIN_EVERY_S
+        due = first and ((every_s is not None and now - self.last_save >= every_s) or (ask and self.wanted()))
         return [float(vote) for vote in (due, ask, *self._progress())]
 
     def before_telling(self) -> None:
@@ -221,6 +225,7 @@ class Checkpointer:
             untaught += found["untaught"]
             for name, start, length in found["fragments"]:
                 index.setdefault(name, []).append([start, length, _file_of(number)])
+        self.confirm()
         self.recorder.log.flush()  # a checkpoint does not count before the metrics up to it are there
         rest = {
             "files": files, "index": index, "num_updates": pending.num_updates, "world_size": world_size(),
@@ -288,6 +293,7 @@ def restore(
         raise
     except Exception as err:  # whatever odd content leads to: it is content, and another checkpoint may be sound
         problem = f"{store.url(checkpoint.path)}: {type(err).__name__}: {err}"
+    barrier()  # reading may take one rank longer than a collective may
     if all_sum(torch.tensor([float(problem is not None)], device=device)) > 0:
         for fragment, old in zip(fragments, kept, strict=True):
             for kind, tensor in fragment.tensors.items():

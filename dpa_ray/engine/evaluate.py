@@ -15,7 +15,7 @@ from dpa_ray.data.encode import Encoder
 from dpa_ray.data.images import decode
 from dpa_ray.data.ingest import Loader
 from dpa_ray.data.pixels import pixels
-from dpa_ray.engine.protocol import rank, world_size
+from dpa_ray.engine.protocol import barrier, rank, world_size
 from dpa_ray.eval.exact_match import Answering, ExactMatch, Question, matches, score, with_shuffled_images
 from dpa_ray.model.export import load_exported
 from dpa_ray.stages.spec import EvalTask
@@ -92,6 +92,7 @@ def _shared(answer: Answering, questions: list[Question]) -> list[str]:
     if world_size() == 1:
         return mine
     parts: list[Any] = [None] * world_size()
+    barrier()  # answers may take one worker longer than a collective may
     torch.distributed.all_gather_object(parts, mine)
     whole = [""] * len(questions)
     for r, part in enumerate(parts):

@@ -37,8 +37,9 @@ def collect(module: StepModule, loader: Loader, device: torch.device) -> list[st
     Raises: UserError where a sample cannot be read.
     """
     loader = replace(loader, blind=None, packing=False)  # q is live: a cache has that of the samples taken alone
-    rows = np.unique(np.linspace(0, loader.prepared.num_rows - 1, NUM_EXAMPLES).astype(int))
-    return [json.dumps(_example(module, loader, int(row), device), ensure_ascii=False) + "\n" for row in rows]
+    rows = np.unique(np.linspace(0, loader.prepared.num_rows - 1, NUM_EXAMPLES).astype(int)).tolist()
+    shown = [_example(module, loader, row, device) for row in rows if row not in loader.skipped]
+    return [json.dumps(example, ensure_ascii=False) + "\n" for example in shown]
 
 
 def _example(module: StepModule, loader: Loader, row: int, device: torch.device) -> dict[str, Any]:

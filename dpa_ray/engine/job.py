@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 import time
@@ -10,18 +11,31 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpa_ray.credentials import without_credentials
 from dpa_ray.data.prepare import find_prepared
-from dpa_ray.engine import reporting
+from dpa_ray.data.retry import bridging, retried
+from dpa_ray.engine import placing, reporting
 from dpa_ray.engine.evaluate import RESULT
+from dpa_ray.engine.messages import FAILED, PROGRESS
+from dpa_ray.errors import UserError
 from dpa_ray.recipe import Recipe
 from dpa_ray.report import console, trackers
+from dpa_ray.report.goodput import LAUNCHED, Ledger
 from dpa_ray.report.metrics import FILE as METRICS
+from dpa_ray.report.metrics import read
+from dpa_ray.report.watch import Watch
+from dpa_ray.stages import arithmetic
 from dpa_ray.stages.pipeline import HELD_OUT, Pipeline, Plan, make_plan, num_steps
 from dpa_ray.stages.preflight import trainables
 from dpa_ray.stages.runs import RUN_FILE, Run
-from dpa_ray.stages.spec import Task
-from dpa_ray.store import lease
+from dpa_ray.stages.spec import BLIND, Task
+from dpa_ray.store import lease, probe
 from dpa_ray.store.fs import Store
+
+KEEP_GOODPUT_EVERY_S = 10.0
+"""So often at most, when something is saved (and always, when workers failed), run.json says how time was spent."""
+
+_log = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -30,38 +44,64 @@ def run(recipe: Recipe) -> dict[str, Any]:
     Raises: RecipeError where the run's name is taken; LeaseTaken where another process is at work on it; UserError for
         whatever the user can mend. Finished stages and checkpoints are kept in every case.
     """
-    store = Store(recipe.store)
+    store = Store(recipe.store, through=retried)
     store.check()
     run_record = Run(store, recipe)
     run_record.check_name()
     trackers.check(recipe.trackers)
     device = "GPU" if recipe.cluster.gpus_per_worker else "CPU"
     console.header(recipe, device=device, store=store.uri)
-    with lease.held(store, f"{run_record.path}/lease", report=_print, lost=lambda: None) as taken:
+    with (
+        bridging(recipe.data.retry_s),
+        lease.held(store, f"{run_record.path}/lease", report=_print, lost=lambda: None) as held,
+    ):
         run_record.check_name()  # again: another run may have had the lease meanwhile
+        run_record.confirm = held.confirm
 
         def check() -> None:
-            if taken.is_set():
+            if held.taken:
                 raise lease.LeaseTaken(f"{store.url(run_record.path)}: another process has taken this run over")
+
+        ledger = Ledger(run_record.started, run_record.earlier_goodput())
+        run_record.goodput = lambda: ledger.entries(time.time())
+
+        def keep_goodput() -> None:
+            if held.taken:
+                return
+            try:
+                run_record.write("running")
+            except (UserError, OSError) as err:  # the next time, perhaps; training does not need it
+                _log.warning("what the run's time was spent on is not written down: %s", err)
 
         with console.Progress() as progress:
             plan = make_plan(recipe, store, make=True, report=progress.note)
             pipeline = Pipeline(plan, store, run_record, progress.note)
-            view = View(progress, recipe, store, run_record.path)
+            view = View(progress, recipe, run_record, ledger, keep_goodput)
             try:
+                if plan.needed:
+                    _look_ahead(plan, store, progress.note)
                 pipeline.carry_out(
                     lambda tasks: _launch(tasks, store, recipe, view, check), start=lambda: _start(recipe, view)
                 )
             except BaseException as err:
-                if run_record.values and not taken.is_set():  # else nothing was begun, or another process goes on
-                    run_record.write("failed", error=str(err) or type(err).__name__)
-                    if isinstance(err, Exception):  # who interrupts does not want to wait
-                        _write_report(store, recipe, progress.note)
+                _failed(err, run_record, view, Store(recipe.store))
                 raise
-            finally:
-                view.close()
+            view.close(store)
         check()
-        return _closing(plan, pipeline, store, run_record)
+        return _closing(plan, pipeline, store, run_record, ledger)
+
+
+def _failed(err: BaseException, run_record: Run, view: View, store: Store) -> None:
+    """Write down what can be of a run that ends with `err`, which matters more than that something cannot be; `store`
+    does not wait."""
+    try:
+        view.close(store)
+        if run_record.values:  # else nothing was begun
+            run_record.write("failed", store, error=without_credentials(str(err)) or type(err).__name__)
+            if isinstance(err, Exception):  # who interrupts does not want to wait
+                _write_report(store, run_record.recipe, view.progress.note)
+    except (UserError, OSError) as also:
+        view.progress.note(f"not everything about this run's end could be written: {also}")
 
 
 def _write_report(store: Store, recipe: Recipe, note: Callable[[str], None]) -> bool:
@@ -79,6 +119,14 @@ def _print(text: str) -> None:
     console.terminal().print(text, soft_wrap=True)
 
 
+def _look_ahead(plan: Plan, store: Store, note: Callable[[str], None]) -> None:
+    """The cheap part of `jobs/doctor.py`. Raises: UserError where the store refuses what a run asks of it."""
+    recipe = plan.recipe
+    layouts = [arithmetic.batch_layout(recipe, s, recipe.cluster.max_workers) for s in plan.stages if s in plan.needed]
+    for text in (*probe.check(store), *(text for layout in layouts for text in arithmetic.risks(layout))):
+        note(text)
+
+
 def _start(recipe: Recipe, view: View) -> None:
     from dpa_ray.engine import launch  # Ray takes seconds to import, and a run that reuses everything needs none
 
@@ -87,31 +135,51 @@ def _start(recipe: Recipe, view: View) -> None:
     where = launch.connect(recipe.cluster)
     view.progress.note(f"{where}, up in {time.perf_counter() - start:.0f} s")
     launch.wait_for_resources(recipe.cluster)
+    nodes = launch.node_resources()
+    placed = placing.place(nodes, recipe.cluster, recipe.data.workers)
+    for text in placing.problems(placed, nodes, recipe.cluster):
+        view.progress.note(text)
 
 
 def _launch(tasks: Sequence[Task], store: Store, recipe: Recipe, view: View, check: Callable[[], None]) -> None:
     from dpa_ray.engine import launch
 
-    launch.launch(tasks, store, recipe.cluster, recipe.name, view.handle, check)
+    view.ledger.saw(LAUNCHED, {}, time.time())
+    view.keep_goodput()
+    launch.launch(tasks, store, recipe.cluster, view.handle, check)
 
 
 class View:
-    """The workers' events: to the screen and the trackers."""
+    """The workers' events: to the screen, the trackers and the ledger of the run's time."""
 
-    def __init__(self, progress: console.Progress, recipe: Recipe, store: Store, run_path: str):
+    def __init__(
+        self,
+        progress: console.Progress,
+        recipe: Recipe,
+        run_record: Run,
+        ledger: Ledger,
+        keep_goodput: Callable[[], None],
+    ):
+        """`keep_goodput` writes down what the ledger says: what a job that is killed has spent is not forgotten."""
         self.progress = progress
         self.recipe = recipe
-        self.store = store
-        self.run_path = run_path
+        self.run_record = run_record
+        self.watch = Watch(recipe, run_record.warnings, self._steps_before)
         self.folder = Path(tempfile.mkdtemp(prefix="dpa_ray-"))
         self.trackers: trackers.Trackers | None = None
+        self.ledger, self.keep_goodput = ledger, keep_goodput
+        self.kept_at_s = 0.0
 
     def open_trackers(self) -> None:
         """Before anything starts: a tracking server that does not answer is told at once."""
         self.trackers = trackers.Trackers(self.recipe.trackers, self.folder, self.recipe.name, self.recipe.to_dict())
 
-    def handle(self, kind: str, values: dict[str, Any]) -> None:
+    def handle(self, kind: str, values: dict[str, Any], at_s: float) -> None:
         """One event of rank 0."""
+        self.ledger.saw(kind, values, at_s)
+        if kind == FAILED or (kind in PROGRESS and at_s - self.kept_at_s >= KEEP_GOODPUT_EVERY_S):
+            self.kept_at_s = at_s
+            self.keep_goodput()
         if kind == "stage_started":
             names = values.pop("names")
             self.progress.stage_started(values["stage"], values["num_steps"], values["trainable"])
@@ -121,7 +189,9 @@ class View:
                 f"{len(names)} tensors ({shown})"
             )
         elif kind == "step":
+            values.pop("saving_s")
             self.progress.step(values)
+            self._watch(values)
             if self.trackers is not None:
                 self.trackers.log(values["stage"], values["step"], values)
         elif kind == "note":
@@ -136,19 +206,41 @@ class View:
             self.progress.stage_finished()
         elif kind == "task_started":
             texts = {"proxy_merged": "merging the proxy's LoRA", "eval": "answering held-out questions"}
-            self.progress.note(texts.get(values["stage"], values["stage"]))
+            if values["stage"] in texts:
+                self.progress.note(texts[values["stage"]])
 
-    def close(self) -> None:
+    def _watch(self, record: dict[str, Any]) -> None:
+        """Tell what may be going wrong, and write it to run.json."""
+        new = self.watch.step(record)
+        if self.run_record.warnings == self.watch.warnings:
+            return
+        self.run_record.warnings = self.watch.warnings.copy()
+        for warned in new:
+            self.progress.note(f"warning: {warned['text']}")
+        try:
+            self.run_record.write("running")
+        except (UserError, OSError) as err:  # it is there with the next that is written
+            self.progress.note(f"run.json could not be written: {err}")
+
+    def _steps_before(self, stage: str) -> list[dict[str, Any]]:
+        """The stage's steps in the run's metrics so far."""
+        every = read(self.run_record.store, self.run_record.path)
+        return [record for record in every if record["stage"] == stage]
+
+    def close(self, store: Store) -> None:
         """TensorBoard's files into the store, runs/<name>/tensorboard."""
         if self.trackers is not None:
             self.trackers.close()
         files = [p for p in self.folder.rglob("*") if p.is_file() and not p.is_symlink()]
-        if files:
-            self.store.upload(self.folder, self.run_path, [p.relative_to(self.folder).as_posix() for p in files])
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            if files:
+                names = [p.relative_to(self.folder).as_posix() for p in files]
+                store.upload(self.folder, self.run_record.path, names)
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run) -> dict[str, Any]:
+def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run, ledger: Ledger) -> dict[str, Any]:
     """The tables at the end, and the finished run.json."""
     rows, stages = [], {}
     for stage in plan.shown:
@@ -159,14 +251,16 @@ def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run) -> d
         rows.append(
             console.StageRow(
                 stage,
-                meta.get("trainable", "imported") if stage != "blind" else f"q of {meta['num_samples']:,} samples",
+                meta.get("trainable", "imported")
+                if stage not in BLIND.values()
+                else f"q of {meta['num_samples']:,} samples",
                 meta.get("num_steps", 0),
                 meta.get("loss_first"),
                 meta.get("loss_last"),
                 meta.get("wall_time_s", 0.0),
                 reused,
                 store.url(artifact.path),
-                is_trained=stage != "blind",
+                is_trained=stage not in BLIND.values(),
             )  # fmt: skip
         )
         stages[stage] = {
@@ -176,14 +270,16 @@ def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run) -> d
         }  # fmt: skip
     scores = {}
     if "eval" in plan.found:
-        scores = json.loads(store.read_bytes(f"{plan.refs['eval'].path}/{RESULT}"))
+        scores = json.loads((plan.refs["eval"].fetched(store, [RESULT]) / RESULT).read_text())
     made = sum(s["wall_time_s"] for s in stages.values() if not s["reused"])
+    ledger.ended(time.time())
     run_record.write("done", timings=stages, eval=scores, totals={"stages_wall_time_s": made})
     path = run_record.path
     places = {"model": f"{path}/model", "metrics": f"{path}/{METRICS}", "run": f"{path}/{RUN_FILE}"}
     if _write_report(store, plan.recipe, _print):
         places["report"] = f"{path}/{reporting.FILE}"
     console.closing_table(rows, paths={name: store.url(where) for name, where in places.items()})
+    console.goodput_table(ledger.entries(time.time()))
     if scores:
         order = sorted(scores, key=lambda name: name != HELD_OUT)
         console.accuracy_table(
@@ -214,7 +310,7 @@ def dry_run(recipe: Recipe) -> None:
         counts = {stage: {s.description: s.num_parameters} for stage, s in sets.items()}
     rows, notes = [], []
     for stage in plan.shown:
-        if stage == "blind":
+        if stage in BLIND.values():
             rows.append(console.PlanRow(stage, plan.refs[stage].key, stage in plan.found, None, is_trained=False))
             continue
         source, digest = plan.data["instruct" if stage == "instruct" else "pretrain"]
@@ -224,6 +320,8 @@ def dry_run(recipe: Recipe) -> None:
             steps = getattr(recipe.stages, stage).max_steps
             notes.append(f"{stage}: {source.label} is not prepared yet; steps are shown as max_steps says, or as ?")
         rows.append(console.PlanRow(stage, plan.refs[stage].key, stage in plan.found, steps, counts.get(stage, {})))
+    if recipe.data.skip_ids and not plan.skipped:
+        notes.append("data.skip_ids is looked up when the data is prepared; the stages have other keys then")
     console.plan(rows, recipe=recipe, ignored=ignored_sections(recipe))
     for name in builtin_missing:
         notes.append(f"{name} is made by the first run: trainable parameters are shown once it is there")

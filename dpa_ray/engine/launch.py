@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import shutil
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import ray
@@ -16,8 +18,10 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from dpa_ray.data.ray_tasks import RETRY_ENVIRONMENT
-from dpa_ray.engine.failures import FAILED, STARTED, Failures, first_line, root_causes
-from dpa_ray.engine.messages import Board, Orders
+from dpa_ray.engine.failures import Failures, first_line, root_causes
+from dpa_ray.engine.messages import FAILED, STARTED, Board, Orders
+from dpa_ray.engine.placing import worker_resources
+from dpa_ray.engine.pulse import Standstill
 from dpa_ray.engine.worker import run_worker
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import ClusterSection
@@ -29,10 +33,12 @@ WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else workers' prints appear twice
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # of workers that are given up; one that is stopped would take 30
 }
 DRIVER_ENVIRONMENT = {
     **RETRY_ENVIRONMENT,
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # a fit of a tiny model takes 15 s instead of 35
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",  # some clouds' notice is 30 s
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -40,7 +46,14 @@ DRIVER_ENVIRONMENT = {
 CHECKSUM_VARIABLES = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
 """What the store set for S3 servers other than AWS's; Ray Train's own S3 clients in the workers need it too."""
 
+SILENT_WORKER = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+TRAIN_COLLECTIVE = "RAY_TRAIN_COLLECTIVE_TIMEOUT_S"
+"""How long Ray Train's controller waits for a worker that does not answer, and its own barriers for one that does not come;
+it passes them on from the driver."""
+
 POLL_S = 0.2
+LOOK_EVERY_S = 5.0
+"""How often the driver looks whether workers wait for one that does not come."""
 
 
 def connect(cluster: ClusterSection) -> str:
@@ -63,22 +76,25 @@ def connect(cluster: ClusterSection) -> str:
         except (ConnectionError, RuntimeError, ValueError) as err:
             raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there: {first_line(err)}") from None
         return f"cluster at {address}"
-    num_cpus = os.cpu_count() or 1
-    # Logical CPUs only say what may run at once: training workers wait for data tasks, and must leave room for one.
-    wanted = cluster.max_workers * cluster.cpus_per_worker + 1
-    ray.init(address="local", num_cpus=max(num_cpus, int(-(-wanted // 1))), include_dashboard=False, **quiet)
+    ray.init(address="local", num_cpus=local_cpus(cluster), include_dashboard=False, **quiet)
     return "local Ray"
+
+
+def local_cpus(cluster: ClusterSection) -> int:
+    """CPUs that a local Ray is told to have. They only say what may run at once: training workers wait for data tasks, and
+    must leave room for one."""
+    wanted = cluster.max_workers * cluster.cpus_per_worker + 1
+    return max(os.cpu_count() or 1, int(-(-wanted // 1)))
 
 
 def launch(
     tasks: Sequence[Task],
     store: Store,
     cluster: ClusterSection,
-    name: str,
-    handle: Callable[[str, dict[str, Any]], None],
+    handle: Callable[[str, dict[str, Any], float], None],
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run `tasks` on the workers of one TorchTrainer; their events go to `handle`, in order.
+    """Run `tasks` on the workers of one TorchTrainer; their events go to `handle`, in order, with the time (time.time) of each.
 
     `check` is called now and then; what it raises ends the work.
 
@@ -86,35 +102,44 @@ def launch(
     Raises: UserError with what a worker said, or where workers cannot be started (again) in time.
     """
     board: Any = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=_here()).remote()
-    storage = f"runs/{name}/.train"
-    store.delete(storage)  # state of an earlier attempt: what is finished is known from the artifacts alone
+    # Ray Train's own state, of no use to anybody: what is finished is known from the artifacts, and checkpoints are ours.
+    # Beside its controller, not in the store, whose outages it would not wait out.
+    storage = tempfile.mkdtemp(prefix="dpa_ray-train-")
     order = ray.put(tuple(tasks))
+    limit_s = tasks[0].recipe.collective_limit_s
+    os.environ[SILENT_WORKER] = str(cluster.collective_timeout_s)
+    os.environ[TRAIN_COLLECTIVE] = str(limit_s)
     trainer = TorchTrainer(
         run_worker,
         train_loop_config=Orders(store.uri, order, board, uuid.uuid4().hex),
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=math.ceil(limit_s)),
         scaling_config=ScalingConfig(
             num_workers=_num_workers(cluster),
             use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker=_resources(cluster),
+            resources_per_worker=worker_resources(cluster),
         ),
         run_config=RunConfig(
             name="fit",
-            storage_path=store.url(storage),
+            storage_path=storage,
             failure_config=FailureConfig(max_failures=-1),
-            callbacks=[Failures(board, cluster.max_failures)],
+            callbacks=[Failures(board, cluster.max_failures, cluster.max_preemptions, cluster.collective_timeout_s)],
         ),
     )
-    fit, starting = _Fit(trainer), Starting(cluster)
+    fit, starting, standstill = _Fit(trainer), Starting(cluster), Standstill(cluster.collective_timeout_s)
+    looked_at = time.monotonic()
     try:
         while True:
             ended = fit.ended
-            for kind, values in ray.get(board.take.remote()):
+            for kind, values, at_s in ray.get(board.take.remote()):
                 starting.saw(kind)
-                handle(kind, values)
+                handle(kind, values, at_s)
             if ended:
                 break
             starting.check()
+            if time.monotonic() - looked_at >= LOOK_EVERY_S:
+                looked_at = time.monotonic()
+                if (told := standstill.look(ray.get(board.last_beats.remote()))) is not None:
+                    handle("note", {"text": told}, time.time())
             check()
             fit.join(POLL_S)
         if fit.error is not None:
@@ -124,8 +149,7 @@ def launch(
             ray.kill(board)
         elif ray.get_runtime_context().get_actor_id() is None:
             ray.shutdown()  # ends the workers, before anybody else may take the run over
-        with suppress(UserError):  # of no use to anybody; what is under way may matter more
-            store.delete(storage)
+        shutil.rmtree(storage, ignore_errors=True)
 
 
 class _Fit(threading.Thread):
@@ -194,8 +218,13 @@ def wait_for_resources(cluster: ClusterSection, poll_s: float = 1.0) -> None:
         time.sleep(poll_s)
 
 
+def node_resources() -> list[dict[str, float]]:
+    """What each node that lives has, by Ray's names."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def _needed(cluster: ClusterSection) -> dict[str, float]:
-    return {k: v * cluster.min_workers for k, v in _resources(cluster).items()}
+    return {k: v * cluster.min_workers for k, v in worker_resources(cluster).items()}
 
 
 def _asked_and_found(cluster: ClusterSection) -> str:
@@ -209,13 +238,6 @@ def _there(cluster: ClusterSection, resources: dict[str, float]) -> str:
 
 def _num_workers(cluster: ClusterSection) -> int | tuple[int, int]:
     return cluster.workers if isinstance(cluster.workers, int) else (cluster.min_workers, cluster.max_workers)
-
-
-def _resources(cluster: ClusterSection) -> dict[str, float]:
-    resources = {"CPU": cluster.cpus_per_worker}
-    if cluster.gpus_per_worker:
-        resources["GPU"] = cluster.gpus_per_worker
-    return resources
 
 
 def _here() -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -13,15 +13,19 @@ import torch
 
 from dpa_ray.batch import Batch
 from dpa_ray.data.cursor import Cursor
+from dpa_ray.data.skip import Skipped
+from dpa_ray.engine.blind_job import chosen_rows
 from dpa_ray.engine.protocol import rank, world_size
+from dpa_ray.errors import UserError
 from dpa_ray.report.metrics import MetricsLog
 from dpa_ray.stages.spec import TrainTask
 from dpa_ray.store.fs import Store
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
-NOTHING_TO_LEARN = "nothing_to_learn"
-"""Reason of a run's own quarantine: known only with a tokenizer, when the data has long been prepared."""
+NOTHING_TO_LEARN, SKIPPED = "nothing_to_learn", "skipped"
+"""Reasons of a run's own quarantine: known only with a tokenizer, when the data has long been prepared; and the recipe's
+`data.skip_ids`."""
 
 
 @dataclass
@@ -48,7 +52,8 @@ class Recorder:
         self.before = before
         self.saving_s = before.saving_s
         self.lines = list(before.metrics)
-        self.log = MetricsLog(store, task.run_path)
+        self.cursor, self.task = cursor, task
+        self.log = MetricsLog(store, task.run_path, note=lambda text: tell("note", text=text))
         self.untaught = UntaughtLog(store, task)
         self.samples = SampleLog(store, task, cursor) if task.recipe.debug.record_samples else None
         if rank() == 0:
@@ -65,7 +70,7 @@ class Recorder:
             return
         self.log.append(metrics)
         self.lines.append(json.dumps(metrics) + "\n")
-        self.tell("step", **metrics)
+        self.tell("step", **metrics, saving_s=self.saving_s)
 
     def loss(self, number: int) -> float | None:
         """Of the `number`-th step that was recorded (-1: the last), on rank 0."""
@@ -83,8 +88,15 @@ class Recorder:
             "saving_s": self.saving_s, "resumed_from": self.before.resumed_from,
         }  # fmt: skip
 
+    def _skipped(self) -> list[Skipped]:
+        """Those of the recipe's that the stage's steps take."""
+        if not self.task.skipped:
+            return []
+        taken = chosen_rows(self.cursor, self.task.num_steps, self.task.data.num_rows)
+        return [skipped for skipped in self.task.skipped if taken[skipped.row]]
+
     def close(self) -> None:
-        self.untaught.close()
+        self.untaught.close(self._skipped())
         if rank() == 0:
             self.log.flush()
             if self.samples is not None:
@@ -92,7 +104,8 @@ class Recorder:
 
 
 class UntaughtLog:
-    """runs/<name>/quarantine.jsonl: the samples that a stage took and that had nothing to learn (all targets cut off).
+    """runs/<name>/quarantine.jsonl: the samples that a stage took and did not learn from: those that had nothing to learn
+    (all targets cut off), and those that the recipe skips.
 
     They pass through the model without weight, so that neither the cursor nor the ranks' passes depend on the template.
     """
@@ -108,8 +121,8 @@ class UntaughtLog:
     def add(self, batches: list[Batch]) -> None:
         self.found.update({row: (name, place) for b in batches for row, name, place in b.untaught})
 
-    def close(self) -> None:
-        """Gather from all ranks, and write this stage's lines behind those of the other stages."""
+    def close(self, skipped: Sequence[Skipped] = ()) -> None:
+        """Gather from all ranks, add the `skipped`, and write this stage's lines behind those of the other stages."""
         every: list[Any] = [self.found]
         if world_size() > 1:
             every = [None] * world_size()
@@ -117,14 +130,16 @@ class UntaughtLog:
         if rank() != 0:
             return
         whole = {row: sample for found in every for row, sample in found.items()}
-        detail = f"no target left within stages.{self.stage}.max_length={self.max_length}"
+        cut_off = f"no target left within stages.{self.stage}.max_length={self.max_length}"
+        entries = [(row, name, place, NOTHING_TO_LEARN, cut_off) for row, (name, place) in whole.items()]
+        entries += [(s.row, s.id, s.place, SKIPPED, "the recipe's data.skip_ids") for s in skipped]
         lines = [
             json.dumps(
                 {"stage": self.stage, "data": self.digest, "row": row, "id": name, "place": place,
-                 "reason": NOTHING_TO_LEARN, "detail": detail},
+                 "reason": reason, "detail": detail},
                 ensure_ascii=False,
             ) + "\n"
-            for row, (name, place) in sorted(whole.items())
+            for row, name, place, reason, detail in sorted(entries, key=lambda entry: entry[0])
         ]  # fmt: skip
         rewrite_stage(self.store, self.path, self.stage, lines)
 
@@ -161,7 +176,12 @@ class SampleLog:
 
 def rewrite_stage(store: Store, path: str, stage: str, lines: list[str]) -> None:
     """Put `lines` in place of `stage`'s in a JSONL file of several stages, at its end; an empty file is not made."""
-    old = store.read_bytes(path).decode().split("\n") if store.exists(path) else []
-    kept = [f"{line}\n" for line in old if line and json.loads(line)["stage"] != stage]
+    old = store.read_bytes(path).split(b"\n") if store.exists(path) else []
+    try:
+        kept = [f"{line.decode()}\n" for line in old if line and json.loads(line)["stage"] != stage]
+    except (ValueError, KeyError, TypeError, RecursionError) as err:
+        raise UserError(
+            f"{store.url(path)}: expected JSON objects with a stage, one a line, found something else ({err}); delete the file"
+        ) from err
     if old or lines:
         store.write_bytes(path, "".join([*kept, *lines]).encode())

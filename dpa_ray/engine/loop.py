@@ -7,13 +7,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dpa_ray.batch import Batch
 from dpa_ray.data.cursor import Cursor, num_passes, shares
+from dpa_ray.engine.nonfinite import Failed, Finding, What, find
+from dpa_ray.engine.postmortem import describe
 from dpa_ray.engine.protocol import Engine, all_sum, rank
 from dpa_ray.errors import UserError
 from dpa_ray.model.gain import auc
@@ -106,6 +110,7 @@ def train(
     device: torch.device,
     record: Callable[[dict[str, Any], list[Batch]], None],
     saver: Saver | None = None,
+    explain: Callable[[Finding], str] = describe,
 ) -> None:
     """Run the steps of `plan`.
 
@@ -118,7 +123,8 @@ def train(
             be saved.
         record: called on every rank with the step's metrics and this rank's batches.
         saver: is asked for its votes in each step, and told after it what all ranks voted.
-    Raises: UserError where a loss or gradient is not finite; nothing was updated in that step.
+        explain: what to tell the user of a step whose loss or gradient is not finite; called on all ranks.
+    Raises: UserError with that, where a loss or gradient is not finite; nothing was updated in that step.
     """
     engine.module.train()
     for step, epoch, _ in plan.steps():
@@ -128,14 +134,15 @@ def train(
         num_slots = sum(map(engine.module.num_slots, mine))
         votes = saver.votes() if saver else []
         counts = all_sum(torch.tensor([*_counts(mine), num_slots, *votes], dtype=torch.float64, device=device)).tolist()
-        num_samples, num_tokens, num_targets, num_untaught, num_slots = (int(x) for x in counts[:5])
+        num_samples, num_tokens, num_targets, num_untaught, num_skipped, num_slots = (int(x) for x in counts[:6])
         _draw_from(seed, stage, step)
 
         total = torch.zeros(StepSums.size(), dtype=torch.float64, device=device)
-        weight_sum = math.nan
+        weight_sum, each = math.nan, []
         for index, batch in enumerate(mine):
             sums = engine.forward(batch)
-            total += sums.detached()
+            each.append(sums.detached())
+            total += each[-1]
             last = index == len(mine) - 1
             if last:
                 total = all_sum(total)
@@ -144,19 +151,20 @@ def train(
             # weight must change nothing, and an update with gradients that are not finite does not.
             loss = sums.loss / max(1, num_targets)
             engine.backward(loss * math.nan if last and weight_sum == 0 else loss, last=last)
-        if not total.isfinite().all():
-            raise UserError(_not_finite(stage, step, "loss", mine))
         lr = schedule.lr(step)
+        failed = partial(_failed, engine, explain, stage, step, lr, num_targets, mine, each)
+        if not total.isfinite().all():
+            raise failed("loss")
         norm = engine.update(weight_sum / max(1, num_targets) if weight_sum else 1.0, lr)
         if weight_sum and not math.isfinite(norm):
-            raise UserError(_not_finite(stage, step, "gradient", mine))
+            raise failed("gradient")
         seconds = time.perf_counter() - start
         if saver:
             saver.before_telling()
         record(
             {
                 "stage": stage, "step": step, "epoch": epoch, "num_samples": num_samples, "num_tokens": num_tokens,
-                "num_targets": num_targets, "num_untaught": num_untaught,
+                "num_targets": num_targets, "num_untaught": num_untaught, "num_skipped": num_skipped,
                 **ratios(StepSums.of_detached(total.cpu()), num_targets, step), "lr": lr,
                 "grad_norm": norm if weight_sum else 0.0, "updated": bool(weight_sum), "step_time_s": seconds,
                 "data_wait_s": waited, "tokens_per_s": num_tokens / seconds,
@@ -165,7 +173,7 @@ def train(
             mine,
         )  # fmt: skip
         if saver:
-            saver.after(step, counts[5:])
+            saver.after(step, counts[6:])
 
 
 def _draw_from(seed: int, stage: str, step: int) -> None:
@@ -201,12 +209,20 @@ def ratios(sums: StepSums, num_targets: int, step: int) -> dict[str, Any]:
 
 def _counts(batches: list[Batch]) -> list[int]:
     sums = [sum(getattr(b, name) for b in batches) for name in ("num_samples", "num_tokens", "num_targets")]
-    return [*sums, sum(len(b.untaught) for b in batches)]
+    return [*sums, sum(len(b.untaught) for b in batches), sum(b.num_skipped for b in batches)]
 
 
-def _not_finite(stage: str, step: int, what: str, batches: list[Batch]) -> str:
-    ids = [f"{i} (row {row[1]})" for b in batches for i, row in zip(b.ids, b.rows, strict=True)]
-    return (
-        f"stage {stage}, step {step}: the {what} is not finite; this step changed nothing. Its samples on the worker that "
-        f"says so: {', '.join(ids[:20])}. Lower the learning rate, or look at these samples."
-    )
+def _failed(
+    engine: Engine,
+    explain: Callable[[Finding], str],
+    stage: str,
+    step: int,
+    lr: float,
+    num_targets: int,
+    batches: list[Batch],
+    sums: list[Tensor],
+    what: What,
+) -> UserError:
+    """What to raise where the step's `what` is not finite. All ranks call it."""
+    finite = [bool(own.isfinite().all()) for own in sums]
+    return UserError(explain(find(engine, Failed(what, stage, step, lr, num_targets, batches, finite))))

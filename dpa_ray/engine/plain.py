@@ -17,6 +17,7 @@ class PlainEngine:
     """Engine (see protocol.py) without sharding. Gradients are accumulated and summed over ranks in fp32."""
 
     replicated = True
+    sharded = False
 
     def __init__(self, module: StepModule, settings: OptimizerSettings, device: torch.device):
         self.module = module.to(device)

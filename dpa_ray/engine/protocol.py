@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,12 @@ from dpa_ray.engine.state import Fragment, adam_fragment, set_num_updates
 from dpa_ray.model.step import StepModule, StepSums
 
 T = TypeVar("T")
+
+LOOK_EVERY_S = 10.0
+"""The longest single wait at a barrier."""
+
+_meetings = itertools.count()
+"""Numbers of this process's barriers: all ranks come to the same ones."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class Engine(Protocol):
         """Full tensors by `module.model`'s parameter names, on the CPU of rank 0; {} elsewhere. All ranks call it."""
 
     replicated: bool  # every rank has all fragments
+    sharded: bool  # parameters are whole only while all ranks pass through them together
 
     def fragments(self) -> list[Fragment]:
         """The optimizer's state as far as this rank has it; views, to be read or filled."""
@@ -105,8 +114,8 @@ class Unsharded:
         if not math.isfinite(norm):
             return math.inf
         if self.settings.grad_clip > 0:
-            factor = max(1.0, (norm + 1e-6) / self.settings.grad_clip)  # as DeepSpeed and torch do
-            for grad in grads:
+            factor = (norm + 1e-6) / self.settings.grad_clip  # as DeepSpeed and torch do
+            for grad in grads if factor > 1 else []:
                 grad.div_(factor)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -139,10 +148,47 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
+def gathered(value: T) -> list[T]:
+    """Every rank's `value`, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def from_rank_0(value: T) -> T:
-    """Rank 0's `value`, on every rank."""
+    """Rank 0's `value`, on every rank; it may take rank 0 as long as it likes."""
+    barrier()
     if world_size() == 1:
         return value
     values = [value]
     torch.distributed.broadcast_object_list(values)
     return values[0]
+
+
+def barrier() -> None:
+    """Wait until all ranks are here, however long it takes.
+
+    Collectives have a time limit, and it must not end honest work of one rank that others wait for: loading, merging,
+    uploading a model. So this is no collective: ranks count themselves in the store through which torch found them.
+    """
+    if world_size() == 1:
+        return
+    store = torch.distributed.distributed_c10d._get_default_store()
+    meeting = f"dpa_ray/barrier/{next(_meetings)}"
+    if store.add(meeting, 1) == world_size():
+        store.set(f"{meeting}/all", "here")
+    while True:
+        try:
+            store.wait([f"{meeting}/all"], timedelta(seconds=LOOK_EVERY_S))
+            return
+        except torch.distributed.DistStoreError:  # not all are here yet
+            continue
+
+
+def limit_waits(timeout_s: float) -> None:
+    """Collectives of every group there is give up after `timeout_s`: groups that DeepSpeed made have torch's default."""
+    c10d = torch.distributed.distributed_c10d
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
+import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from dpa_ray.batch import Batch
 from dpa_ray.data.blind_scores import BlindScores
@@ -24,21 +27,34 @@ from dpa_ray.engine import examples
 from dpa_ray.engine.blind_job import compute_blind
 from dpa_ray.engine.checkpointing import Checkpointer, candidates, restore
 from dpa_ray.engine.evaluate import evaluate
-from dpa_ray.engine.failures import STARTED
 from dpa_ray.engine.feed import Feed
 from dpa_ray.engine.logs import Before, Recorder
 from dpa_ray.engine.loop import Plan, Schedule, train
-from dpa_ray.engine.messages import Orders
-from dpa_ray.engine.protocol import Engine, OptimizerSettings, from_rank_0, rank, world_size
+from dpa_ray.engine.messages import STARTED, Orders
+from dpa_ray.engine.postmortem import Postmortem
+from dpa_ray.engine.protocol import Engine, OptimizerSettings, barrier, from_rank_0, limit_waits, rank, world_size
+from dpa_ray.engine.pulse import beating
 from dpa_ray.errors import UserError
 from dpa_ray.stages import instruct, proxy_llm, proxy_mllm
 from dpa_ray.stages.build import Built
-from dpa_ray.stages.spec import ArtifactFile, BlindTask, EvalTask, MergeTask, ProxyMllmTask, Task, TrainTask
+from dpa_ray.stages.spec import (
+    AnyTask,
+    ArtifactFile,
+    BlindTask,
+    EvalTask,
+    InstructTask,
+    MergeTask,
+    ProxyMllmTask,
+    Task,
+    TrainTask,
+)  # fmt: skip
 from dpa_ray.stages.trainable import TrainableSet, check_trainable, select_trainable
 from dpa_ray.store import checkpoints, lease
 from dpa_ray.store.artifacts import commit, find
 from dpa_ray.store.checkpoints import Checkpoint
 from dpa_ray.store.fs import Store
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 STAGE_METRICS = "metrics.jsonl"
 """In an artifact: the metrics of the stage that made it, for runs that reuse it."""
@@ -48,14 +64,20 @@ def run_worker(orders: Orders) -> None:
     """Entry point on every worker: do each task that nobody has done yet."""
     import ray
 
-    tasks: tuple[Task, ...] = ray.get(orders.tasks)
-    worker = Worker(Store(orders.store_uri), _device(), orders.board)
+    tasks: tuple[AnyTask, ...] = ray.get(orders.tasks)
+    recipe = tasks[0].recipe
+    worker = Worker(Store(orders.store_uri, through=retried), _device(), orders.board)
     worker.tell(STARTED, number=world_size())
-    for task in tasks:
-        with worker.alone(task, orders.owner):
-            if not from_rank_0(rank() == 0 and worker.is_made(task)):  # one look for all ranks
-                worker.run(task)
-            worker.barrier()
+    with (
+        bridging(recipe.data.retry_s, lambda text: worker.tell("note", text=text)),
+        beating(orders.board, rank(), recipe.cluster.collective_timeout_s),
+    ):
+        for task in tasks:
+            with worker.alone(task, orders.owner):
+                if not from_rank_0(rank() == 0 and worker.is_made(task)):  # one look for all ranks
+                    worker.run(task)
+                    worker.tell("task_finished", stage=task.stage)
+                barrier()
     worker.feed.close()
 
 
@@ -79,8 +101,10 @@ class Worker:
         self.device = device
         self.board = board
         self.feed = Feed()
+        self.confirm: Callable[[], None] = lambda: None  # rank 0: raises where another process may have taken over
 
-    def run(self, task: Task) -> None:
+    def run(self, task: AnyTask) -> None:
+        self.tell("task_started", stage=task.stage, trains=isinstance(task, TrainTask))
         if isinstance(task, MergeTask):
             self._merge(task)
         elif isinstance(task, EvalTask):
@@ -88,7 +112,7 @@ class Worker:
         elif isinstance(task, BlindTask):
             compute_blind(task, self.store, self.device, cursor_of(task.reader, self.store), self.tell_from_any)
         else:
-            self._train(task)  # type: ignore[arg-type]
+            self._train(task)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -106,55 +130,55 @@ class Worker:
             return
         path = f"leases/{task.result.stage}-{task.result.key}"
         # a worker that lost its lease must not write another byte; training is then over for all ranks
-        with lease.held(self.store, path, report=self.note, lost=lambda: os._exit(1), owner=owner):
+        with lease.held(self.store, path, report=self.note, lost=lambda: os._exit(1), owner=owner) as held:
+            self.confirm = held.confirm
             yield
-            checkpoints.drop(self.store, task.result.stage, task.result.key)
+            self.confirm()
+            try:
+                checkpoints.drop(self.store, task.result.stage, task.result.key)
+            except (UserError, OSError) as err:  # the result is there
+                self.note(f"{task.result.stage} is finished, but its checkpoints could not be removed: {err}")
 
     def is_made(self, task: Task) -> bool:
         """Is the task's result there, from another run, say?"""
-        stage, key = task.result.stage, task.result.key
-        with bridging(task.recipe.data.retry_s):
-            return retried(lambda: find(self.store, stage, key), self.store.url(task.result.path)) is not None
+        return find(self.store, task.result.stage, task.result.key) is not None
 
     def note(self, text: str) -> None:
         """A line for people, from any rank."""
         if self.board is not None:
             self.board.put.remote("note", {"text": text})
 
+    def save_wanted(self) -> bool:
+        """Does the controller want a checkpoint before it replaces the workers?"""
+        import ray
+
+        return self.board is not None and ray.get(self.board.save_wanted.remote())
+
     def tell_from_any(self, kind: str, **values: Any) -> None:
         """The same, from every rank."""
         if self.board is not None:
             self.board.put.remote(kind, values)
 
-    def barrier(self) -> None:
-        if world_size() > 1:
-            torch.distributed.barrier()
-
     def _merge(self, task: MergeTask) -> None:
-        self.tell("task_started", stage=task.stage)
         if rank() == 0:
             start = time.perf_counter()
-            with tempfile.TemporaryDirectory() as tmp:
-                proxy_llm.merge(task, self.store, Path(tmp))
-                self._commit(task, Path(tmp), {"wall_time_s": time.perf_counter() - start})
+            with scratch() as folder:
+                proxy_llm.merge(task, self.store, folder)
+                self._commit(task, folder, {"wall_time_s": time.perf_counter() - start})
 
     def _evaluate(self, task: EvalTask) -> None:
-        self.tell("task_started", stage=task.stage)
         start = time.perf_counter()
         result = evaluate(task, self.store, self.device)
         if rank() == 0:
             assert result is not None
-            with tempfile.TemporaryDirectory() as tmp:
-                result.write(Path(tmp))
-                self._commit(task, Path(tmp), {"wall_time_s": time.perf_counter() - start})
+            with scratch() as folder:
+                result.write(folder)
+                self._commit(task, folder, {"wall_time_s": time.perf_counter() - start})
 
     def _commit(self, task: Task, folder: Path, meta: dict[str, Any]) -> None:
         result = task.result
-        with bridging(task.recipe.data.retry_s):  # a whole commit can be made again
-            retried(
-                lambda: commit(self.store, result.stage, result.key, folder, inputs=task.inputs, meta=meta),
-                self.store.url(result.path),
-            )
+        self.confirm()
+        commit(self.store, result.stage, result.key, folder, inputs=task.inputs, meta=meta)
 
     def _train(self, task: TrainTask) -> None:
         start = time.perf_counter()
@@ -171,6 +195,7 @@ class Worker:
             store=self.store, prepared=task.data, encoder=built.encoder, image_processor=built.image_processor,
             pad_token_id=_pad_token(built.encoder.tokenizer), packing=getattr(section, "packing", False),
             retry_s=recipe.data.retry_s, blind=_blind_scores(task, self.store),
+            skipped=frozenset(skipped.row for skipped in task.skipped),
         )  # fmt: skip
         loader.check()
         whole = Plan(cursor, task.num_steps, rank(), world_size(), section.micro_batch_size)
@@ -179,11 +204,13 @@ class Worker:
         recorder = Recorder(self.store, task, cursor, self.tell, before, start)
         saver = Checkpointer(
             self.store, task, engine, recorder, self.device, note=self.note,
-            saved=lambda step: self.tell("saved", stage=stage, step=step), drained=_drained,
+            saved=lambda step: self.tell("saved", stage=stage, step=step), drained=_drained, confirm=self.confirm,
+            wanted=self.save_wanted,
         )  # fmt: skip
         train(
             engine, batches, plan, Schedule(task.num_steps, section.lr, section.warmup_fraction),
             stage=stage, seed=recipe.seed, device=self.device, record=recorder.record, saver=saver,
+            explain=Postmortem(self.store, task, recorder.lines),
         )  # fmt: skip
         saver.close()
         recorder.close()
@@ -204,7 +231,9 @@ class Worker:
                 loader, left, prefetch=data.prefetch_batches, workers=data.workers,
                 stall_timeout_s=data.stall_timeout_s, note=lambda text: self.note(f"{task.stage}: {text}"),
             )  # fmt: skip
-            engine = engine or make_engine(built, task, self.device, accumulation_steps=plan.most_passes)
+            if engine is None:
+                engine = make_engine(built, task, self.device, accumulation_steps=plan.most_passes)
+                limit_waits(task.recipe.collective_limit_s)
             if checkpoint is None:
                 break
             before, problem = restore(self.store, checkpoint, engine, self.device, task.recipe.data.retry_s)
@@ -233,8 +262,7 @@ class Worker:
         if built.finish is not None:
             expected = instruct.probe_logits(built.module.model, *_probe_arguments(built, self.device))
         if rank() == 0:
-            with tempfile.TemporaryDirectory() as tmp:
-                folder = Path(tmp)
+            with scratch() as folder:
                 built.save(tensors, folder)
                 if built.finish is not None:
                     assert expected is not None
@@ -249,6 +277,26 @@ class Worker:
                 }  # fmt: skip
                 self._commit(task, folder, meta)
         self.tell("stage_finished", stage=task.stage)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A local folder for what becomes an artifact. Raises: UserError where the disk is full."""
+    with tempfile.TemporaryDirectory() as tmp:
+        try:
+            yield Path(tmp)
+        except (OSError, SafetensorError) as err:  # safetensors tells the system's number in its text only
+            if any(number in (getattr(err, "errno", None), _os_error(err)) for number in NO_ROOM):
+                raise UserError(
+                    f"{tmp}: no room for what the stage has made ({err}); free some space there, or set TMPDIR to another "
+                    "folder, and start the same command again: it goes on from the last checkpoint"
+                ) from err
+            raise
+
+
+def _os_error(err: Exception) -> int | None:
+    found = re.search(r"\(os error (\d+)\)", str(err))
+    return int(found[1]) if found else None
 
 
 def _resumed(task: TrainTask, checkpoint: Checkpoint, built: Built) -> str:
@@ -289,19 +337,24 @@ def _build(task: TrainTask, store: Store) -> Built:
 
 @contextmanager
 def one_node_at_a_time() -> Iterator[None]:
-    """Rank 0 first, then the others: the first fills caches (hub, downloaded artifacts) that the others find."""
-    if world_size() > 1 and rank() != 0:
-        torch.distributed.barrier()
-    try:
+    """Rank 0 first, then the others: the first fills caches (hub, downloaded artifacts) that the others find.
+
+    All leave together: what comes next has a time limit, and a model may take longer than that to come.
+    """
+    if rank() != 0:
+        barrier()
         yield
-    finally:
-        if world_size() > 1 and rank() == 0:
-            torch.distributed.barrier()
+    else:
+        try:
+            yield
+        finally:
+            barrier()
+    barrier()
 
 
 def _blind_scores(task: TrainTask, store: Store) -> BlindScores | None:
     """q of the stage's samples, where it was computed beforehand."""
-    if not isinstance(task, ProxyMllmTask) or task.blind is None:
+    if not isinstance(task, ProxyMllmTask | InstructTask) or task.blind is None:
         return None
     return BlindScores(task.data, ArtifactFile(store, task.blind), store.url(task.blind.path))
 

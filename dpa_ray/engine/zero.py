@@ -66,6 +66,7 @@ class ZeroEngine:
         self.device = device
         self.zero_stage = zero_stage
         self.replicated = zero_stage == 0
+        self.sharded = zero_stage == 3
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.unsharded = Unsharded(self.parameters, settings) if zero_stage == 0 else None
         optimizer = self.unsharded.optimizer if self.unsharded else make_optimizer(list(self.parameters), settings)

@@ -4,7 +4,7 @@ The image tokens are dropped and the text keeps the positions that it has beside
 the same attention as masking the image keys (checked by a test), at the cost of the text alone. Two traps:
 transformers takes a jump in `position_ids` for a packing boundary unless an attention mask is passed; and a
 sliding window counts indices, not positions, so that beyond the window masks by position are needed.
-Shape letters: B samples, T positions with the image, S positions of the text alone, R rows of packed texts, N targets.
+Shape letters: B samples, T positions with the image, R rows of texts, S positions in them, N targets.
 """
 
 from __future__ import annotations
@@ -17,38 +17,90 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpa_ray.batch import NO_SAMPLE
 from dpa_ray.model.packed import by_layer_type, takes_one_row
 from dpa_ray.model.score import TargetScorer
+from dpa_ray.pack import pack
+
+SAVES = 0.9
+"""Rows of several texts are used where they hold less than this part of what a row for each text would: attention has a
+mask then, and computes the whole square of a row."""
 
 
 @dataclass
-class TextOnly:
-    """A micro-batch without its image tokens, and where each position went."""
+class TextRows:
+    """Texts without their image tokens, one or several in a row."""
 
-    input_ids: Tensor  # (B, S) int64, right-padded with 0 (a lone sample by one column at least)
-    position_ids: Tensor  # (B, S) int64: the positions that the tokens have beside the image
-    attention_mask: Tensor  # (B, S) int64
-    index_BT: Tensor  # (B, T) int64: number of text tokens before position t in its sample
+    input_ids: Tensor  # (R, S) int64, 0 on padding
+    position_ids: Tensor  # (R, S) int64: the positions that the tokens have beside the image
+    sample: Tensor  # (R, S) int64: number of the sample, NO_SAMPLE on padding
+    several: bool  # is there a row of more than one text?
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """(R, S) int64."""
+        return (self.sample != NO_SAMPLE).long()
 
 
-def drop_images(input_ids: Tensor, attention_mask: Tensor, image_mask: Tensor) -> TextOnly:
-    """The text tokens of each sample, moved together; all arguments are (B, T)."""
-    keep = attention_mask.bool() & ~image_mask
-    rank = keep.long().cumsum(1)
-    num_text = int(rank[:, -1].max())
-    batch = input_ids.shape[0]
-    row, column = keep.nonzero(as_tuple=True)
-    target = rank[row, column] - 1
+def text_before(attention_mask: Tensor, image_mask: Tensor) -> Tensor:
+    """(B, T) int64: number of text tokens before each position in its sample; both arguments are (B, T)."""
+    text = (attention_mask.bool() & ~image_mask).long()
+    return text.cumsum(1) - text
+
+
+def drop_images(
+    input_ids: Tensor, attention_mask: Tensor, image_mask: Tensor, *, lengths: Sequence[int] | None = None,
+    layout: Sequence[Sequence[int]] | None = None,
+) -> TextRows:  # fmt: skip
+    """The text tokens of each sample, moved together.
+
+    Args:
+        input_ids, attention_mask, image_mask: (B, T).
+        lengths: how many text tokens of each sample are kept, from its first; all by default.
+        layout: the numbers of the samples in each row; by default one sample in each.
+    """
+    text, rank = attention_mask.bool() & ~image_mask, text_before(attention_mask, image_mask)
+    kept = text.sum(1).tolist() if lengths is None else lengths
+    layout = [[n] for n in range(len(kept))] if layout is None else layout
+    row_of, start_of = starts(layout, kept)
+    device = input_ids.device
+    row_B, start_B, length_B = (torch.tensor(x, device=device) for x in (row_of, start_of, list(kept)))
+    number, column = (text & (rank < length_B.unsqueeze(1))).nonzero(as_tuple=True)
+    width = max((sum(kept[n] for n in row) for row in layout), default=0)
     # On the way to flash attention transformers drops a mask that masks nothing, and then looks for packing in the
-    # positions of a lone sample after all: one column of padding keeps its mask.
-    short_ids = input_ids.new_zeros(batch, max(num_text, 1) + (batch == 1))
-    positions, mask = torch.zeros_like(short_ids), torch.zeros_like(short_ids)
-    short_ids[row, target] = input_ids[row, column]
-    positions[row, target] = column
-    mask[row, target] = 1
-    # A sample that is nothing but image has no row to attend to; one dummy token keeps the softmax finite.
-    mask[:, 0] = 1
-    return TextOnly(short_ids, positions, mask, rank - keep.long())
+    # positions of a lone row after all: one column of padding keeps its mask.
+    short_ids = input_ids.new_zeros(max(len(layout), 1), max(width, 1) + (len(layout) <= 1))
+    positions, sample = torch.zeros_like(short_ids), torch.full_like(short_ids, NO_SAMPLE)
+    # A row without text has nothing to attend to; one dummy token keeps the softmax finite.
+    sample[:, 0] = 0
+    place = row_B[number], start_B[number] + rank[number, column]
+    short_ids[place], positions[place], sample[place] = input_ids[number, column], column, number
+    return TextRows(short_ids, positions, sample, any(len(row) > 1 for row in layout))
+
+
+def starts(layout: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Row and first column of each sample; 0 and 0 of one in no row."""
+    row_of, start_of = [0] * len(lengths), [0] * len(lengths)
+    for r, row in enumerate(layout):
+        start = 0
+        for n in row:
+            row_of[n], start_of[n], start = r, start, start + lengths[n]
+    return row_of, start_of
+
+
+def layout_of(lengths: Sequence[int], config: Any) -> list[list[int]]:
+    """Which samples with any of `lengths` tokens share a row: as few places as possible, and one each where that saves
+    little or attention takes no mask of blocks."""
+    asked = [n for n, length in enumerate(lengths) if length]
+    alone = [[n] for n in asked]
+    longest = max(lengths, default=0)
+    if len(asked) < 2 or takes_one_row(config):
+        return alone
+    rows = pack([lengths[n] for n in asked], max(row_width(config), longest))
+    width = max(sum(lengths[asked[i]] for i in row) for row in rows)
+    if len(rows) * width > SAVES * len(alone) * longest:
+        return alone
+    return [[asked[i] for i in row] for row in rows]
 
 
 def sliding_window_of(config: Any) -> int | None:
@@ -58,22 +110,24 @@ def sliding_window_of(config: Any) -> int | None:
     return getattr(config, "sliding_window", None) if slides else None
 
 
-def attention_argument(text: TextOnly, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """The `attention_mask` to call a transformers decoder with: 2-D, or 4-D masks by position where a window matters.
+def attention_argument(text: TextRows, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """The `attention_mask` to call a transformers decoder with: 2-D, or 4-D masks by sample and position where texts
+    share a row or a window matters.
 
     Args:
         config: the decoder's config (`layer_types`, `sliding_window`).
         dtype: of the model.
     """
     window = sliding_window_of(config)
-    if window is None or int(text.position_ids.max()) < window:
-        return text.attention_mask
-    distance = text.position_ids.unsqueeze(2) - text.position_ids.unsqueeze(1)  # (B, S, S): query minus key
-    index = torch.arange(text.input_ids.shape[1], device=distance.device)
-    visible = (index.unsqueeze(0) <= index.unsqueeze(1)) & text.attention_mask.bool().unsqueeze(1)
-    # A padding row sees itself, so that no row is masked whole.
-    own = torch.eye(len(index), dtype=torch.bool, device=distance.device)
-    return by_layer_type(config, visible | own, lambda size: (visible & (distance < size)) | own, dtype)
+    if not text.several and (window is None or int(text.position_ids.max()) < window):
+        # Causal attention never looks at the padding behind a text: without a mask it computes half a square.
+        return text.attention_mask if takes_one_row(config) else torch.ones_like(text.input_ids)
+    index = torch.arange(text.sample.shape[1], device=text.sample.device)
+    # Padding sees padding, so that no row is masked whole.
+    same = text.sample.unsqueeze(2) == text.sample.unsqueeze(1)
+    visible = same & (index.unsqueeze(1) >= index.unsqueeze(0))
+    distance = text.position_ids.unsqueeze(2) - text.position_ids.unsqueeze(1)  # (R, S, S): query minus key
+    return by_layer_type(config, visible, lambda size: visible & (distance < size), dtype)
 
 
 @dataclass
@@ -114,43 +168,30 @@ def packed_scores(
     config = llm.base_model.config
     alone = takes_one_row(config)
     places = [[n] for n in range(len(samples))] if alone else layout
+    lengths = [len(sample.input_ids) for sample in samples]
+    row_of, start_of = starts(places, lengths)
     # one column more: see drop_images
-    shape = (len(places), max(sum(len(samples[n].input_ids) for n in row) for row in places) + alone)
-    ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    number = np.full(shape, -1)
-    starts = {}
-    for r, row in enumerate(places):
-        start = 0
-        for n in row:
-            place = slice(start, start + len(samples[n].input_ids))
-            ids[r, place], positions[r, place], number[r, place] = samples[n].input_ids, samples[n].position_ids, n
-            starts[n], start = (r, start), place.stop
+    shape = (len(places), max(sum(lengths[n] for n in row) for row in places) + alone)
+    ids, positions, number = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, NO_SAMPLE)
+    for n, sample in enumerate(samples):
+        place = row_of[n], slice(start_of[n], start_of[n] + lengths[n])
+        ids[place], positions[place], number[place] = sample.input_ids, sample.position_ids, n
+    several = any(len(row) > 1 for row in places)
     ids_RS, positions_RS, number_RS = (torch.from_numpy(x).to(device) for x in (ids, positions, number))
-    embeds = llm.get_input_embeddings()(ids_RS)
-    mask: Tensor | dict[str, Tensor]
-    if alone:
-        mask = attention_argument(TextOnly(ids_RS, positions_RS, (number_RS >= 0).long(), ids_RS), config, embeds.dtype)
-    else:
-        mask = _blocks(positions_RS, number_RS, config, embeds.dtype)
+    text = TextRows(ids_RS, positions_RS, number_RS, several)
+    embeds = llm.get_input_embeddings()(text.input_ids)
     hidden = llm.base_model(
-        inputs_embeds=embeds, attention_mask=mask, position_ids=positions_RS, use_cache=False
-    ).last_hidden_state
+        inputs_embeds=embeds, attention_mask=attention_argument(text, config, embeds.dtype),
+        position_ids=text.position_ids, use_cache=False,
+    ).last_hidden_state  # fmt: skip
 
     known = [(n, int(t)) for n, sample in enumerate(samples) for t in sample.targets if t > 0]
-    row_N = torch.tensor([starts[n][0] for n, _ in known], dtype=torch.long, device=device)
-    column_N = torch.tensor([starts[n][1] + t for n, t in known], dtype=torch.long, device=device)
+    row_N = torch.tensor([row_of[n] for n, _ in known], dtype=torch.long, device=device)
+    column_N = torch.tensor([start_of[n] + t for n, t in known], dtype=torch.long, device=device)
     scorer = TargetScorer(llm.get_output_embeddings(), softcap=softcap, num_rows=num_rows)
-    found = scorer.score(hidden[row_N, column_N - 1], ids_RS[row_N, column_N])
+    found = scorer.score(hidden[row_N, column_N - 1], text.input_ids[row_N, column_N])
     scores = torch.stack([found.log_prob, found.logit]).cpu()
     return _by_sample(samples, scores.numpy())
-
-
-def _blocks(positions: Tensor, number_of: Tensor, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """Each text sees itself alone, a sliding layer of it by positions; padding sees padding."""
-    index = torch.arange(positions.shape[1], device=positions.device)
-    visible = (number_of.unsqueeze(2) == number_of.unsqueeze(1)) & (index.unsqueeze(1) >= index.unsqueeze(0))
-    distance = positions.unsqueeze(2) - positions.unsqueeze(1)
-    return by_layer_type(config, visible, lambda window: visible & (distance < window), dtype)
 
 
 def _by_sample(samples: Sequence[TextSample], scores: np.ndarray) -> list[np.ndarray]:

@@ -33,7 +33,8 @@ def token_weights(module: StepModule, batch: Batch) -> TokenWeights:
     training = module.training
     module.eval()
     try:
-        return _token_weights(module, batch)
+        with torch.compiler.set_stance("force_eager"):  # a few samples are not worth compiling layers again
+            return _token_weights(module, batch)
     finally:
         module.train(training)
 

@@ -64,8 +64,8 @@ def export(model: Any, tensors: dict[str, Tensor], processor: LlavaProcessor, fo
 def load_exported(folder: Path, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
     """(model, processor) as any user of transformers loads them."""
     with quiet_loading():
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-    return model.eval(), AutoProcessor.from_pretrained(folder, backend="pil")
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    return model.eval(), AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
 
 
 def check_same_logits(expected: Tensor, found: Tensor) -> float:

@@ -112,7 +112,7 @@ def _renamed(tokenizer: Any, token: str) -> Any:
         for file in folder.glob("*.json"):
             value = json.loads(file.read_text(encoding="utf-8"))
             file.write_text(json.dumps(_replaced(value, token), ensure_ascii=False), encoding="utf-8")
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _replaced(value: Any, token: str) -> Any:

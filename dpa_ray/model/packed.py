@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpa_ray.batch import NO_SAMPLE, Batch
+from dpa_ray.batch import IGNORE_INDEX, NO_SAMPLE, Batch
 
 
 def positions_of(batch: Batch) -> Tensor:
@@ -42,6 +42,30 @@ def apart(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         return rows
 
     return spread(batch.input_ids), spread(batch.attention_mask), spread(batch.image_mask)
+
+
+def alone(batch: Batch, number: int) -> Batch:
+    """The batch of one of `batch`'s samples (counted as in `rows`, fillers behind them), without padding."""
+    if batch.sample is None:
+        own = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
+        own[number] = batch.attention_mask[number].bool()
+    else:
+        own = batch.sample == number
+    # the image that fills each image position: they stand one behind the other, row by row
+    num_images, num_features = batch.pixel_values.shape[0], int(batch.image_mask.sum())
+    image = (batch.image_mask.flatten().cumsum(0) - 1).view(own.shape) // max(1, num_features // max(1, num_images))
+    fields: dict[str, Any] = {
+        name: value[own].unsqueeze(0)
+        for name, value in vars(batch).items()
+        if isinstance(value, Tensor) and value.shape == own.shape and name != "sample"
+    }
+    is_real = number < len(batch.rows)
+    fields |= {name: getattr(batch, name)[number : number + 1] for name in ("rows", "ids", "places")}
+    return replace(
+        batch, **fields, sample=None, pixel_values=batch.pixel_values[image[own & batch.image_mask].unique()],
+        num_samples=int(is_real), num_tokens=int(own.sum()) if is_real else 0,
+        num_targets=int((fields["labels"] != IGNORE_INDEX).sum()), untaught=[], num_skipped=0,
+    )  # fmt: skip
 
 
 def takes_one_row(config: Any) -> bool:

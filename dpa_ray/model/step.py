@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from dpa_ray.batch import IGNORE_INDEX, Batch
-from dpa_ray.model.blind import attention_argument, drop_images
+from dpa_ray.model.blind import attention_argument, drop_images, layout_of, starts, text_before
 from dpa_ray.model.cmo import TargetScores, Weighting, probability_gain, raw_weights, smooth_within_turn
 from dpa_ray.model.gain import BINS, counted
 from dpa_ray.model.packed import apart, block_masks, in_one_row, num_slots, positions_of, takes_one_row
@@ -130,13 +130,14 @@ class StepModule(nn.Module):
             weight = raw
         else:
             sample = row if batch.sample is None else batch.sample[row, column].long()
+            pictured = apart(batch)[2].any(1)[sample]
             if batch.log_q is not None and batch.blind_logit is not None:
                 blind = TargetScores(batch.log_q[row, column], batch.blind_logit[row, column])
                 has_blind = blind.log_prob > -torch.inf
             else:
-                blind, has_blind = self._blind(batch, sample, positions[row, column], target)
+                asked = [values[pictured] for values in (sample, positions[row, column], target)]
+                blind, has_blind = _spread(*self._blind(batch, *asked), pictured)
             # Without an image p and q are the same number: the weight is the clamp of 0, not of rounding noise.
-            pictured = apart(batch)[2].any(1)[sample]
             blind.log_prob = torch.where(pictured, blind.log_prob, seen.log_prob.detach())
             blind.logit = torch.where(pictured, blind.logit, seen.logit.detach())
             raw = raw_weights(seen, blind, has_blind, self.weighting)
@@ -184,11 +185,16 @@ class StepModule(nn.Module):
     @torch.no_grad()
     def _blind(self, batch: Batch, sample: Tensor, position: Tensor, target: Tensor) -> tuple[TargetScores, Tensor]:
         """Scores of the target at `position` of `sample` without the image, from the last text token before it, and
-        whether there is one."""
+        whether there is one. No text is passed of samples without such targets, or behind the last of them; a pass of
+        one dummy token is left where there are none at all, as other ranks may wait for it (ZeRO-3)."""
         training = self.training
         self.eval()  # q is the model's answer, not one under dropout
         try:
-            text = drop_images(*apart(batch))
+            ids, mask, image = apart(batch)
+            before = text_before(mask, image)[sample, position]  # text tokens before the target: the last predicts it
+            lengths = before.new_zeros(len(ids)).scatter_reduce_(0, sample, before, "amax").tolist()
+            layout = layout_of(lengths, self.decoder.config)
+            text = drop_images(ids, mask, image, lengths=lengths, layout=layout)
             embeds = self.model.get_input_embeddings()(text.input_ids)
             hidden = self.decoder(
                 inputs_embeds=embeds,
@@ -196,8 +202,17 @@ class StepModule(nn.Module):
                 position_ids=text.position_ids,
                 use_cache=False,
             ).last_hidden_state
-            before = text.index_BT[sample, position]  # text tokens before the target: the last one predicts it
-            scores = self.scorer.score(hidden[sample, (before - 1).clamp(min=0)], target)
+            row, start = (torch.tensor(x, device=ids.device)[sample] for x in starts(layout, lengths))
+            scores = self.scorer.score(hidden[row, start + (before - 1).clamp(min=0)], target)
         finally:
             self.train(training)
         return scores, before > 0
+
+
+def _spread(scores: TargetScores, has_N: Tensor, asked_N: Tensor) -> tuple[TargetScores, Tensor]:
+    """Scores of the targets that were asked for, (N,) among all: 0 and True of the others."""
+    spread = (torch.zeros(asked_N.shape, dtype=x.dtype, device=x.device) for x in (scores.log_prob, scores.logit))
+    log_prob, logit = (
+        zeros.masked_scatter_(asked_N, x) for zeros, x in zip(spread, (scores.log_prob, scores.logit), strict=True)
+    )
+    return TargetScores(log_prob, logit), torch.ones_like(asked_N).masked_scatter_(asked_N, has_N)

@@ -30,7 +30,10 @@ class ModelRef:
     revision: str | None = None
 
     def kwargs(self) -> dict[str, Any]:
-        return {"pretrained_model_name_or_path": self.location, "revision": self.revision or "main"}
+        # code that comes with a model is never run; without a word on it, transformers asks whoever is at the terminal
+        return {
+            "pretrained_model_name_or_path": self.location, "revision": self.revision or "main", "trust_remote_code": False,
+        }  # fmt: skip
 
 
 def load_llm_config(ref: ModelRef) -> Any:

@@ -20,6 +20,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from dpa_ray.recipe import Recipe
+from dpa_ray.report.goodput import PARTS
 
 PLAIN_FRACTION = 0.1
 PLAIN_EVERY_S = 10.0
@@ -146,6 +147,27 @@ def accuracy_table(rows: Sequence[AccuracyRow], to: Console | None = None) -> No
     console = to or terminal()
     console.print()
     console.print(table)
+
+
+def goodput_table(entries: Mapping[str, Any], to: Console | None = None) -> None:
+    """Where the wall time went (`Ledger.entries`): a row a stage, a row for what belongs to none, and the whole.
+
+    Parts that nothing was spent on have no column.
+    """
+    stages = {**entries["stages"], "outside of stages": entries["outside_stages"], "in all": entries}
+    columns = {f"{part}_s": part.replace("_", " ") for part in PARTS if entries[f"{part}_s"] > 0}
+    table = _table("wall time", *(f">{name}" for name in columns.values()), ">sum")
+    for name, parts in stages.items():
+        times = [parts[key] for key in columns]
+        if sum(times) > 0:
+            table.add_row(name, *map(duration, times), duration(sum(times)))
+    console = to or terminal()
+    console.print()
+    console.print(table)
+    restarts = entries["num_restarts"]
+    told = f", workers replaced {restarts} time{'' if restarts == 1 else 's'}" if restarts else ""
+    attempts = f" over {_count(entries['num_attempts'], 'attempt')}" if entries["num_attempts"] > 1 else ""
+    console.print(f"goodput: {100 * entries['goodput']:.1f} % of {duration(entries['wall_time_s'])}{attempts}{told}")
 
 
 class Progress:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from dpa_ray.errors import UserError
@@ -30,18 +31,23 @@ class Files(Protocol):
 class MetricsLog:
     """The metrics of a run under way; one process writes them.
 
-    A local store gets each line as it comes. S3 cannot append: there the whole is written at `flush`, which belongs
-    at every checkpoint, before it counts, and at a stage's end.
+    A local store gets each line as it comes; while its disk is full, lines are kept, and follow when there is room. S3
+    cannot append: there the whole is written at `flush`, which belongs at every checkpoint, before it counts, and at a
+    stage's end. `append` and `flush` may be called by two threads, and a `flush` that waits for S3 holds up no `append`.
 
     The stage under way is always last in the file. A run passes through all its stages in order, each by `start` or
     by `copy_reused`, so that at its end the file is in stage order, whatever an earlier attempt had left.
     """
 
-    def __init__(self, store: Files, run_path: str):
+    def __init__(self, store: Files, run_path: str, note: Callable[[str], None] = lambda text: None):
+        """`note` is told, once, that lines cannot be written now."""
         self.store = store
+        self.note = note
         self.path = f"{run_path}/{FILE}"
         self.run_path = run_path
         self._lines: list[str] = []  # what the file will hold once written whole
+        self._waiting: list[str] = []  # local: lines that could not be appended
+        self._lines_lock, self._file_lock = threading.Lock(), threading.Lock()
         self._stage: str | None = None
         self._step = 0
 
@@ -58,15 +64,31 @@ class MetricsLog:
         assert (stage, step) == (self._stage, self._step + 1), f"{stage} {step} after {self._stage} {self._step}"
         line = _line(record)
         self._step = step
-        if self.store.is_local:
-            self.store.append_line(self.path, line)
-        else:
-            self._lines.append(line)
+        if not self.store.is_local:
+            with self._lines_lock:
+                self._lines.append(line)
+            return
+        with self._file_lock:
+            first = not self._waiting
+            self._waiting.append(line)
+            try:
+                self._append_waiting()
+            except (UserError, OSError) as err:
+                if first:
+                    self.note(f"{err}; training goes on, and metrics are written as soon as they can be")
 
     def flush(self) -> None:
-        """Make every line so far durable."""
+        """Make every line so far durable. Raises: what the store raises."""
         if not self.store.is_local:
             self._write()
+            return
+        with self._file_lock:
+            self._append_waiting()
+
+    def _append_waiting(self) -> None:
+        while self._waiting:
+            self.store.append_line(self.path, self._waiting[0])
+            del self._waiting[0]
 
     @staticmethod
     def copy_reused(store: Files, run_path: str, stage: str, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -77,7 +99,10 @@ class MetricsLog:
         log._write()
 
     def _write(self) -> None:
-        self.store.write_bytes(self.path, "".join(line + "\n" for line in self._lines).encode())
+        with self._file_lock:  # what is written later is never older
+            with self._lines_lock:
+                content = "".join(line + "\n" for line in self._lines)
+            self.store.write_bytes(self.path, content.encode())
 
 
 def read(store: Files, run_path: str) -> list[Record]:
@@ -96,7 +121,7 @@ def read(store: Files, run_path: str) -> list[Record]:
         try:
             record = json.loads(line)
             valid = isinstance(record, dict) and isinstance(record["stage"], str) and isinstance(record["step"], int)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, RecursionError):
             valid = False
         if valid:
             records.append(record)

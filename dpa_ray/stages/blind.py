@@ -1,4 +1,4 @@
-"""Between the proxy and stage 2: what computes q, the probability of every caption's tokens without the image."""
+"""Before a stage whose LLM is frozen: what computes q, the probability of every target without the image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dpa_ray.data.encode import Encoder
 from dpa_ray.model import vlm
 from dpa_ray.stages import build
 from dpa_ray.stages.proxy_mllm import frozen_llm
-from dpa_ray.stages.spec import BlindTask
+from dpa_ray.stages.spec import BlindTask, InstructTask, precision_dtype
 from dpa_ray.store.fs import Store
 
 VERSION = 1
@@ -18,7 +18,7 @@ VERSION = 1
 
 @dataclass
 class BlindBuilt:
-    """Stage 2's LLM, frozen, and how it is read."""
+    """The stage's LLM, frozen, and how it is read."""
 
     llm: Any
     softcap: float | None
@@ -26,14 +26,21 @@ class BlindBuilt:
 
 
 def encoder(task: BlindTask, store: Store) -> Encoder:
-    """Stage 2's own, image tokens included: they decide the positions, and where a caption is cut."""
-    vocab = build.vocabulary(task.reader.tokenizer.weights.located(store), task.recipe)
-    return build.encoder(task.recipe, "proxy_mllm", vocab, task.num_image_tokens)
+    """The stage's own, image tokens included: they decide the positions, and where a sample is cut."""
+    reader = task.reader
+    base = reader.base if isinstance(reader, InstructTask) else reader.tokenizer
+    vocab = build.vocabulary(base.weights.located(store), task.recipe)
+    return build.encoder(task.recipe, reader.stage, vocab, task.num_image_tokens)
 
 
 def build_blind(task: BlindTask, store: Store) -> BlindBuilt:
-    """The LLM as stage 2 has it, without tower and connector."""
-    vocab, llm = frozen_llm(task.reader, store)
+    """The LLM as the stage has it, without tower and connector."""
+    reader, recipe = task.reader, task.recipe
+    if isinstance(reader, InstructTask):
+        ref = reader.base.weights.located(store)
+        vocab, llm = build.vocabulary(ref, recipe), vlm.load_llm(ref, precision_dtype(recipe), recipe.model.attention)
+    else:
+        vocab, llm = frozen_llm(reader, store)
     softcap = vlm.softcap_of(llm.config)
     vlm.append_image_row(llm, vocab.row)
     return BlindBuilt(llm.eval().requires_grad_(False), softcap, vocab.row.num_softmax_rows)

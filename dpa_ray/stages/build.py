@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpa_ray.data.chat import pin_template
 from dpa_ray.data.encode import Encoder
 from dpa_ray.data.sample import Sample, Turn
+from dpa_ray.errors import UserError
 from dpa_ray.model import vlm
 from dpa_ray.model.cmo import Weighting
 from dpa_ray.model.image_row import ImageRow, add_image_token, load_tokenizer
@@ -80,6 +84,22 @@ def checkpointing(model: Any, on: bool) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
+def compile_layers(llm: Any) -> None:
+    """Have each decoder layer compiled when it is first called: one program for all, whatever the lengths.
+
+    Names of parameters stay, and checkpointing stays around a layer. Raises: UserError where there is no compiler, or
+    where the decoder's layers are of a kind that is not known.
+    """
+    compiler = (os.environ.get("CXX") or "g++").split()[0]  # whose command may have options
+    if shutil.which(compiler) is None:
+        raise UserError(f"model.compile: expected a C++ compiler on every worker, found no {compiler}; set it to false")
+    layers = [part for part in llm.modules() if isinstance(part, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(f"model.compile: expected decoder layers to compile in {llm.config.model_type}, found none")
+    for layer in layers:
+        layer.compile(dynamic=True)
+
+
 def vision_language_model(
     llm: Any, store: Store, recipe: Recipe, tower_ref: vlm.ModelRef, row: ImageRow
 ) -> tuple[Any, TowerSpec]:
@@ -103,6 +123,9 @@ def stage_image_processor(recipe: Recipe, stage: str, ref: vlm.ModelRef, spec: T
 
 
 def step_module(model: Any, recipe: Recipe, stage: str, row: ImageRow, llm_config: Any) -> StepModule:
-    return StepModule(
+    module = StepModule(
         model, weighting(recipe, stage), softcap=vlm.softcap_of(llm_config), num_softmax_rows=row.num_softmax_rows
     )
+    if recipe.model.compile:
+        compile_layers(module.decoder)
+    return module

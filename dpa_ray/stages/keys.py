@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from dpa_ray.recipe import PROXY_METHODS, Recipe, SourceSection
 from dpa_ray.stages import blind, build, instruct, proxy_llm, proxy_mllm
-from dpa_ray.stages.spec import Weights
+from dpa_ray.stages.spec import BLIND, Weights
 
 NOT_IN_KEYS = ("micro_batch_size", "packing", "gradient_checkpointing", "weights", "from")
 """Of a stage's section: how it is computed, not what; weights are in the key as what they resolve to."""
@@ -14,6 +15,9 @@ NOT_IN_KEYS = ("micro_batch_size", "packing", "gradient_checkpointing", "weights
 MERGE_VERSION = EVAL_VERSION = 1
 FORMAT = 1
 """Raise to make every artifact anew."""
+
+Skipped = Sequence[int | str]
+"""Rows that a stage passes over, rising; where its data is not prepared, what the recipe says of them."""
 
 
 def _section(recipe: Recipe, stage: str) -> dict[str, Any]:
@@ -24,8 +28,9 @@ def _section(recipe: Recipe, stage: str) -> dict[str, Any]:
     return kept
 
 
-def _data(recipe: Recipe, source: SourceSection, digest: str) -> dict[str, Any]:
-    return {"digest": digest, "fraction": source.fraction, "shuffle_window": recipe.data.shuffle_window}
+def _data(recipe: Recipe, source: SourceSection, digest: str, skipped: Skipped) -> dict[str, Any]:
+    data = {"digest": digest, "fraction": source.fraction, "shuffle_window": recipe.data.shuffle_window}
+    return {**data, "skipped": list(skipped)} if skipped else data
 
 
 def _weights(recipe: Recipe, stage: str) -> dict[str, Any]:
@@ -48,11 +53,11 @@ def _vision(recipe: Recipe, tower: Weights, stage: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def proxy_llm_inputs(recipe: Recipe, llm: Weights, data_digest: str) -> dict[str, Any]:
+def proxy_llm_inputs(recipe: Recipe, llm: Weights, data_digest: str, skipped: Skipped = ()) -> dict[str, Any]:
     """Stage 1: the base LLM and the captions."""
     return {
         **_common(recipe, proxy_llm.VERSION), "stage": "proxy_llm", "llm": llm.digest,
-        "data": _data(recipe, recipe.data.pretrain, data_digest), "section": _section(recipe, "proxy_llm"),
+        "data": _data(recipe, recipe.data.pretrain, data_digest, skipped), "section": _section(recipe, "proxy_llm"),
     }  # fmt: skip
 
 
@@ -62,46 +67,59 @@ def merged_inputs(recipe: Recipe, llm: Weights, adapter_key: str) -> dict[str, A
             "precision": recipe.precision}  # fmt: skip
 
 
-def proxy_mllm_inputs(recipe: Recipe, llm_key: str, tower: Weights, data_digest: str) -> dict[str, Any]:
+def proxy_mllm_inputs(
+    recipe: Recipe, llm_key: str, tower: Weights, data_digest: str, skipped: Skipped = ()
+) -> dict[str, Any]:
     """Stage 2. `llm_key`: the merged proxy's key, or the base LLM's digest in a method without a proxy."""
     return {
         **_common(recipe, proxy_mllm.VERSION), "stage": "proxy_mllm", "llm": llm_key,
         "proxy": recipe.method in PROXY_METHODS, **_vision(recipe, tower, "proxy_mllm"),
-        **_weights(recipe, "proxy_mllm"), "data": _data(recipe, recipe.data.pretrain, data_digest),
+        **_weights(recipe, "proxy_mllm"), "data": _data(recipe, recipe.data.pretrain, data_digest, skipped),
         "section": _section(recipe, "proxy_mllm"),
     }  # fmt: skip
 
 
-def blind_inputs(recipe: Recipe, llm_key: str, num_image_tokens: int, data_digest: str) -> dict[str, Any]:
-    """q of stage 2's samples. `llm_key` as in stage 2: it holds the tokenizer too.
+def blind_inputs(
+    recipe: Recipe, llm_key: str, num_image_tokens: int, data_digest: str, stage: str = "proxy_mllm"
+) -> dict[str, Any]:
+    """q of the samples of `stage`, 2 or 3. `llm_key` is that of its frozen LLM: it holds the tokenizer too.
 
-    Stage 2 on all samples has nothing of its order in the key, and any seed, batch size and number of epochs shares q.
-    Where it may take fewer (`fraction`, `max_steps`), q is of those alone, and all that chooses them is in the key.
+    A stage on all samples has nothing of its order in the key, and any seed, batch size and number of epochs shares q.
+    Where it may take fewer (`fraction`, `max_steps`), q is of those alone, and all that chooses them is in the key. What
+    the stage passes over has its q all the same.
     """
-    section, source = recipe.stages.proxy_mllm, recipe.data.pretrain
+    section = getattr(recipe.stages, stage)
+    source = recipe.data.instruct if stage == "instruct" else recipe.data.pretrain
     chosen: dict[str, Any] = {}
     if source.fraction < 1 or section.max_steps is not None:
         chosen = {"fraction": source.fraction, "seed": recipe.seed}
     if section.max_steps is not None:
         chosen |= {
             "max_steps": section.max_steps, "global_batch_size": section.global_batch_size,
-            "shuffle_window": recipe.data.shuffle_window, "order": proxy_mllm.VERSION,
+            "shuffle_window": recipe.data.shuffle_window,
+            "order": instruct.VERSION if stage == "instruct" else proxy_mllm.VERSION,
         }  # fmt: skip
+        if stage == "instruct":
+            chosen["group_by_length"] = section.group_by_length
+    template = {"template": "plain"}
+    if stage == "instruct":
+        template = {"template": "chat", "template_date": recipe.model.template_date}
     return {
-        "format": FORMAT, "version": blind.VERSION, "stage": "blind", "llm": llm_key, "precision": recipe.precision,
-        "template": "plain", "max_length": section.max_length, "num_image_tokens": num_image_tokens,
-        "data": data_digest, "chosen": chosen,
+        "format": FORMAT, "version": blind.VERSION, "stage": BLIND[stage], "llm": llm_key,
+        "precision": recipe.precision, **template, "max_length": section.max_length,
+        "num_image_tokens": num_image_tokens, "data": data_digest, "chosen": chosen,
     }  # fmt: skip
 
 
 def instruct_inputs(
-    recipe: Recipe, llm: Weights, tower: Weights, connector_key: str, data_digest: str
+    recipe: Recipe, llm: Weights, tower: Weights, connector_key: str, data_digest: str, skipped: Skipped = ()
 ) -> dict[str, Any]:
     """Stage 3: the base LLM and stage 2's connector."""
     return {
         **_common(recipe, instruct.VERSION), "stage": "instruct", "llm": llm.digest, "connector": connector_key,
         **_vision(recipe, tower, "instruct"), **_weights(recipe, "instruct"),
-        "template_date": recipe.model.template_date, "data": _data(recipe, recipe.data.instruct, data_digest),
+        "template_date": recipe.model.template_date,
+        "data": _data(recipe, recipe.data.instruct, data_digest, skipped),
         "section": _section(recipe, "instruct"),
     }  # fmt: skip
 

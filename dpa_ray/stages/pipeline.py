@@ -14,12 +14,15 @@ from dpa_ray.data.bridged import BridgedStore
 from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.prepare import Known, Prepared, find_prepared, prepare, source_digest
 from dpa_ray.data.retry import bridging
+from dpa_ray.data.skip import Skipped
 from dpa_ray.recipe import PROXY_METHODS, Recipe, SourceSection
+from dpa_ray.report.metrics import FILE as METRICS
 from dpa_ray.report.metrics import MetricsLog
-from dpa_ray.stages import build, imports, keys, supervision, weights
+from dpa_ray.stages import build, imports, keys, skips, supervision, weights
 from dpa_ray.stages.preflight import Checked, preflight
 from dpa_ray.stages.runs import Run
 from dpa_ray.stages.spec import (
+    BLIND,
     ArtifactRef,
     BaseLlm,
     BlindTask,
@@ -35,7 +38,7 @@ from dpa_ray.stages.spec import (
     TrainTask,
     Weights,
 )  # fmt: skip
-from dpa_ray.store.artifacts import Artifact, content_key, find
+from dpa_ray.store.artifacts import Artifact, content_key, find, verify
 from dpa_ray.store.fs import Store
 
 Report = Callable[[str], None]
@@ -61,6 +64,7 @@ class Plan:
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     refs: dict[str, ArtifactRef] = field(default_factory=dict)
     found: dict[str, Artifact] = field(default_factory=dict)
+    skipped: dict[str, tuple[Skipped, ...]] = field(default_factory=dict)  # by data: pretrain, instruct
 
     @property
     def has_proxy(self) -> bool:
@@ -74,7 +78,8 @@ class Plan:
     @property
     def shown(self) -> tuple[str, ...]:
         """What a person is told of, in order: the training stages, and q before the stage that takes it."""
-        return tuple(n for s in self.stages for n in (("blind", s) if s == "proxy_mllm" else (s,)) if n in self.refs)
+        named = (name for stage in self.stages for name in (BLIND.get(stage, stage), stage))
+        return tuple(dict.fromkeys(name for name in named if name in self.refs))
 
     @property
     def held_out(self) -> dict[str, tuple[SourceSection, str]]:
@@ -85,14 +90,14 @@ class Plan:
         """What has to be made, in order: of what is absent, only what something absent needs."""
         wanted = {"instruct", *(["eval"] if "eval" in self.refs else [])}
         if "instruct" not in self.found:
-            wanted.add("proxy_mllm")
+            wanted |= {"proxy_mllm", *({"blind_instruct"} & self.refs.keys())}
         if "proxy_mllm" in wanted and "proxy_mllm" not in self.found:
             wanted |= {"blind"} & self.refs.keys()
             if self.has_proxy:
                 wanted.add("proxy_merged")
                 if "proxy_merged" not in self.found:
                     wanted.add("proxy_llm")
-        order = ("proxy_llm", "proxy_merged", "blind", "proxy_mllm", "instruct", "eval")
+        order = ("proxy_llm", "proxy_merged", "blind", "proxy_mllm", "blind_instruct", "instruct", "eval")
         return tuple(name for name in order if name in wanted and name not in self.found)
 
     def add(self, name: str, stage: str, inputs: dict[str, Any], store: Store) -> ArtifactRef:
@@ -111,8 +116,10 @@ def make_plan(recipe: Recipe, store: Store, *, make: bool, report: Report) -> Pl
     """All keys of a recipe, and what of it is in the store.
 
     Args:
-        make: also make built-in models and import `stages.X.from`; without it nothing is written (a dry run).
-    Raises: UserError where a model or a source of data is not there.
+        make: also make built-in models, import `stages.X.from` and, where `data.skip_ids` is to be looked up in it, prepare
+            data; without it nothing is written (a dry run).
+    Raises: UserError where a model or a source of data is not there; RecipeError where an entry of `data.skip_ids` means
+        no sample.
     """
     llm = weights.resolve(recipe.model.llm, "llm", store, make=make, report=report)
     tower = weights.resolve(recipe.model.vision, "vision", store, make=make, report=report)
@@ -122,7 +129,7 @@ def make_plan(recipe: Recipe, store: Store, *, make: bool, report: Report) -> Pl
     known = Known(BridgedStore(store), write=make)
     with bridging(recipe.data.retry_s):
         data = {name: (section, source_digest(section, known)) for name, section in sections.items()}
-    plan = Plan(recipe, llm, tower, data)
+    plan = Plan(recipe, llm, tower, data, skipped=skips.find(recipe, store, data, make=make, report=report))
     _add_stages(plan, store, make=make)
     if plan.held_out:
         order = sorted(plan.held_out, key=lambda name: name != HELD_OUT)
@@ -134,6 +141,7 @@ def make_plan(recipe: Recipe, store: Store, *, make: bool, report: Report) -> Pl
 
 def _add_stages(plan: Plan, store: Store, *, make: bool) -> None:
     recipe, captions = plan.recipe, plan.data["pretrain"][1]
+    skipped = {name: skips.in_key(recipe, plan.skipped, name) for name in ("pretrain", "instruct")}
     llm_key = plan.llm.digest
     if plan.has_proxy:
         source = recipe.stages.proxy_llm.from_
@@ -142,10 +150,12 @@ def _add_stages(plan: Plan, store: Store, *, make: bool) -> None:
         elif source is not None:
             plan.add("proxy_llm", "proxy-llm", {"imported": source}, store)
         else:
-            plan.add("proxy_llm", "proxy-llm", keys.proxy_llm_inputs(recipe, plan.llm, captions), store)
+            plan.add(
+                "proxy_llm", "proxy-llm", keys.proxy_llm_inputs(recipe, plan.llm, captions, skipped["pretrain"]), store
+            )
         inputs = keys.merged_inputs(recipe, plan.llm, plan.refs["proxy_llm"].key)
         llm_key = plan.add("proxy_merged", "proxy-merged", inputs, store).key
-    if recipe.caches_blind:
+    if recipe.caches_blind("proxy_mllm"):
         num_image_tokens = weights.num_image_tokens(plan.tower, recipe.model.image_size, store)
         plan.add("blind", "blind", keys.blind_inputs(recipe, llm_key, num_image_tokens, captions), store)
     source = recipe.stages.proxy_mllm.from_
@@ -154,9 +164,15 @@ def _add_stages(plan: Plan, store: Store, *, make: bool) -> None:
     elif source is not None:
         plan.add("proxy_mllm", "proxy-mllm", {"imported": source}, store)
     else:
-        plan.add("proxy_mllm", "proxy-mllm", keys.proxy_mllm_inputs(recipe, llm_key, plan.tower, captions), store)
+        inputs = keys.proxy_mllm_inputs(recipe, llm_key, plan.tower, captions, skipped["pretrain"])
+        plan.add("proxy_mllm", "proxy-mllm", inputs, store)
     connector, digest = plan.refs["proxy_mllm"].key, plan.data["instruct"][1]
-    plan.add("instruct", "instruct", keys.instruct_inputs(recipe, plan.llm, plan.tower, connector, digest), store)
+    if recipe.caches_blind("instruct"):
+        num_image_tokens = weights.num_image_tokens(plan.tower, recipe.model.image_size, store)
+        inputs = keys.blind_inputs(recipe, plan.llm.digest, num_image_tokens, digest, "instruct")
+        plan.add("blind_instruct", "blind-instruct", inputs, store)
+    inputs = keys.instruct_inputs(recipe, plan.llm, plan.tower, connector, digest, skipped["instruct"])
+    plan.add("instruct", "instruct", inputs, store)
 
 
 def num_steps(recipe: Recipe, stage: str, prepared: Prepared) -> int:
@@ -215,7 +231,9 @@ class Pipeline:
                     self.plan.recipe, task.stage, checked.vocabulary, checked.tower.num_image_tokens
                 )
                 source = self.plan.data["instruct" if task.stage == "instruct" else "pretrain"][0].label
-                found = supervision.measure(self.store, task.data, encoder, self.plan.recipe.data.retry_s)
+                found = supervision.measure(
+                    self.store, task.data, encoder, self.plan.recipe.data.retry_s, {s.row for s in task.skipped}
+                )
                 note = supervision.check(found, stage=task.stage, encoder=encoder, source=source)
                 if note is not None:
                     self.report(note)
@@ -228,25 +246,31 @@ class Pipeline:
         base = BaseLlm(plan.llm)
         if name == "proxy_llm":
             data = self._prepared("pretrain")
-            return ProxyLlmTask(**common, base=base, data=data, num_steps=num_steps(recipe, name, data))
+            return ProxyLlmTask(
+                **common, base=base, data=data, num_steps=num_steps(recipe, name, data),
+                skipped=plan.skipped.get("pretrain", ()),
+            )  # fmt: skip
         if name == "proxy_merged":
             return MergeTask(**common, base=base, adapter=ProxyAdapter(plan.refs["proxy_llm"]))
-        if name == "blind":
-            reader = self._task("proxy_mllm")
-            assert isinstance(reader, ProxyMllmTask)
-            return BlindTask(**common, reader=reader, num_image_tokens=plan.inputs[name]["num_image_tokens"])
+        if name in BLIND.values():
+            reader = self._task("proxy_mllm" if name == "blind" else "instruct")
+            assert isinstance(reader, ProxyMllmTask | InstructTask)
+            return BlindTask(
+                **common, reader=reader, num_image_tokens=plan.inputs[name]["num_image_tokens"], stage=name
+            )
         if name == "proxy_mllm":
             data = self._prepared("pretrain")
             llm = MergedProxy(plan.refs["proxy_merged"]) if plan.has_proxy else base
             return ProxyMllmTask(
                 **common, llm=llm, tokenizer=base, tower=plan.tower, data=data, blind=plan.refs.get("blind"),
-                num_steps=num_steps(recipe, name, data),
+                num_steps=num_steps(recipe, name, data), skipped=plan.skipped.get("pretrain", ()),
             )  # fmt: skip
         if name == "instruct":
             data, connector = self._prepared("instruct"), Connector(plan.refs["proxy_mllm"])
             return InstructTask(
                 **common, base=base, connector=connector, tower=plan.tower, data=data,
-                num_steps=num_steps(recipe, name, data),
+                blind=plan.refs.get("blind_instruct"), num_steps=num_steps(recipe, name, data),
+                skipped=plan.skipped.get("instruct", ()),
             )  # fmt: skip
         sets = {held_out: self._prepared(held_out) for held_out in plan.inputs["eval"]["sets"]}
         return EvalTask(**common, model=plan.refs["instruct"], sets=sets)
@@ -265,14 +289,16 @@ class Pipeline:
 
     def _copy_metrics(self, stage: str) -> None:
         """A reused stage's lines, from its artifact (an imported one has none)."""
-        path = f"{self.plan.refs[stage].path}/metrics.jsonl"
-        lines = self.store.read_bytes(path).decode().splitlines() if self.store.exists(path) else []
+        lines: list[str] = []
+        if METRICS in self.plan.found[stage].files:
+            lines = (self.plan.refs[stage].fetched(self.store, [METRICS]) / METRICS).read_text().splitlines()
         MetricsLog.copy_reused(self.store, self.run.path, stage, [json.loads(line) for line in lines])
 
     def _place_model(self) -> None:
-        """runs/<name>/model: the instruct artifact's model files."""
+        """runs/<name>/model: the instruct artifact's model files. Raises: UserError where they are not what was committed."""
         target = f"{self.run.path}/model"
         artifact = self.plan.found["instruct"]
+        verify(self.store, artifact)
         self.store.delete(target)
         for name in artifact.files:
             if name not in BESIDE_THE_MODEL:

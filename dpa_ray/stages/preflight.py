@@ -32,15 +32,21 @@ def preflight(recipe: Recipe, llm: ModelRef, tower: ModelRef) -> Checked:
     vocabulary = build.vocabulary(llm, recipe)
     spec = tower_spec(tower, recipe.model.vision_layer, recipe.model.image_size)
     for stage in ("proxy_mllm", "instruct"):
-        encoder = build.encoder(recipe, stage, vocabulary, spec.num_image_tokens)
-        encoder.check()
-        _check_rows(encoder, vocabulary)
-    _check_attention(recipe, llm)
+        check_template(recipe, stage, vocabulary, spec.num_image_tokens)
+    check_attention(recipe, llm)
     processor_for(vocabulary.tokenizer, build.stage_image_processor(recipe, "instruct", tower, spec), spec)
     return Checked(vocabulary, spec)
 
 
-def _check_attention(recipe: Recipe, llm: ModelRef) -> None:
+def check_template(recipe: Recipe, stage: str, vocabulary: build.Vocabulary, num_image_tokens: int) -> Encoder:
+    """The stage's encoder. Raises: UserError where its template gives no targets, or tokens that have no row."""
+    encoder = build.encoder(recipe, stage, vocabulary, num_image_tokens)
+    encoder.check()
+    _check_rows(encoder, vocabulary)
+    return encoder
+
+
+def check_attention(recipe: Recipe, llm: ModelRef) -> None:
     """Raises: UserError where the blind pass needs masks by position, which flash attention does not take."""
     window = sliding_window_of(vlm.load_llm_config(llm))
     if window is None or recipe.model.attention != "flash_attention_2":
@@ -71,25 +77,27 @@ def _check_rows(encoder: Encoder, vocabulary: build.Vocabulary) -> None:
 def trainables(recipe: Recipe, llm: ModelRef, tower: ModelRef, stages: tuple[str, ...]) -> dict[str, TrainableSet]:
     """What each stage would train, from the configs alone (no weights are read)."""
     checked = preflight(recipe, llm, tower)
-    result = {}
-    for stage in stages:
-        with torch.device("meta"):
-            model = _config_only(llm)
-        mode = {"proxy_llm": "lora", "proxy_mllm": "frozen"}.get(stage) or recipe.stages.instruct.llm
+    return {stage: config_only(recipe, llm, checked, stage)[1] for stage in stages}
+
+
+def llm_mode(recipe: Recipe, stage: str) -> str:
+    """Is the LLM full, lora or frozen in `stage`?"""
+    fixed = {"proxy_llm": "lora", "proxy_mllm": "frozen"}.get(stage)
+    return fixed or recipe.stages.instruct.llm
+
+
+def config_only(recipe: Recipe, llm: ModelRef, checked: Checked, stage: str) -> tuple[Any, TrainableSet]:
+    """The model of `stage` on torch's meta device, and what is trained of it: everything but numbers."""
+    mode = llm_mode(recipe, stage)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(vlm.load_llm_config(llm))
         if mode == "lora":
             section = getattr(recipe.stages, stage).lora
-            with torch.device("meta"):
-                lora.attach(model, rank=section.rank, alpha=section.alpha, dropout=section.dropout, seed=recipe.seed)
+            lora.attach(model, rank=section.rank, alpha=section.alpha, dropout=section.dropout, seed=recipe.seed)
         if stage != "proxy_llm":
-            with torch.device("meta"):
-                vlm.append_image_row(model, checked.vocabulary.row)
-                config = vlm.llava_config(model.config, checked.tower, checked.vocabulary.row)
-                whole: Any = LlavaForConditionalGeneration(config)
+            vlm.append_image_row(model, checked.vocabulary.row)
+            config = vlm.llava_config(model.config, checked.tower, checked.vocabulary.row)
+            whole: Any = LlavaForConditionalGeneration(config)
             whole.model.language_model, whole.lm_head = model.base_model, model.get_output_embeddings()
             model = whole
-        result[stage] = select_trainable(model, stage, mode)
-    return result
-
-
-def _config_only(ref: ModelRef) -> Any:
-    return AutoModelForCausalLM.from_config(vlm.load_llm_config(ref))
+    return model, select_trainable(model, stage, mode)

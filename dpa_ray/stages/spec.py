@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dpa_ray.data.prepare import Prepared
+from dpa_ray.data.skip import Skipped
 from dpa_ray.errors import UserError
 from dpa_ray.model.vlm import ModelRef
 from dpa_ray.recipe import Recipe
@@ -22,6 +23,10 @@ from dpa_ray.store.fs import Store
 
 TRAINING_STAGES = ("proxy_llm", "proxy_mllm", "instruct")
 """The stages in their order, by their names in a recipe and in metrics.jsonl."""
+
+
+BLIND = {"proxy_mllm": "blind", "instruct": "blind_instruct"}
+"""What q of a stage's samples is called, where it is computed beforehand."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,7 @@ class ProxyLlmTask(Task):
     data: Prepared
     num_steps: int
     stage: str = "proxy_llm"
+    skipped: tuple[Skipped, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,15 +146,7 @@ class ProxyMllmTask(Task):
     num_steps: int
     stage: str = "proxy_mllm"
     blind: ArtifactRef | None = None  # q of its samples, where it was computed beforehand
-
-
-@dataclass(frozen=True)
-class BlindTask(Task):
-    """q of the samples that `reader` will take, from the LLM that it will be given."""
-
-    reader: ProxyMllmTask
-    num_image_tokens: int
-    stage: str = "blind"
+    skipped: tuple[Skipped, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,10 +157,21 @@ class InstructTask(Task):
     data: Prepared
     num_steps: int
     stage: str = "instruct"
+    blind: ArtifactRef | None = None  # q of its samples, where its LLM is frozen and it was computed beforehand
+    skipped: tuple[Skipped, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, BaseLlm) or not isinstance(self.connector, Connector):
             raise TypeError("stage 3 takes the base LLM and a connector, never a proxy")
+
+
+@dataclass(frozen=True)
+class BlindTask(Task):
+    """q of the samples that `reader` will take, from the frozen LLM that it will be given."""
+
+    reader: ProxyMllmTask | InstructTask
+    num_image_tokens: int
+    stage: str = "blind"
 
 
 @dataclass(frozen=True)
@@ -173,6 +182,7 @@ class EvalTask(Task):
 
 
 TrainTask = ProxyLlmTask | ProxyMllmTask | InstructTask
+AnyTask = TrainTask | MergeTask | BlindTask | EvalTask
 
 
 def precision_dtype(recipe: Recipe) -> torch.dtype:

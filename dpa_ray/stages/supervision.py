@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
+from dpa_ray.batch import Encoded
 from dpa_ray.data.encode import Encoder
 from dpa_ray.data.ingest import Loader
 from dpa_ray.data.prepared import Prepared, StoreLike
+from dpa_ray.data.sample import Sample
 from dpa_ray.errors import UserError
 
 SAMPLED_GROUPS, ROWS_PER_GROUP = 16, 16
@@ -44,20 +47,30 @@ def sampled_rows(row_groups: list[int]) -> list[int]:
     return [int(starts[g]) + i for g in chosen for i in range(min(ROWS_PER_GROUP, row_groups[g]))]
 
 
-def measure(store: StoreLike, prepared: Prepared, encoder: Encoder, retry_s: float = 0.0) -> Supervision:
-    """Encode a sample of `prepared` (images are not decoded). Raises: UserError where a sample cannot be encoded."""
+def measure(
+    store: StoreLike, prepared: Prepared, encoder: Encoder, retry_s: float = 0.0, skipped: Collection[int] = ()
+) -> Supervision:
+    """Encode a sample of `prepared` (images are not decoded) without the rows `skipped`.
+
+    Raises: UserError where a sample cannot be encoded.
+    """
     loader = Loader(store, prepared, encoder, None, 0, retry_s=retry_s)
-    num_text = num_targets = 0
+    rows = [row for row in sampled_rows(prepared.row_groups) if row not in skipped]
+    samples = (loader.samples([row])[0] for row in rows)  # one by one: memory holds the images of a row group
+    return of_samples(((sample, encoder(sample)) for sample in samples), encoder)
+
+
+def of_samples(encoded_samples: Iterable[tuple[Sample, Encoded]], encoder: Encoder) -> Supervision:
+    """What samples say that `encoder` has encoded."""
+    num_samples = num_text = num_targets = 0
     nothing = []
-    rows = sampled_rows(prepared.row_groups)
-    for row in rows:  # one by one: memory holds the images of a row group
-        sample = loader.samples([row])[0]
-        encoded = encoder(sample)
+    for sample, encoded in encoded_samples:
+        num_samples += 1
         num_text += int((encoded.input_ids != encoder.image_token_id).sum())
         num_targets += int(encoded.target.sum())
         if not encoded.target.any():
             nothing.append(sample.place)
-    return Supervision(len(rows), num_text, num_targets, tuple(nothing))
+    return Supervision(num_samples, num_text, num_targets, tuple(nothing))
 
 
 def check(found: Supervision, *, stage: str, encoder: Encoder, source: str) -> str | None:

@@ -18,14 +18,26 @@ import dpa_ray
 from dpa_ray.errors import UserError
 from dpa_ray.store.cache import cached
 from dpa_ray.store.digests import differences, digest_file, digest_folder
-from dpa_ray.store.fs import Store, checked_path
+from dpa_ray.store.fs import FILES_AT_ONCE, Store, checked_path
 from dpa_ray.store.local import files_under
+from dpa_ray.store.threads import each
 
-__all__ = ["STAGES", "Artifact", "commit", "content_key", "digest_file", "digest_folder", "fetch", "find"]
+__all__ = ["STAGES", "Artifact", "commit", "content_key", "digest_file", "digest_folder", "fetch", "find", "verify"]
 
-STAGES = ("base-llm", "base-vision", "proxy-llm", "proxy-merged", "blind", "proxy-mllm", "instruct", "eval")
+STAGES = (
+    "base-llm",
+    "base-vision",
+    "proxy-llm",
+    "proxy-merged",
+    "blind",
+    "proxy-mllm",
+    "blind-instruct",
+    "instruct",
+    "eval",
+)
 MANIFEST = "manifest.json"
 SCHEMA = 1
+KEYS = ("schema", "stage", "key", "files", "inputs", "meta", "versions", "created", "digest")
 VERSIONED = ("torch", "transformers", "peft", "deepspeed", "ray", "safetensors", "pyarrow")
 
 _log = logging.getLogger(__name__)
@@ -103,7 +115,18 @@ def find(store: Store, stage: str, key: str) -> Artifact | None:
         raise UserError(f"{store.url(path)}: {problem}; {_remedy(store, stage, key)}")
     if (manifest["stage"], manifest["key"]) != (stage, key):
         return None
+    if (digest := manifest.get("digest", "")) not in ("", _digest(manifest)):  # older ones have none
+        raise UserError(
+            f"{store.url(path)}: expected content with SHA-256 {digest}, found {_digest(manifest)}; "
+            f"{_remedy(store, stage, key)}"
+        )
     return Artifact(stage, key, manifest)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all that a manifest says but this."""
+    rest = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _problem(manifest: Any) -> str | None:
@@ -114,6 +137,8 @@ def _problem(manifest: Any) -> str | None:
         return (
             f"expected a manifest of schema {SCHEMA}, found schema {manifest['schema']!r} (another version of dpa_ray?)"
         )
+    if strange := sorted(manifest.keys() - KEYS):
+        return f"expected {', '.join(KEYS)} in the manifest, found {strange[0][:40]!r}"
     kinds = {"stage": str, "key": str, "files": dict, "inputs": dict, "meta": dict}
     for name, kind in kinds.items():
         if not isinstance(manifest.get(name), kind):
@@ -159,6 +184,7 @@ def commit(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     json.dumps(manifest, allow_nan=False)  # before anything is written
+    manifest["digest"] = _digest(manifest)
     store.delete(path)
     store.upload(folder, path, names)
     if (there := find(store, stage, key)) is not None:
@@ -200,12 +226,40 @@ def fetch(store: Store, artifact: Artifact, *, names: Sequence[str] | None = Non
         if names is None:
             wrong |= _strangers(folder, wanted)
     if wrong:
-        lines = "".join(f"\n  {name}: {text}" for name, text in wrong.items())
-        raise UserError(
-            f"{where}: {len(wrong)} of {len(wanted)} files are not what was committed; "
-            f"{_remedy(store, artifact.stage, artifact.key)}{lines}"
-        )
+        raise _damaged(store, artifact, wrong, len(wanted))
     return folder
+
+
+def verify(store: Store, artifact: Artifact) -> None:
+    """See that the artifact's files are what was committed, wherever they lie, without a copy of them.
+
+    Raises: UserError that names each file which is missing or different.
+    """
+    found = set(store.list(artifact.path))
+    wrong: dict[str, str] = {}
+
+    def compare(name: str) -> None:
+        expected = artifact.files[name]
+        if name not in found:
+            wrong[name] = f"expected {expected['size_bytes']} bytes, found no file"
+            return
+        size, digest = store.digest(f"{artifact.path}/{name}")
+        if size != expected["size_bytes"]:
+            wrong[name] = f"expected {expected['size_bytes']} bytes, found {size}"
+        elif digest != expected["sha256"]:
+            wrong[name] = f"expected SHA-256 {expected['sha256']}, found {digest}"
+
+    each(compare, artifact.files, FILES_AT_ONCE)
+    if wrong:
+        raise _damaged(store, artifact, dict(sorted(wrong.items())), len(artifact.files))
+
+
+def _damaged(store: Store, artifact: Artifact, wrong: Mapping[str, str], num_files: int) -> UserError:
+    lines = "".join(f"\n  {name}: {text}" for name, text in wrong.items())
+    return UserError(
+        f"{store.url(artifact.path)}: {len(wrong)} of {num_files} files are not what was committed; "
+        f"{_remedy(store, artifact.stage, artifact.key)}{lines}"
+    )
 
 
 def _strangers(folder: Path, files: Mapping[str, Any]) -> dict[str, str]:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote
 
+from dpa_ray.credentials import has_credentials, without_credentials
 from dpa_ray.errors import BrokenJson, UserError
 from dpa_ray.store.local import LocalFolder, files_under
 from dpa_ray.store.messages import told
 from dpa_ray.store.s3 import S3Folder
-from dpa_ray.store.s3_client import arrow_filesystem, configure_endpoint
+from dpa_ray.store.s3_client import Patience, arrow_filesystem, configure_endpoint
 from dpa_ray.store.threads import each
 
 FILES_AT_ONCE = 4
 Names = list[str]
+T = TypeVar("T")
+Through = Callable[[Callable[[], Any], str], Any]
+"""Takes a call and the URL that it is about, and makes it, again where that helps; must be picklable."""
 
 
 class _Backend(Protocol):
@@ -27,8 +31,10 @@ class _Backend(Protocol):
     def check(self, write: bool) -> None: ...
     def exists(self, path: str) -> bool: ...
     def read_bytes(self, path: str) -> bytes: ...
+    def digest(self, path: str) -> tuple[int, str]: ...
     def write_bytes(self, path: str, data: bytes) -> None: ...
     def put_if_absent(self, path: str, data: bytes) -> bool: ...
+    def honours_conditions(self, path: str) -> bool: ...
     def files(self, path: str, recursive: bool) -> list[str]: ...
     def folders(self, path: str) -> list[str]: ...
     def delete(self, path: str) -> None: ...
@@ -42,27 +48,33 @@ class Store:
     """A folder tree at `uri`: an absolute local path or s3://bucket[/prefix] (AWS_ENDPOINT_URL is honoured).
 
     Paths are relative to it, with `/`. A write is atomic: a reader sees the old file or the new one, whole. Names that
-    begin with `.tmp-` belong to the store itself and are never listed. Holds the URI only: it can be pickled, and
-    each process makes its own clients.
+    begin with `.tmp-` belong to the store itself and are never listed. Holds no client: it can be pickled, and each
+    process makes its own.
 
     Raises, in every method: FileNotFoundError where a file is absent; UserError where the store cannot be reached or
     refuses (after some retries); ValueError for a path that leads out of the store.
     """
 
-    def __init__(self, uri: str):
-        """Raises: UserError where `uri` is neither an absolute local path nor s3://bucket[/prefix]."""
+    def __init__(self, uri: str, *, through: Through | None = None, patience: Patience = "usual"):
+        """
+        Args:
+            through: makes each call, and may wait for a server that is away and make it again: all of them can be.
+            patience: of one call with a server that is slow or away.
+        Raises: UserError where `uri` is neither an absolute local path nor s3://bucket[/prefix].
+        """
         kind, place = _parse(uri)
         self.is_local = kind == "local"
+        self._through, self._patience = through, patience
         self._backend: _Backend
         if self.is_local:
             self.uri, self._backend = place, LocalFolder(Path(place))
         else:
             configure_endpoint()
             bucket, _, prefix = place.partition("/")
-            self.uri, self._backend = f"s3://{place}", S3Folder(bucket, prefix)
+            self.uri, self._backend = f"s3://{place}", S3Folder(bucket, prefix, patience)
 
-    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
-        return Store, (self.uri,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _opened, (self.uri, self._through, self._patience)
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"
@@ -78,6 +90,20 @@ class Store:
         path = checked_path(path, root_too=True)
         return f"{self.uri.rstrip('/')}/{path}" if path else self.uri
 
+    def brief(self) -> Store:
+        """The same store for calls that must not take long: each fails after about 10 s without an answer."""
+        return Store(self.uri, patience="brief")
+
+    def _do(self, path: str, doing: str, call: Callable[[], T]) -> T:
+        """Make `call`, which is `doing` something with `path`."""
+        url = self.url(path)
+
+        def once() -> T:
+            with told(url, doing):
+                return call()
+
+        return once() if self._through is None else self._through(once, url)
+
     def check(self, *, write: bool = True) -> None:
         """See that the store can be read and, with `write`, written to (a local folder is then made).
 
@@ -92,13 +118,15 @@ class Store:
 
     def exists(self, path: str) -> bool:
         """Is `path` a file?"""
-        with told(self.url(path)):
-            return self._backend.exists(checked_path(path))
+        return self._do(path, "looking for it", lambda: self._backend.exists(checked_path(path)))
 
     def read_bytes(self, path: str) -> bytes:
         """The whole file. Raises: FileNotFoundError."""
-        with told(self.url(path)):
-            return self._backend.read_bytes(checked_path(path))
+        return self._do(path, "reading", lambda: self._backend.read_bytes(checked_path(path)))
+
+    def digest(self, path: str) -> tuple[int, str]:
+        """(size in bytes, SHA-256) of a file, which is read to its end and kept nowhere. Raises: FileNotFoundError."""
+        return self._do(path, "reading", lambda: self._backend.digest(checked_path(path)))
 
     def read_json(self, path: str) -> Any:
         """The value in a JSON file. Raises: FileNotFoundError; UserError where it is no JSON."""
@@ -110,8 +138,7 @@ class Store:
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write a file, or replace it."""
-        with told(self.url(path)):
-            self._backend.write_bytes(checked_path(path), data)
+        self._do(path, "writing", lambda: self._backend.write_bytes(checked_path(path), data))
 
     def write_json(self, path: str, value: Any) -> None:
         """Write `value` as JSON. Raises: ValueError for NaN and infinities, TypeError for what JSON has not."""
@@ -119,7 +146,7 @@ class Store:
         self.write_bytes(path, f"{text}\n".encode())
 
     def append_line(self, path: str, line: str) -> None:
-        """Append `line` and a newline to a local file; it is there when the call returns.
+        """Append `line` and a newline to a local file; it is there when the call returns, and nothing of it where it fails.
 
         Raises: io.UnsupportedOperation on S3, which cannot append; ValueError for a line with a newline in it.
         """
@@ -127,30 +154,27 @@ class Store:
             raise io.UnsupportedOperation(f"{self.url(path)}: S3 cannot append to a file; write it whole")
         if "\n" in line:
             raise ValueError(f"expected one line, found {line!r}")
-        with told(self.url(path)):
+        with told(self.url(path), "writing"):
             self._backend.append_line(checked_path(path), line)
 
     def list(self, path: str, *, recursive: bool = True) -> Names:
         """Sorted names of the files under `path` (those directly in it unless `recursive`), relative to it."""
-        with told(self.url(path)):
-            return self._backend.files(checked_path(path, root_too=True), recursive)
+        return self._do(path, "listing", lambda: self._backend.files(checked_path(path, root_too=True), recursive))
 
     def list_dirs(self, path: str) -> Names:
         """Sorted names of the folders directly in `path`. (On S3, a folder is there while a file is in it.)"""
-        with told(self.url(path)):
-            return self._backend.folders(checked_path(path, root_too=True))
+        return self._do(path, "listing", lambda: self._backend.folders(checked_path(path, root_too=True)))
 
     def delete(self, path: str) -> None:
         """Delete a file, or a folder with all in it, if it is there."""
-        with told(self.url(path)):
-            self._backend.delete(checked_path(path))
+        self._do(path, "deleting", lambda: self._backend.delete(checked_path(path)))
 
     def upload(self, folder: Path, path: str, names: Sequence[str] | None = None) -> None:
         """Copy files of the local `folder` (all of them, or `names`) to `path`, a few at once, in no order."""
 
         def put(name: str) -> None:
-            with told(self.url(f"{path}/{name}")):
-                self._backend.put_file(folder / name, checked_path(f"{path}/{name}"))
+            target = checked_path(f"{path}/{name}" if path else name)
+            self._do(target, "writing", lambda: self._backend.put_file(folder / name, target))
 
         each(put, files_under(folder) if names is None else names, FILES_AT_ONCE)
 
@@ -161,8 +185,8 @@ class Store:
         """
 
         def get(name: str) -> None:
-            with told(self.url(f"{path}/{name}")):
-                self._backend.get_file(checked_path(f"{path}/{name}"), folder / checked_path(name))
+            source, target = checked_path(f"{path}/{name}" if path else name), folder / checked_path(name)
+            self._do(source, "reading", lambda: self._backend.get_file(source, target))
 
         if names is None:
             names = self.list(path)
@@ -178,17 +202,29 @@ class Store:
 
         Files of `target` that `source` has not stay as they are. Raises: FileNotFoundError.
         """
-        with told(self.url(source)):
-            if checked_path(source) != checked_path(target):  # S3 refuses a copy onto itself
-                self._backend.copy(source, target)
+        if checked_path(source) != checked_path(target):  # S3 refuses a copy onto itself
+            self._do(source, f"copying to {self.url(target)}", lambda: self._backend.copy(source, target))
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
         """Write a file unless it exists; of several writers at once, one gets True.
 
         A few S3 servers ignore conditional writes (rclone): there, two writers within milliseconds may both get True.
         """
+        tries = 0
+
+        def put() -> bool:
+            nonlocal tries
+            tries += 1
+            made = self._backend.put_if_absent(checked_path(path), data)
+            # an earlier try may have written it, though its answer was lost
+            return made or (tries > 1 and self._backend.read_bytes(path) == data)
+
+        return self._do(path, "writing", put)
+
+    def honours_conditions(self, path: str) -> bool:
+        """Does the store itself refuse a conditional write where `path`, a file, is? (One that does not replaces it.)"""
         with told(self.url(path)):
-            return self._backend.put_if_absent(checked_path(path), data)
+            return self._backend.honours_conditions(checked_path(path))
 
     def arrow(self) -> tuple[Any, str]:
         """(pyarrow file system, root inside it): f"{root}/{path}" opens `path`.
@@ -196,8 +232,11 @@ class Store:
         For reading, and for writers that cannot fail half-way: on S3, closing Arrow's stream after an exception
         publishes what was written so far.
         """
-        with told(self.uri):
-            return self._backend.arrow()
+        return self._do("", "opening", lambda: self._backend.arrow())
+
+
+def _opened(uri: str, through: Through | None, patience: Patience) -> Store:
+    return Store(uri, through=through, patience=patience)
 
 
 def open_uri(uri: str) -> tuple[Any, str]:
@@ -232,6 +271,10 @@ def _is_inside(path: str) -> bool:
 def _parse(uri: str) -> tuple[str, str]:
     """("local", absolute path) or ("s3", "bucket" or "bucket/prefix")."""
     expected = "expected an absolute local path or s3://bucket/prefix"
+    if has_credentials(uri):
+        raise UserError(
+            f"{expected} without user and password; found {without_credentials(uri)!r}; see AWS_ACCESS_KEY_ID"
+        )
     if uri.startswith("s3://"):
         bucket, *parts = [part for part in uri.removeprefix("s3://").split("/") if part] or [""]
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{2,62}", bucket):

@@ -2,8 +2,9 @@
 
 A lease is a chain of small files, <path>/1.json, 2.json, ...: the highest number counts. Its holder writes it anew every
 few seconds; whoever takes over makes the next number, which a conditional write gives to one process alone. A holder
-that was thought dead sees the higher number and stops. Clocks of different machines are not compared: a lease lapses
-when it was watched for its time and stayed the same.
+that was thought dead sees the higher number and stops; one that could not renew its lease in time (the store was away,
+the process stood still) writes nothing before it has looked. Clocks of different machines are not compared: a lease
+lapses when it was watched for its time and stayed the same.
 """
 
 from __future__ import annotations
@@ -35,6 +36,45 @@ class LeaseTaken(UserError):
     """Another process that lives holds it."""
 
 
+class Lease:
+    """A lease that this process holds, as far as it knows."""
+
+    def __init__(
+        self, store: Store, path: str, number: int, owner: str, lapses_after_s: float, lost: Callable[[], None]
+    ):
+        self.store, self.path, self.number, self.owner = store, path, number, owner
+        self.lapses_after_s = lapses_after_s
+        self._lost, self._taken, self._lock = lost, threading.Event(), threading.Lock()
+        self._sure_since = time.monotonic()
+
+    @property
+    def taken(self) -> bool:
+        """Has another process taken over, as far as this one knows?"""
+        return self._taken.is_set()
+
+    def confirm(self) -> None:
+        """Returns where nobody else can have taken over by now; to be called before what only the holder may write.
+
+        The store is asked only where the lease was not renewed in time. Raises: LeaseTaken; UserError where the store
+        cannot be asked.
+        """
+        if self.taken or time.monotonic() - self._sure_since >= self.lapses_after_s:
+            self.renew(self.store)
+
+    def renew(self, store: Store) -> None:
+        """Write the lease anew, through `store`. Raises: LeaseTaken; UserError where that cannot be done."""
+        with self._lock:
+            begun = time.monotonic()
+            if self.taken or _highest(store, self.path) != self.number:
+                if not self.taken:
+                    self._taken.set()
+                    _log.error("%s: another process has taken over", store.url(self.path))
+                    self._lost()
+                raise LeaseTaken(f"{store.url(self.path)}: another process has taken over")
+            store.write_bytes(_file(self.path, self.number), _content(self.number, self.owner))
+            self._sure_since = begun  # of this write somebody may have seen the beginning
+
+
 @contextmanager
 def held(
     store: Store,
@@ -44,8 +84,8 @@ def held(
     lost: Callable[[], None],
     owner: str = "",
     lapses_after_s: float = LAPSES_AFTER_S,
-) -> Iterator[threading.Event]:
-    """Hold the lease at `path` in this block; what the block gets is set when another process has taken over.
+) -> Iterator[Lease]:
+    """Hold the lease at `path` in this block.
 
     Where another process holds it, it is watched until it lapses or is written anew, `lapses_after_s` at most.
     Args:
@@ -56,24 +96,17 @@ def held(
     Raises: LeaseTaken where the other process lives.
     """
     number = _acquire(store, path, report, owner, lapses_after_s)
-    ended, taken = threading.Event(), threading.Event()
-
-    def told() -> None:
-        taken.set()
-        lost()
-
-    thread = threading.Thread(
-        target=_renew, args=(store, path, number, owner, lapses_after_s, ended, told), daemon=True
-    )
+    lease, ended, brief = Lease(store, path, number, owner, lapses_after_s, lost), threading.Event(), store.brief()
+    thread = threading.Thread(target=_renew, args=(lease, brief, ended), daemon=True)
     thread.start()
     try:
-        yield taken
+        yield lease
     finally:
         ended.set()
         thread.join()
         try:
-            if not taken.is_set() and _highest(store, path) == number:
-                store.write_bytes(_file(path, number), _content(number, owner, released=True))
+            if not lease.taken and _highest(brief, path) == number:
+                brief.write_bytes(_file(path, number), _content(number, owner, released=True))
         except UserError as err:  # it lapses by itself
             _log.warning("%s", err)
 
@@ -107,24 +140,19 @@ def _acquire(store: Store, path: str, report: Callable[[str], None], owner: str,
         time.sleep(min(POLL_S, lapses_after_s / RENEWALS))
 
 
-def _renew(
-    store: Store,
-    path: str,
-    number: int,
-    owner: str,
-    lapses_after_s: float,
-    ended: threading.Event,
-    lost: Callable[[], None],
-) -> None:
-    while not ended.wait(lapses_after_s / RENEWALS):
-        try:  # whatever happens to a store or to a thread: a holder that cannot say that it lives must say why
-            if _highest(store, path) != number:
-                _log.error("%s: another process has taken over", store.url(path))
-                lost()
-                return
-            store.write_bytes(_file(path, number), _content(number, owner))
-        except Exception as err:
-            _log.warning("%s: this lease cannot be renewed now: %s", store.url(path), err)
+def _renew(lease: Lease, store: Store, ended: threading.Event) -> None:
+    """In a thread. `store` gives up soon: a call that outlasts the lease renews nothing."""
+    away = False
+    while not ended.wait(lease.lapses_after_s / RENEWALS):
+        try:
+            lease.renew(store)
+            away = False
+        except LeaseTaken:
+            return
+        except Exception as err:  # whatever it is: a holder that cannot say that it lives must say why, and try again
+            if not away:
+                _log.warning("%s: this lease cannot be renewed now: %s", store.url(lease.path), err)
+            away = True
 
 
 def _highest(store: Store, path: str) -> int:
@@ -165,7 +193,7 @@ def _boot() -> str:
 def _values(content: bytes) -> dict[str, Any]:
     try:
         values = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 

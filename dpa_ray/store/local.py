@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -126,6 +127,11 @@ class LocalFolder:
     def read_bytes(self, path: str) -> bytes:
         return (self.root / path).read_bytes()
 
+    def digest(self, path: str) -> tuple[int, str]:
+        with open(self.root / path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return file.tell(), digest
+
     def write_bytes(self, path: str, data: bytes) -> None:
         with whole_file(self.root / path) as file:
             file.write(data)
@@ -147,13 +153,23 @@ class LocalFolder:
         finally:
             tmp.unlink(missing_ok=True)
 
+    def honours_conditions(self, path: str) -> bool:
+        return not self.put_if_absent(path, b"")
+
     def append_line(self, path: str, line: str) -> None:
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and target.stat().st_nlink > 1:  # else the line would also reach the other name's readers
             copy_file(target, target)
         with open(target, "ab", buffering=0) as file:
-            file.write(f"{line}\n".encode())
+            size = os.fstat(file.fileno()).st_size
+            data = memoryview(f"{line}\n".encode())
+            try:
+                while data:  # a write to a full disk is cut short before it fails
+                    data = data[file.write(data) :]
+            except OSError:
+                os.ftruncate(file.fileno(), size)  # else the next line would follow half of this one
+                raise
 
     def files(self, path: str, recursive: bool) -> list[str]:
         folder = self.root / path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -9,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpa_ray.errors import NoAnswer
 from dpa_ray.store.local import TMP_PREFIX, whole_file
 from dpa_ray.store.messages import NOT_FOUND, client_error
-from dpa_ray.store.s3_client import arrow_filesystem, client
+from dpa_ray.store.s3_client import Patience, arrow_filesystem, client
 from dpa_ray.store.threads import each
 
 PART_BYTES = 16 << 20
@@ -34,6 +36,7 @@ class S3Folder:
 
     bucket: str
     prefix: str
+    patience: Patience = "usual"
 
     def key(self, path: str) -> str:
         return "/".join(part for part in (self.prefix, path) if part)
@@ -61,7 +64,7 @@ class S3Folder:
         from botocore.exceptions import ClientError
 
         try:
-            client().head_object(Bucket=self.bucket, Key=self.key(path))
+            client(self.patience).head_object(Bucket=self.bucket, Key=self.key(path))
         except ClientError as err:
             code, status = client_error(err)
             if code in NOT_FOUND or status == 404:
@@ -75,7 +78,7 @@ class S3Folder:
 
         for attempt in range(READ_ATTEMPTS):
             try:
-                body = client().get_object(Bucket=self.bucket, Key=self.key(path))["Body"]
+                body = client(self.patience).get_object(Bucket=self.bucket, Key=self.key(path))["Body"]
                 data: bytes = body.read()
                 return data
             except (HTTPClientError, IncompleteReadError):  # broken off in the middle: botocore does not repeat that
@@ -83,8 +86,16 @@ class S3Folder:
                     raise
         raise AssertionError("not reached")
 
+    def digest(self, path: str) -> tuple[int, str]:
+        size, digest = 0, hashlib.sha256()
+        with arrow_filesystem(self.bucket).open_input_stream(f"{self.bucket}/{self.key(path)}") as stream:
+            while data := stream.read(PART_BYTES):
+                size += len(data)
+                digest.update(data)
+        return size, digest.hexdigest()
+
     def write_bytes(self, path: str, data: bytes) -> None:
-        client().put_object(Bucket=self.bucket, Key=self.key(path), Body=data)
+        client(self.patience).put_object(Bucket=self.bucket, Key=self.key(path), Body=data)
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
         from botocore.exceptions import ClientError
@@ -92,7 +103,7 @@ class S3Folder:
         if self.exists(path):  # decides alone on a server that ignores If-None-Match
             return False
         try:
-            client().put_object(Bucket=self.bucket, Key=self.key(path), Body=data, IfNoneMatch="*")
+            client(self.patience).put_object(Bucket=self.bucket, Key=self.key(path), Body=data, IfNoneMatch="*")
         except ClientError as err:
             code, status = client_error(err)
             if code == "ConditionalRequestConflict" or status == 409:  # two writers at once: the other one is ahead
@@ -104,6 +115,18 @@ class S3Folder:
             return repeated and self.read_bytes(path) == data
         return True
 
+    def honours_conditions(self, path: str) -> bool:
+        from botocore.exceptions import ClientError
+
+        try:
+            client().put_object(Bucket=self.bucket, Key=self.key(path), Body=b"", IfNoneMatch="*")
+        except ClientError as err:
+            code, status = client_error(err)
+            if code in ("PreconditionFailed", "ConditionalRequestConflict") or status in (409, 412):
+                return True
+            raise
+        return False
+
     def files(self, path: str, recursive: bool) -> list[str]:
         start = self._start(path)
         names = [key.removeprefix(start) for key in self._keys(start, recursive)]
@@ -111,7 +134,9 @@ class S3Folder:
 
     def _keys(self, start: str, recursive: bool) -> Iterator[str]:
         options = {} if recursive else {"Delimiter": "/"}
-        for page in client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=start, **options):
+        for page in (
+            client(self.patience).get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=start, **options)
+        ):
             for entry in page.get("Contents", ()):
                 if not entry["Key"].endswith("/"):  # the empty object by which some tools mark a folder
                     yield entry["Key"]
@@ -119,12 +144,16 @@ class S3Folder:
     def folders(self, path: str) -> list[str]:
         start = self._start(path)
         names = []
-        for page in client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=start, Delimiter="/"):
+        for page in (
+            client(self.patience)
+            .get_paginator("list_objects_v2")
+            .paginate(Bucket=self.bucket, Prefix=start, Delimiter="/")
+        ):
             names += [p["Prefix"].removeprefix(start).rstrip("/") for p in page.get("CommonPrefixes", ())]
         return sorted(name for name in names if not name.startswith(TMP_PREFIX))
 
     def delete(self, path: str) -> None:
-        s3, below = client(), self._all(self._start(path))
+        s3, below = client(self.patience), self._all(self._start(path))
         if not below or self.exists(path):  # rclone answers with an error where the name is a folder only
             s3.delete_object(Bucket=self.bucket, Key=self.key(path))
         # one request each: servers disagree on the checksum that the request for many must carry
@@ -137,12 +166,14 @@ class S3Folder:
         parents = self.key(path).split("/")[:-1]
         for depth in range(len(parents), 0, -1):
             marker = "/".join(parents[:depth]) + "/"
-            found = client().list_objects_v2(Bucket=self.bucket, Prefix=marker, MaxKeys=1).get("Contents", ())
+            found = (
+                client(self.patience).list_objects_v2(Bucket=self.bucket, Prefix=marker, MaxKeys=1).get("Contents", ())
+            )
             if found and found[0]["Key"] == marker:
-                client().delete_object(Bucket=self.bucket, Key=marker)
+                client(self.patience).delete_object(Bucket=self.bucket, Key=marker)
 
     def _all(self, start: str) -> list[str]:
-        pages = client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=start)
+        pages = client(self.patience).get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=start)
         return [entry["Key"] for page in pages for entry in page.get("Contents", ())]
 
     def put_file(self, source: Path, path: str) -> None:
@@ -154,7 +185,7 @@ class S3Folder:
             max_concurrency=THREADS_PER_FILE,
             preferred_transfer_client="classic",
         )
-        client().upload_file(str(source), self.bucket, self.key(path), Config=config)
+        client(self.patience).upload_file(str(source), self.bucket, self.key(path), Config=config)
 
     def get_file(self, path: str, target: Path) -> None:
         source = arrow_filesystem(self.bucket).open_input_file(f"{self.bucket}/{self.key(path)}")
@@ -165,7 +196,10 @@ class S3Folder:
                 expected = min(PART_BYTES, size - start)
                 data = memoryview(source.read_at(expected, start))
                 if len(data) != expected:
-                    raise OSError(f"expected {expected} bytes from {start} on, received {len(data)}")
+                    where = f"s3://{self.bucket}/{self.key(path)}"
+                    raise NoAnswer(
+                        f"{where}: expected {expected} bytes from {start} on, received {len(data)}; run again"
+                    )
                 while data:  # a write to a full disk is cut short before it fails
                     start += (written := os.pwrite(file.fileno(), data, start))
                     data = data[written:]

@@ -6,6 +6,7 @@ import functools
 import os
 from typing import Any, Literal
 
+from dpa_ray.credentials import has_credentials, without_credentials
 from dpa_ray.errors import UserError
 
 ENV_NAMES = (
@@ -18,10 +19,13 @@ ENV_NAMES = (
 CHECKSUM_NAMES = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
 MAX_POOL_CONNECTIONS = 64
 
-Patience = Literal["quick", "usual", "long"]
+Patience = Literal["brief", "quick", "usual", "long"]
 # Attempts: (connect s, read s, attempts). botocore waits 0.05 s, doubled each time, at random up to that: 8 attempts
-# bridge about 6 s. "quick" tells a wrong endpoint soon; "long" is for copies that the server makes before it answers.
-LIMITS: dict[Patience, tuple[float, float, int]] = {"quick": (3, 5, 3), "usual": (5, 30, 8), "long": (5, 900, 3)}
+# bridge about 6 s. "brief" is for signs of life, which are no longer any when they are late; "quick" tells a wrong
+# endpoint soon; "long" is for copies that the server makes before it answers.
+LIMITS: dict[Patience, tuple[float, float, int]] = {
+    "brief": (3, 7, 1), "quick": (3, 5, 3), "usual": (5, 30, 8), "long": (5, 900, 3),
+}  # fmt: skip
 ARROW_CONNECT_S, ARROW_STALLED_S, ARROW_ATTEMPTS = 5, 30, 5  # refused connections: given up after 5-8 s
 
 
@@ -36,6 +40,11 @@ def configure_endpoint() -> str | None:
     url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if not url:
         return None
+    if has_credentials(url):
+        raise UserError(
+            f"AWS_ENDPOINT_URL: expected an address without user and password, found {without_credentials(url)}; give them "
+            "as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
     scheme, _, host = url.partition("://")
     if scheme not in ("http", "https") or not host.strip("/"):
         raise UserError(f"AWS_ENDPOINT_URL: expected http://HOST[:PORT] or https://HOST[:PORT], found {url!r}")

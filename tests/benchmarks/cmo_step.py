@@ -40,6 +40,7 @@ from dpa_ray.engine.protocol import OptimizerSettings
 from dpa_ray.model.cmo import Weighting
 from dpa_ray.model.packed import positions_of
 from dpa_ray.model.step import StepModule
+from dpa_ray.stages.build import compile_layers
 from tests.benchmarks.released_form import ReleasedStep
 from tests.memory import peak_bytes
 
@@ -211,8 +212,12 @@ def make_module(variant: str, model: Any) -> Any:
     return StepModule(model, WEIGHTINGS.get(variant, CMO), softcap=None, num_softmax_rows=None)
 
 
-def make_setting(stage: int, name: str, device: str) -> tuple[Setting, Callable[[str, int], Batch]]:
+def make_setting(
+    stage: int, name: str, device: str, *, compiled: bool = False
+) -> tuple[Setting, Callable[[str, int], Batch]]:
     model = make_model(name, stage, device)
+    if compiled:
+        compile_layers(model.model.language_model)
     modules = {variant: make_module(variant, model) for variant in VARIANTS[stage]}
     engine = None
     if device == "cpu" or stage == 2:
@@ -262,7 +267,7 @@ def loss_peak_bytes(variant: str, setting: Setting, device: str) -> int:
 
 
 def measure(stage: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    setting, batch_of = make_setting(stage, args.model, args.device)
+    setting, batch_of = make_setting(stage, args.model, args.device, compiled=args.compile)
     variants = VARIANTS[stage]
     sizes = {
         v: CPU_MICRO_BATCH if args.device == "cpu" else largest_micro_batch(v, setting, batch_of) for v in variants
@@ -322,6 +327,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("small", "llama-3.1-8b", "qwen2.5-7b"), default="small")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", help="the layers, of all variants, as model.compile does")
     parser.add_argument("--out", type=Path, help="a JSON file of all rounds")
     args = parser.parse_args()
     rows = [row for stage in ([args.stage] if args.stage else [2, 3]) for row in measure(stage, args)]

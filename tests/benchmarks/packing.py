@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dpa_ray.batch import NO_TURN, Batch, Encoded
 from dpa_ray.data.collate import collate
-from dpa_ray.data.pack import pack
 from dpa_ray.engine.plain import PlainEngine
 from dpa_ray.engine.protocol import OptimizerSettings
 from dpa_ray.model.cmo import Weighting
 from dpa_ray.model.step import StepModule
+from dpa_ray.pack import pack
 
 MAX_LENGTH = 8192
 

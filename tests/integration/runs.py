@@ -63,8 +63,8 @@ class Run:
         return json.loads((self.folder / "run.json").read_text())
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl of one stage, in order."""
-        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        """The lines of metrics.jsonl of one stage, in order; of a run that was killed, without one that was cut."""
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().split("\n")[:-1]]
         return [line for line in lines if line["stage"] == stage]
 
     def samples(self, stage: str) -> dict[int, list[str]]:
@@ -195,13 +195,13 @@ class Running:
         """SIGKILL to one training worker."""
         os.kill(self.processes("ray::RayTrainWorker")[number], signal.SIGKILL)
 
-    def kill_all(self) -> None:
+    def kill_all(self) -> Run:
         """SIGKILL to the command, its workers and all of its local Ray at once, as when a machine goes down."""
         for title in ("ray::RayTrainWorker", "run_dpa.py", ""):
             for pid in self.processes(title):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        self.process.communicate()
+        return self.finished(60)
 
 
 def _heed_ctrl_c() -> None:

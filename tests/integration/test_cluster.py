@@ -13,7 +13,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from tests import tiny_models
-from tests.integration.runs import STAGES, Run, losses, make_recipe, start_dpa
+from tests.integration.runs import STAGES, Run, Running, losses, make_recipe, start_dpa
 
 pytestmark = pytest.mark.full
 
@@ -87,6 +87,17 @@ def test_a_node_that_is_lost_costs_its_worker_only(
     assert_same(run, whole)
 
 
+def drain(cluster: Cluster, node: Any, deadline_s: int) -> None:
+    """As a cloud's notice does: the node takes nothing new, and is to be gone after `deadline_s`."""
+    command = [
+        "ray", "drain-node", "--address", cluster.address, "--node-id", node.node_id,
+        "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test",
+        "--deadline-remaining-seconds", str(deadline_s),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_node_that_says_that_it_will_go_makes_the_run_save_at_once(
     tmp_path: Path, cluster: Cluster, recipe: Callable[..., dict[str, Any]], whole: Run
 ) -> None:
@@ -94,12 +105,67 @@ def test_a_node_that_says_that_it_will_go_makes_the_run_save_at_once(
     second = add_node(cluster)
     running = start(cluster, recipe(checkpoint={"every_steps": None, "every_s": 3600}), tmp_path / "store")
     running.wait_for("proxy_mllm", 6)
-    drain = [
-        "ray", "drain-node", "--address", cluster.address, "--node-id", second.node_id,
-        "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test", "--deadline-remaining-seconds", "15",
-    ]  # fmt: skip
-    done = subprocess.run(drain, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout + done.stderr
+    drain(cluster, second, deadline_s=15)
     run = running.finished()
     assert "a node is about to go; step" in run.stdout, run.output
     assert_same(run, whole)
+
+
+def lasting(made: dict[str, Any]) -> dict[str, Any]:
+    """A stage 2 that lasts longer than anybody waits here, so that what comes by the clock comes while it trains."""
+    made["stages"]["proxy_mllm"] |= {"epochs": 100_000, "max_steps": 100_000}
+    return made
+
+
+def wait_for_new_workers(running: Running, timeout_s: float = 300) -> int:
+    """Until a run's workers were replaced once and train again; gives the last step then."""
+    until = time.monotonic() + timeout_s
+    while running.run.info().get("goodput", {}).get("num_restarts") != 1:
+        assert running.process.poll() is None, "it ended"
+        assert time.monotonic() < until, "workers were never replaced"
+        time.sleep(0.1)
+    step = int(running.run.metrics("proxy_mllm")[-1]["step"])
+    running.wait_for("proxy_mllm", step + 4)
+    return step + 4
+
+
+def assert_same_so_far(run: Run, alone: Running, num_steps: int) -> None:
+    """As a run on one worker, which is ended there too."""
+    alone.wait_for("proxy_mllm", num_steps)
+    expected = losses(alone.kill_all(), "proxy_mllm")[:num_steps]
+    assert losses(run, "proxy_mllm")[:num_steps] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_drain_whose_deadline_passes_while_workers_train_is_told_and_counted(
+    tmp_path: Path, cluster: Cluster, recipe: Callable[..., dict[str, Any]]
+) -> None:
+    """No worker fails here: Ray Train replaces them when the time is over."""
+    add_node(cluster)
+    second = add_node(cluster)
+    running = start(cluster, lasting(recipe()), tmp_path / "store")
+    running.wait_for("proxy_mllm", 6)
+    drain(cluster, second, deadline_s=15)
+    step = wait_for_new_workers(running)
+    run = running.kill_all()
+    assert "a node is about to go; step" in run.stdout, run.output
+    assert "a node was taken away, that of worker" in run.stdout, run.output
+    assert "(preemption 1, after step" in run.stdout
+    assert "saved by 2 workers, on 1" in run.stdout
+    assert run.info()["goodput"]["lost_s"] > 0
+    assert_same_so_far(run, start_dpa(lasting(recipe()), tmp_path / "alone" / "store", "run"), step)
+
+
+def test_a_node_that_comes_while_a_run_trains_gets_a_worker(
+    tmp_path: Path, cluster: Cluster, recipe: Callable[..., dict[str, Any]]
+) -> None:
+    """Ray Train looks for it once a minute. No checkpoint comes by itself: what was trained is saved as a node came."""
+    add_node(cluster)
+    made = lasting(recipe(checkpoint={"every_steps": None, "every_s": 3600}))
+    running = start(cluster, made, tmp_path / "store")
+    running.wait_for("proxy_mllm", 6)
+    add_node(cluster)
+    step = wait_for_new_workers(running)
+    run = running.kill_all()
+    assert "there is room for 2 workers now" in run.stdout, run.output
+    assert "saved by 1 workers, on 2" in run.stdout
+    assert_same_so_far(run, start_dpa(lasting(recipe()), tmp_path / "alone" / "store", "run"), step)

@@ -73,6 +73,7 @@ def test_full_training_with_zero_rate_gives_the_base_llm(measured: Run) -> None:
     check_llm_is_base(measured)
 
 
+@pytest.mark.ci
 def test_frozen_llm_is_the_base_llm_and_a_poisoned_proxy_changes_nothing(measured: Run, tmp_path: Path) -> None:
     """The connector trains, the LLM does not; and what a proxy of NaN would do to stage 3 is nothing at all."""
     store = copy_store(measured, tmp_path / "store")

@@ -58,6 +58,7 @@ def check_odd(run: Run, odd: tuple[LlavaData, LlavaData], *, num_steps: int, glo
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+@pytest.mark.ci
 def test_no_image_no_target_and_an_idle_rank(
     odd: tuple[LlavaData, LlavaData], tmp_path: Path, tiny_llm: Callable, tiny_tower: Callable
 ) -> None:

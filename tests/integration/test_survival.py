@@ -7,6 +7,7 @@ losses to 1e-5. Checkpoints come every second step, so that at most two steps ar
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,17 @@ def assert_same_to_the_bit(run: Run, expected: Run) -> None:
     assert weights(run) == weights(expected)
 
 
+def assert_adds_up(goodput: dict[str, Any]) -> None:
+    """The parts of the wall time, and each part over the stages."""
+    parts = [name for name in goodput["outside_stages"] if name.endswith("_s")]
+    whole = sum(goodput[part] for part in parts)
+    assert goodput["wall_time_s"] == pytest.approx(whole)
+    assert goodput["goodput"] == pytest.approx(goodput["training_s"] / whole)
+    for part in parts:
+        by_stage = [*goodput["stages"].values(), goodput["outside_stages"]]
+        assert goodput[part] == pytest.approx(sum(times[part] for times in by_stage)), part
+
+
 @pytest.mark.parametrize(
     ("stage", "step"),
     [
@@ -104,6 +116,14 @@ def test_a_lost_worker_is_replaced_and_nothing_changes(
     (step_before,) = resumed_from(run, stage)
     assert step - EVERY_STEPS <= step_before, "at most two steps are made again"
     assert_same_to_the_bit(run, whole())
+    assert "workers replaced 1 time" in run.stdout
+    goodput = run.info()["goodput"]
+    assert_adds_up(goodput)
+    assert goodput["wall_time_s"] == pytest.approx(run.info()["wall_time_s"], rel=0.1)
+    assert goodput["reached"] == dict.fromkeys(STAGES, NUM_STEPS)
+    for name, parts in goodput["stages"].items():
+        assert (parts["training_s"] > 0) == (name in STAGES), name
+        assert (parts["lost_s"] > 0) == (name == stage), name
     assert list((tmp_path / "store" / "checkpoints").rglob("*.safetensors")) == [], "finished stages leave none"
 
 
@@ -123,6 +143,10 @@ def test_the_same_command_goes_on_after_all_was_killed(
     assert resumed_from(run, "proxy_mllm")
     assert resumed_from(run, "instruct")
     assert_same_to_the_bit(run, whole())
+    goodput = run.info()["goodput"]
+    assert_adds_up(goodput)
+    assert goodput["num_attempts"] == 3
+    assert goodput["wall_time_s"] > run.info()["wall_time_s"], "that of the killed ones counts too"
 
 
 @pytest.mark.ci
@@ -170,6 +194,26 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
     assert "a checkpoint is passed over" in run.stdout
     assert "rank-00001.safetensors: expected SHA-256" in run.stdout
     assert resumed_from(run, "proxy_mllm") == [int(saved[0].parent.name.split("-")[1])]
+    assert_same_to_the_bit(run, whole())
+
+
+@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.full), pytest.param(1, marks=pytest.mark.ci)])
+def test_a_worker_that_stands_still_is_named_and_replaced_and_nothing_changes(
+    tmp_path: Path, recipe: Callable, whole: Callable[..., Run], number: int
+) -> None:
+    """It is stopped, not killed: its connections stay, and the other one waits for it."""
+    running = start_dpa(recipe(cluster__collective_timeout_s=20), tmp_path / "store", "run")
+    running.wait_for("proxy_mllm", 5)
+    stopped = running.processes("ray::RayTrainWorker")[number]
+    os.kill(stopped, signal.SIGSTOP)
+    run = running.finished()
+    assert run.returncode == 0, run.output
+    assert "the workers have waited for each other for longer than 20 s (cluster.collective_timeout_s)" in run.stdout
+    assert f"(process {stopped} on " in run.stdout, run.output
+    assert "does not answer" in run.stdout
+    assert "failure 1 of 3, after step" in run.stdout
+    assert resumed_from(run, "proxy_mllm")
+    assert not Path(f"/proc/{stopped}").exists(), "it does not hold its GPU for ever"
     assert_same_to_the_bit(run, whole())
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dpa_ray.batch import IGNORE_INDEX, Batch
-from dpa_ray.model.blind import attention_argument, drop_images
+from dpa_ray.model.blind import attention_argument, drop_images, layout_of, row_width, text_before
 from dpa_ray.model.vlm import softcap_of
-from tests.random_models import VOCABULARY, batch_of, make_llm, make_step, masked_hidden
+from tests.random_models import VOCABULARY, batch_of, make_llm, make_step, make_vlm, masked_hidden
 
 FAMILIES = ["llama", "qwen2", "gemma2", "mistral"]
 TOLERANCE = 1e-6
@@ -127,8 +127,57 @@ def test_dropped_text_keeps_its_positions() -> None:
     assert text.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]
     assert text.input_ids.tolist()[0] == batch.input_ids[0, [0, 1, 6, 11, 12]].tolist()
     assert text.input_ids.tolist()[1] == [batch.input_ids[1, 4].item(), 0, 0, 0, 0]
-    assert text.index_BT[0].tolist() == [0, 1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 4]
-    assert text.index_BT[1, :5].tolist() == [0, 0, 0, 0, 0]
+    before = text_before(batch.attention_mask, batch.image_mask)
+    assert before[0].tolist() == [0, 1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 4]
+    assert before[1, :5].tolist() == [0, 0, 0, 0, 0]
+
+
+def test_texts_share_a_row_where_that_saves_a_tenth() -> None:
+    """By hand, in rows of 128: 9, 5 and 3 are one row of 17 instead of three of 9; of 120, 119 and 118 no two fit; 100 and
+    20 beside 119 are 2 x 120 places instead of 3 x 119; 128, 120 and 8 are 2 x 128 instead of 3 x 128."""
+    config = make_llm("llama").config
+    assert row_width(config) == 128
+    assert layout_of([9, 0, 5, 3], config) == [[0, 2, 3]]
+    assert layout_of([120, 0, 119, 118], config) == [[0], [2], [3]]
+    assert sorted(layout_of([100, 20, 119], config)) == [[0, 1], [2]]
+    assert sorted(layout_of([128, 120, 0, 8], config)) == [[0], [1, 3]]
+    assert layout_of([0, 0], config) == []
+    assert layout_of([0, 7], config) == [[1]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_text_that_q_depends_on_is_passed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a step: nothing of samples without an image or a target, nothing behind the last target but one."""
+    model = make_vlm(family)
+    seen: list[dict[str, Any]] = []
+    model.model.language_model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    module = make_step(model, "prob")
+    for notations, num_tokens in (
+        (["s2 I s1 t4 s9", "s5 t9", "s3 I s8", "I u2"], 6 + 1),
+        (["s5 t9"], 0),
+        (["s2 I s3"], 0),
+    ):
+        seen.clear()
+        assert torch.isfinite(module(batch_of(notations)).loss)
+        assert len(seen) == 2, "every rank makes both passes, whatever it has"
+        passed = seen[1]["inputs_embeds"].shape
+        assert passed[0] * passed[1] <= max(num_tokens + 1, 2), (notations, passed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_shared_rows_q_is_the_same(family: str) -> None:
+    """Twelve short texts beside a long one: fewer places than a row for each, and the same q."""
+    llm = make_llm(family)
+    notations = ["s6 I s9 t4 I s3 u8 s2 I t6 s9 t20", *[f"s{n} I t{n}" for n in range(1, 7)], *["I s1 t2"] * 6]
+    widths: list[int] = []
+    llm.model.register_forward_pre_hook(
+        lambda m, args, kwargs: widths.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
+    )
+    found, _ = short_q(llm, batch_of(notations))
+    alone = torch.cat([short_q(llm, batch_of([notation]))[0] for notation in notations[:7]])
+    torch.testing.assert_close(found[: len(alone)], alone, rtol=0, atol=TOLERANCE)
+    check(llm, batch_of(notations))
+    assert widths[0] < len(notations) * 58 / 2, "packed, or this tests nothing"
 
 
 def test_dropout_of_training_does_not_reach_q() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from dpa_ray.data.blind_scores import BlindScores, file_name, write_scores
 from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.ingest import Loader
 from dpa_ray.data.prepared import Prepared
+from dpa_ray.data.skip import entry_of
 from dpa_ray.engine import blind_job, worker
 from dpa_ray.engine.blind_job import chosen_rows, compute_blind, share, staging
 from dpa_ray.errors import UserError
@@ -100,6 +102,30 @@ def test_stage_two_computes_the_same_with_it_as_live(small: Callable[..., BlindT
     filler = loader.load(np.array([], np.int64), 3)
     assert filler.log_q is not None
     assert float(module(filler.to(CPU)).weight) == 0
+
+
+def test_a_frozen_stage_three_computes_the_same_with_it_as_live(recipe: Callable[..., Recipe]) -> None:
+    """Conversations by the chat template, from a base LLM that stage 2 without a proxy has too."""
+    made = recipe("method=cmo", "stages.instruct.llm=frozen", "data.eval=null")
+    store = Store(made.store)
+    plan = make_plan(made, store, make=True, report=lambda _: None)
+    pipeline = Pipeline(plan, store, Run(store, made), report=lambda _: None)
+    task, captions = pipeline._task("blind_instruct"), pipeline._task("proxy_mllm")
+    assert isinstance(task, BlindTask)
+    assert isinstance(captions, ProxyMllmTask)
+    assert find(store, "blind-instruct", task.result.key) is None
+    run(task)
+    built = proxy_mllm.build_stage(captions, store)
+    encode, blind = blind_job.encoder(task, store), worker._blind_scores(task.reader, store)
+    live, cached = (
+        Loader(store, task.reader.data, encode, built.image_processor, 0, blind=scores).load(np.arange(9), 0).to(CPU)
+        for scores in (None, blind)
+    )
+    assert cached.log_q is not None
+    assert live.log_q is None
+    assert encode.template == "chat"
+    found, expected = (built.module(batch).detached() for batch in (cached, live))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_broken_off_it_goes_on_with_what_is_not_committed(
@@ -232,6 +258,50 @@ def test_q_that_is_not_finite_ends_the_job(small: Callable[..., BlindTask], monk
     monkeypatch.setattr(blind_job, "build_blind", poisoned)
     with pytest.raises(UserError, match="#0: the LLM's q without the image is not finite"):
         run(small())
+
+
+def test_q_that_is_not_finite_of_one_caption_spoils_no_other(
+    small: Callable[..., BlindTask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token without finite embedding: the caption is named with what skips it; skipped, the job goes through, the
+    captions that shared its rows have the q that they have without it, and who reads it is told."""
+    sound = small()
+    run(sound)
+    loader, _ = loader_of(sound.reader)
+    ids = [set(loader.encoder(sample).input_ids.tolist()) for sample in loader.samples(np.arange(20))]
+    assert loader.blind is not None
+    expected = [loader.blind.scores(row) for row in range(20)]
+    token, row = next((t, r) for r in range(20) for t in ids[r] if sum(t in other for other in ids) == 1)
+    build = blind_job.build_blind
+
+    def poisoned(task: BlindTask, store: Store) -> Any:
+        built = build(task, store)
+        embeddings = built.llm.get_input_embeddings()
+        embeddings.weight = torch.nn.Parameter(embeddings.weight.clone(), requires_grad=False)  # not the head's
+        embeddings.weight[token] = torch.inf
+        return built
+
+    monkeypatch.setattr(blind_job, "build_blind", poisoned)
+    entry = entry_of(sound.reader.data.digest, row)
+    store = Store(sound.recipe.store)
+    store.delete(sound.result.path)
+    with pytest.raises(
+        UserError, match=f"#{row}: the LLM's q without the image is not finite;.* add '{entry}' to data.skip"
+    ):
+        run(sound)
+    skipping = small(f"data.skip_ids=['{entry}']")
+    assert skipping.result == sound.result
+    run(skipping)
+    blind = worker._blind_scores(skipping.reader, store)
+    assert blind is not None
+    for other in set(range(20)) - {row}:
+        np.testing.assert_allclose(blind.scores(other), expected[other], atol=1e-4)
+    with_it = dataclasses.replace(loader, blind=blind)
+    with pytest.raises(UserError, match=f"its q without the image, row {row} of .* is not finite.*{entry}"):
+        with_it.load(np.array([row]), 0)
+    batch = dataclasses.replace(with_it, skipped=frozenset({row})).load(np.array([row, (row + 1) % 20]), 0)
+    assert batch.log_q is not None
+    assert batch.log_q.isfinite().all()
 
 
 # Parts of it

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from dpa_ray.batch import IGNORE_INDEX, Batch
-from dpa_ray.data.pack import first_fit
 from dpa_ray.model import blind as kernel
 from dpa_ray.model import score
 from dpa_ray.model.blind import packed_scores, text_of
 from dpa_ray.model.cmo import TargetScores
 from dpa_ray.model.vlm import softcap_of
+from dpa_ray.pack import first_fit
 from tests.random_models import VOCABULARY, batch_of, make_llm, make_step, make_vlm, packed_of
 
 FAMILIES = ["llama", "qwen2", "gemma2", "mistral"]

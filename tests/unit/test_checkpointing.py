@@ -32,8 +32,14 @@ NUM_STEPS = 5
 class Stage:
     """One stage on one process: real engine, store, recorder and checkpointer; steps are those of the engines' tests."""
 
-    def __init__(self, folder: Path, *overrides: str, drained: Callable[[], object | None] = lambda: None):
-        self.store = Store(str(folder / "store"))
+    def __init__(
+        self,
+        folder: Path,
+        *overrides: str,
+        drained: Callable[[], object | None] = lambda: None,
+        store: Store | None = None,
+    ):
+        self.store = store or Store(str(folder / "store"))
         recipe = load("tiny", ["debug.record_samples=true", *overrides])
         result = SimpleNamespace(stage="proxy-llm", key="abc")
         self.task: Any = SimpleNamespace(
@@ -48,11 +54,15 @@ class Stage:
     def begin(self, before: Before) -> None:
         self.engine = PlainEngine(make_module(Case(None)), SETTINGS, CPU)
         cursor = Cursor([40], seed=0, global_batch_size=8, window=40)
-        self.recorder = Recorder(self.store, self.task, cursor, lambda kind, **values: None, before, 0.0)
+        self.recorder = Recorder(self.store, self.task, cursor, self.tell, before, 0.0)
         self.saver = Checkpointer(
             self.store, self.task, self.engine, self.recorder, CPU, note=self.notes.append, saved=self.saved.append,
             drained=self.drained,
         )  # fmt: skip
+
+    def tell(self, kind: str, **values: Any) -> None:
+        if kind == "note":
+            self.notes.append(values["text"])
 
     def step(self, step: int) -> None:
         votes = self.saver.votes()

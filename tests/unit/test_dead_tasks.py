@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import fields
@@ -13,6 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.exceptions import RayActorError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+from ray.train.v2._internal.execution.controller.state import (
+    ResizingState,
+    RestartingState,
+    RunningState,
+    SchedulingState,
+)
+from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
+from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from dpa_ray.batch import Arrays, Batch
 from dpa_ray.data import ingest, ray_tasks
@@ -20,8 +32,10 @@ from dpa_ray.data import prepare as prepare_module
 from dpa_ray.data.ingest import Loader, stream
 from dpa_ray.data.prepare import prepare
 from dpa_ray.engine import feed as feed_module
+from dpa_ray.engine.failures import Failures
 from dpa_ray.engine.feed import Feed
 from dpa_ray.engine.launch import Starting
+from dpa_ray.engine.messages import FAILED, Beat, Board
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import ClusterSection
 from dpa_ray.store import Store
@@ -185,6 +199,7 @@ def test_prepared_bytes_are_the_same_though_tasks_are_killed(tmp_path, small_par
     assert tree(whole) == tree(Store(str(tmp_path / "a" / "store")))
 
 
+@pytest.mark.ci
 def test_a_part_that_kills_every_process_ends_with_what_to_do(tmp_path, small_parts, monkeypatch, local_ray):  # noqa: F811
     monkeypatch.setattr(prepare_module, "IN_PROCESS_ROWS", 10)
     monkeypatch.setattr(ray_tasks, "TASK_RETRIES", 1)
@@ -234,3 +249,127 @@ def test_workers_that_do_not_come_are_said_with_what_was_asked_for_and_what_ther
     time.sleep(0.3)
     with pytest.raises(UserError, match=r"no workers for 0\.2 s .*expected 3 CPU, found 2 CPU in all, \S+ CPU free"):
         starting.check()
+
+
+# Whole workers, as Ray Train's controller tells of them
+
+
+def board_of_its_own() -> Any:
+    import ray
+
+    return ray.remote(num_cpus=0)(Board).remote()
+
+
+def events(board: Any) -> list[tuple[str, str]]:
+    import ray
+
+    return [(kind, values.get("text", "")) for kind, values, _ in ray.get(board.take.remote())]
+
+
+def told(failures: Failures, board: Any, state: Any) -> str:
+    """The note of one change of the controller's state, after which workers are waited for."""
+    failures.after_controller_state_update(RunningState(), state)
+    (note, text), failed = events(board)
+    assert (note, failed) == ("note", (FAILED, ""))
+    return text
+
+
+def died(*, preempted: bool = False) -> RestartingState:
+    error = RayActorError()
+    error._preempted = preempted
+    return RestartingState(WorkerGroupError("died", {1: WorkerHealthCheckFailedError("health", error)}))
+
+
+def drained() -> RestartingState:
+    """The deadline of a drain passed while workers were still there: no worker failed."""
+    info = PreemptionInfo(deadline_ms=1, preempted_node_to_ranks={"a": [1, 2]})
+    return RestartingState(PreemptionError(info, drain_timed_out=True))
+
+
+def test_preemptions_and_failures_have_budgets_of_their_own_and_progress_restores_both(local_ray: None) -> None:
+    import ray
+
+    board = board_of_its_own()
+    failures = Failures(board, max_failures=1, max_preemptions=2, collective_timeout_s=600)
+    assert "failure 1 of 1, before the first step" in told(failures, board, died())
+    board.put.remote("step", {"stage": "instruct", "step": 7})
+    events(board)
+    assert "of worker 1, 2 (preemption 1, after step 7 of instruct)" in told(failures, board, drained())
+    assert "of worker 1 (preemption 2, after step 7 of instruct)" in told(failures, board, died(preempted=True))
+    board.put.remote("saved", {"stage": "instruct", "step": 6})
+    events(board)
+    assert "preemption 3" in told(failures, board, drained())
+    assert "failure 1 of 1" in told(failures, board, died())
+    assert "preemption 4" in told(failures, board, drained())
+    with pytest.raises(
+        UserError,
+        match=r"3 times without a new checkpoint in between, after step 7 of instruct .*cluster\.max_preemptions: 2",
+    ):
+        failures.after_controller_state_update(RunningState(), drained())
+    with pytest.raises(UserError, match=r"worker 1 was lost.*2 times without.*cluster\.max_failures: 1"):
+        failures.after_controller_state_update(RunningState(), died())
+    assert events(board) == [], "a run that ends waits for no workers"
+    ray.kill(board)
+
+
+def test_without_a_limit_preemptions_go_on(local_ray: None) -> None:
+    import ray
+
+    board = board_of_its_own()
+    failures = Failures(board, max_failures=0, max_preemptions=None, collective_timeout_s=600)
+    for number in range(1, 51):
+        assert f"(preemption {number}," in told(failures, board, drained())
+    ray.kill(board)
+
+
+def test_workers_that_are_replaced_as_the_cluster_grew_are_waited_for_and_no_failure(local_ray: None) -> None:
+    import ray
+
+    board = board_of_its_own()
+    failures = Failures(board, max_failures=0, max_preemptions=0, collective_timeout_s=600)
+    resized = ResizingState(ResizeDecision(num_workers=3, resources_per_worker={"CPU": 1}))
+
+    def train() -> None:
+        while not ray.get(board.save_wanted.remote()):
+            time.sleep(0.01)
+        ray.get(board.put.remote("saved", {"stage": "instruct", "step": 5}))
+
+    ray.get(board.put.remote("task_started", {"stage": "instruct", "trains": True}))
+    events(board)
+    worker = threading.Thread(target=train)
+    worker.start()
+    failures.after_controller_state_update(RunningState(), resized)
+    worker.join()
+    assert [kind for kind, _ in events(board)] == ["saved", "note", FAILED], "what was trained is saved before"
+    ray.get(board.put.remote("task_finished", {"stage": "instruct"}))
+    events(board)
+    assert "room for 3 workers" in told(failures, board, resized)
+    failures.after_controller_state_update(resized, SchedulingState(resized.scaling_decision))
+    failures.after_controller_state_update(RunningState(), RunningState())
+    assert events(board) == []
+    ray.kill(board)
+
+
+def test_a_hang_that_comes_again_ends_the_run_with_who_came_and_who_did_not(local_ray: None) -> None:
+    import ray
+
+    board = board_of_its_own()
+    failures = Failures(board, max_failures=0, max_preemptions=None, collective_timeout_s=600)
+    ray.get(board.beat.remote(0, Beat("process 11 on a", "dpa_ray/engine/loop.py:7 (train)", True, 590.0)))
+    ray.get(board.beat.remote(1, Beat("process 12 on b", "dpa_ray/model/step.py:9 (forward)", False, 0.0)))
+    stopped = RestartingState(WorkerGroupError("hangs", {1: WorkerHealthCheckTimeoutError("hangs")}))
+    with pytest.raises(UserError, match=r"worker 1 \(process 12 on b\) does not answer.*cluster\.max_failures: 0"):
+        failures.after_controller_state_update(RunningState(), stopped)
+    ray.kill(board)
+
+
+def test_what_a_worker_said_to_the_user_ends_the_run_with_it(local_ray: None) -> None:
+    import ray
+
+    board = board_of_its_own()
+    failures = Failures(board, max_failures=9, max_preemptions=None, collective_timeout_s=600)
+    with pytest.raises(UserError, match="lower the learning rate"):
+        failures.after_controller_state_update(
+            RunningState(), RestartingState(WorkerGroupError("told", {0: UserError("lower the learning rate")}))
+        )
+    ray.kill(board)

@@ -7,6 +7,7 @@ two); the tests compare what came out. No Ray.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pickle
 import subprocess
@@ -23,12 +24,24 @@ from torch import Tensor
 
 from dpa_ray.batch import IGNORE_INDEX, Batch
 from dpa_ray.data.cursor import Cursor
-from dpa_ray.data.pack import pack
 from dpa_ray.engine.loop import Plan, Schedule, train
 from dpa_ray.engine.plain import PlainEngine
 from dpa_ray.engine.protocol import OptimizerSettings
 from dpa_ray.errors import UserError
-from tests.engine_worker import BROKEN, LEARNING_RATES, SETTINGS, STEPS, Case, Outcome, cases, make_module, share
+from dpa_ray.pack import pack
+from tests.engine_worker import (
+    BROKEN,
+    GUILTY,
+    LEARNING_RATES,
+    SETTINGS,
+    STEPS,
+    STOPPED,
+    Case,
+    Outcome,
+    cases,
+    make_module,
+    share,
+)  # fmt: skip
 from tests.random_models import CHUNK_ROWS, batch_of, make_step, make_vlm, packed_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,17 +49,27 @@ TIMEOUT_S = 400
 """Some 30 s on two free cores."""
 
 
+RANKS = ((1, 0), (2, 0), (2, 1))
+"""(world size, rank)."""
+
+
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], dict[str, Outcome]]:
-    """{(world size, rank): {case name: outcome}}"""
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what all ranks wrote."""
     folder = tmp_path_factory.mktemp("engines")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.engine_worker", str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(made: Path) -> dict[tuple[int, int], dict[str, Outcome]]:
+    """{(world size, rank): {case name: outcome}}"""
     return {
-        (size, rank): {n: Outcome(**values) for n, values in torch.load(folder / f"{size}-{rank}.pt").items()}
-        for size, rank in ((1, 0), (2, 0), (2, 1))
+        (size, rank): {n: Outcome(**values) for n, values in torch.load(made / f"{size}-{rank}.pt").items()}
+        for size, rank in RANKS
     }
 
 
@@ -169,6 +192,37 @@ def test_after_such_an_update_all_goes_on_as_if_it_had_never_been(outcomes: Any,
     assert without_broken(found.norms, case) == never.norms
     for name, tensor in never.final.items():
         assert torch.equal(found.final[name], tensor), name
+
+
+@pytest.mark.parametrize("zero_stage", STOPPED)
+def test_a_step_that_is_stopped_names_the_one_sample_that_it_comes_from(made: Path, zero_stage: int | None) -> None:
+    """On all ranks alike, whichever of them has it; where ZeRO-3 shares out the parameters, of a loss only."""
+    for world_size in (1, 2):
+        told = [
+            json.loads((made / f"stopped-{size}-{rank}.json").read_text()) for size, rank in RANKS if size == world_size
+        ]
+        assert told[0] == told[-1]
+        for what in ("loss", "gradient"):
+            text = told[0][f"{zero_stage} {what}"]
+            assert text.startswith(f"stage instruct, step 1: the {what} is not finite; this step changed nothing."), (
+                text
+            )
+            if zero_stage == 3 and what == "gradient":
+                assert "cannot be told where ZeRO-3" in text
+                assert all(f"id{row} (row {row}, set.json#{row})" in text for row in range(8)), "those of all ranks"
+                assert "skip_ids" not in text
+                continue
+            assert f"Of its 8 samples, these give that alone: id{GUILTY} (row {GUILTY}, set.json#{GUILTY})." in text
+            assert f"'data.skip_ids=[\"01234567:{GUILTY}\"]'" in text
+
+
+@pytest.mark.parametrize("zero_stage", STOPPED)
+def test_what_every_sample_gives_is_not_said_to_come_from_samples(made: Path, zero_stage: int | None) -> None:
+    for size, rank in RANKS:
+        text = json.loads((made / f"stopped-{size}-{rank}.json").read_text())[f"{zero_stage} parameters"]
+        assert "Each of its 8 samples gives that alone: it comes from the parameters" in text
+        assert "Lower stages.instruct.lr (at this step: 0.01)" in text
+        assert "skip_ids" not in text
 
 
 def test_passes_do_not_change_a_step(outcomes: Any) -> None:

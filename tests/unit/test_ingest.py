@@ -232,6 +232,34 @@ def test_a_shard_with_other_bytes_is_told(tmp_path):
         made.load(np.array([0]), 0)
 
 
+def test_no_flipped_bit_of_a_shard_is_trained_on(tmp_path):
+    """At random places all over the file: page headers, texts, images, footer."""
+    made = prepared_loader(tmp_path, [record(i) for i in range(6)])
+    path = Path(made.store.url(f"{made.prepared.path}/part-00000.parquet"))
+    whole = path.read_bytes()
+    expected = made.samples(range(6))
+    rng = np.random.default_rng(0)
+    places = [
+        *rng.integers(4, len(whole), 150),
+        len(whole) - 1,
+        len(whole) - 5,
+        whole.index(expected[0].turns[1].text.encode()),
+    ]
+    unseen = 0
+    for place in places:
+        data = bytearray(whole)
+        data[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bytes(data))
+        made._reader = None
+        try:
+            assert made.samples(range(6)) == expected, f"byte {place} was taken as it is"
+            unseen += 1  # it says nothing: unused bits of a page's header, for one
+        except UserError as err:
+            assert str(err).startswith(str(path)), err
+            assert "prepared again" in str(err), err
+    assert unseen < len(places) / 10
+
+
 def test_a_template_that_refuses_the_data_is_told_before_the_run(tmp_path):
     turns = [{"from": "system", "value": "Be brief."}, *record(0)["conversations"]]
     made = prepared_loader(tmp_path, [record(0), record(1, conversations=turns)])

@@ -28,6 +28,8 @@ CHANGES: dict[str, tuple[Any, str | None]] = {
     "cluster.cpus_per_worker": (1.5, None),
     "cluster.start_timeout_s": (5, None),
     "cluster.max_failures": (0, None),
+    "cluster.max_preemptions": (None, None),
+    "cluster.collective_timeout_s": (99, None),
     "checkpoint.every_s": (9, None),
     "checkpoint.every_steps": (9, None),
     "checkpoint.keep": (9, None),
@@ -39,6 +41,7 @@ CHANGES: dict[str, tuple[Any, str | None]] = {
     "model.vision": ("OTHER_VISION", "proxy_mllm"),
     "model.vision_layer": (-3, "proxy_mllm"),
     "model.attention": ("eager", None),
+    "model.compile": (True, None),
     "model.image_size": (28, "proxy_mllm"),
     "model.template_date": ("01 Jan 2025", "instruct"),
     "data.pretrain.fraction": (0.5, "proxy_llm"),
@@ -64,6 +67,7 @@ CHANGES: dict[str, tuple[Any, str | None]] = {
     "data.workers": (3, None),
     "data.retry_s": (3.0, None),
     "data.check_supervision": (False, None),
+    "data.skip_ids": (["some-id"], "proxy_llm"),  # not prepared here; of prepared data: test_skip.py
     "cmo.lower": (0.1, "proxy_mllm"),
     "cmo.upper": (0.7, "proxy_mllm"),
     "cmo.window": (5, "proxy_mllm"),
@@ -216,6 +220,30 @@ def test_q_is_shared_by_whatever_reads_the_same_captions_with_the_same_llm(recip
         kept.add(key(*few, changed))
     kept.add(key(*part, "seed=9"))
     assert len(kept) == 3 + 5 + 1
+
+
+def test_q_of_a_frozen_stage_three_has_what_it_reads_in_its_key(recipe: Callable[..., Recipe]) -> None:
+    """The base LLM, conversations and their template: nothing of stages 1 and 2."""
+
+    def key(*overrides: str) -> str:
+        return keys_of(recipe("stages.instruct.llm=frozen", *overrides))["blind_instruct"]
+
+    assert "blind_instruct" not in keys_of(recipe())
+    whole = key()
+    for same in (
+        "method=cmo", "seed=9", "cmo.lower=0.2", "stages.instruct.epochs=3", "stages.instruct.lr=1",
+        "stages.instruct.global_batch_size=2", "stages.instruct.group_by_length=false", "data.shuffle_window=7",
+        "stages.proxy_mllm.max_length=9", "data.pretrain.options.seed=5", "stages.instruct.micro_batch_size=1",
+    ):  # fmt: skip
+        assert key(same) == whole, same
+    others = (
+        "precision=bf16", "stages.instruct.max_length=9", "data.instruct.options.seed=5", 'model.template_date="1 May 2025"',
+        "data.instruct.fraction=0.5", "stages.instruct.max_steps=1",
+    )  # fmt: skip
+    few = "stages.instruct.max_steps=1"
+    found = {whole, *map(key, others), key(few, "stages.instruct.group_by_length=false"), key(few, "seed=9")}
+    assert len(found) == 1 + len(others) + 2
+    assert key("data.instruct.fraction=0.5", "data.shuffle_window=7") == key("data.instruct.fraction=0.5")
 
 
 def test_as_many_image_tokens_are_the_same_q_whatever_the_tower(

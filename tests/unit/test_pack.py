@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpa_ray.data.pack import LINEAR_COST, pack
+from dpa_ray.pack import LINEAR_COST, pack
 
 
 def width(lengths, rows):

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from dpa_ray.data.pack import pack
 from dpa_ray.model import packed
 from dpa_ray.model.lora import attach
 from dpa_ray.model.step import StepModule
+from dpa_ray.pack import pack
 from dpa_ray.stages.build import checkpointing
 from tests.random_models import batch_of, make_llm, make_step, make_vlm, packed_of
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpa_ray.data import sources
+from dpa_ray.data import parquet, sources
 from dpa_ray.data.catalog import open_source, source_digest
 from dpa_ray.data.prepare import prepare
 from dpa_ray.data.sample import Sample
@@ -152,6 +153,42 @@ def test_what_is_no_parquet_is_told(tmp_path):
         (tmp_path / "b.parquet").write_bytes(data)
         with pytest.raises(UserError, match=r"b.parquet: expected Parquet, found a file that cannot be read"):
             source_digest(section(tmp_path / "b.parquet"))
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+def test_flipped_bits_give_data_or_a_message(tmp_path, compression):
+    """In the pages: at a few broken footers Arrow ends its process, which Ray's tasks tell and a test would not survive."""
+    table = pq.read_table(captions(tmp_path / "a.parquet", 0, 12))
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=5, compression=compression)
+    whole, rng = (tmp_path / "a.parquet").read_bytes(), random.Random(0)
+    end = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    path, store, told = tmp_path / "b.parquet", Store(str(tmp_path / "store")), 0
+    for _ in range(60):
+        data = bytearray(whole)
+        data[rng.randrange(end)] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            prepare(store, section(path), max_quarantined_fraction=1)
+        except UserError as err:
+            told += "b.parquet" in str(err)
+        store.delete("data")
+    assert told > 5
+
+
+def test_a_text_that_is_no_utf8_is_told(tmp_path):
+    text = pa.array([b"fine", b"\xff\xfe"]).view(pa.string())
+    pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet: .*utf-8"):
+        source_digest(section(tmp_path / "a.parquet"))
+
+
+def test_a_column_that_expands_too_far_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    table = pa.table({"text": [letter * 2**20 for letter in "abcdef"]})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd")
+    monkeypatch.setattr(parquet, "MAX_EXPANDED_BYTES", 2**21)
+    monkeypatch.setattr(parquet.pq.ParquetFile, "iter_batches", None)
+    with pytest.raises(UserError, match=r"a.parquet: .*'text' of row group 0 .*a decompression bomb\?"):
+        source_digest(section(tmp_path / "a.parquet"))
 
 
 def test_several_files_and_parts_hold_every_row_once(tmp_path, monkeypatch):

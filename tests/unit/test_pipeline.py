@@ -43,7 +43,7 @@ from tests.small_recipes import ORDER, weights_of
 
 def plan_of(recipe: Recipe, *, found: Sequence[str], has_eval: bool = True) -> Plan:
     plan = Plan(recipe, weights_of(), weights_of(), {})
-    names = [n for n in ORDER if n != "blind" or recipe.caches_blind]
+    names = [n for n in ORDER if n != "blind" or recipe.caches_blind("proxy_mllm")]
     names = names if plan.has_proxy else [n for n in names if "proxy" not in n or n == "proxy_mllm"]
     for name in names:
         if has_eval or name != "eval":
@@ -85,6 +85,24 @@ def test_methods_without_a_proxy_never_need_one(recipe: Callable[..., Recipe]) -
     without_q = tuple(name for name in ORDER[:-1] if name != "blind")
     assert plan_of(recipe("method=pmo"), found=[], has_eval=False).needed == without_q
     assert plan_of(recipe("cmo.blind=live"), found=[], has_eval=False).needed == without_q
+
+
+def test_a_frozen_llm_in_stage_three_has_its_q_computed_before_it(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    made = recipe("stages.instruct.llm=frozen")
+    tasks = carry_out(made, tmp_path)
+    assert [task.result.stage for task in tasks] == [
+        "proxy-llm", "proxy-merged", "blind", "proxy-mllm", "blind-instruct", "instruct", "eval",
+    ]  # fmt: skip
+    blind, tuned = tasks[4:6]
+    assert isinstance(blind, BlindTask)
+    assert blind.reader == tuned
+    assert tuned.blind == blind.result
+    assert carry_out(recipe("stages.instruct.llm=frozen", "stages.instruct.lr=0.5"), tmp_path)[0].stage == "instruct"
+    plan = make_plan(made, Store(made.store), make=False, report=lambda _: None)
+    assert plan.shown == ("proxy_llm", "blind", "proxy_mllm", "blind_instruct", "instruct")
+    assert plan.needed == (), "all is there"
 
 
 class Launched:

@@ -91,16 +91,19 @@ def test_the_manifest_names_every_file_with_size_and_digest(tmp_path, store):
     manifest = store.read_json(f"{prepared.path}/manifest.json")
     assert store.list(prepared.path) == ["manifest.json", "part-00000.parquet", "quarantine.jsonl"]
     data = store.read_bytes(f"{prepared.path}/part-00000.parquet")
+    footer = data[-int.from_bytes(data[-8:-4], "little") - 8 :]
     assert manifest["shards"] == [
         {
             "name": "part-00000.parquet",
             "rows": [5],
             "size_bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
+            "footer_sha256": hashlib.sha256(footer).hexdigest(),
         }
     ]
     assert manifest["num_rows"] == manifest["num_source_rows"] == 5
     assert prepared.sizes_bytes == (len(data),)
+    assert prepared.footers == (hashlib.sha256(footer).hexdigest(),)
     assert pickle.loads(pickle.dumps(prepared)) == prepared == find_prepared(store, prepared.digest)
 
 

@@ -336,10 +336,19 @@ def test_recipes_in_the_readme_are_right_and_its_commands_are_the_promised_ones(
 def test_q_computed_beforehand_is_refused_where_stage_two_needs_none(tmp_path: Path) -> None:
     """It would be ignored; auto is not."""
     values = {**SMALLEST, "cmo": {"blind": "cached"}}
-    assert parse(values).caches_blind
+    assert parse(values).caches_blind("proxy_mllm")
     for change in ({"method": "vanilla"}, {"stages": {"proxy_mllm": {"from": "a.safetensors"}}}):
         errors = errors_of(lambda change=change: parse({**values, **change}))  # type: ignore[misc]
         assert list(errors) == ["cmo.blind"]
         assert "expected auto or live, found cached: it is for stage 2" in errors["cmo.blind"]
-        assert not parse({**SMALLEST, **change}).caches_blind
-    assert not parse({**SMALLEST, "cmo": {"blind": "live"}}).caches_blind
+        assert not parse({**SMALLEST, **change}).caches_blind("proxy_mllm")
+    assert not parse({**SMALLEST, "cmo": {"blind": "live"}}).caches_blind("proxy_mllm")
+
+
+def test_q_of_stage_three_is_computed_beforehand_where_its_llm_is_frozen() -> None:
+    frozen = {"stages": {"instruct": {"llm": "frozen"}}}
+    assert parse({**SMALLEST, **frozen}).caches_blind("instruct")
+    for change in ({}, {**frozen, "method": "vanilla"}, {**frozen, "cmo": {"blind": "live"}}):
+        assert not parse({**SMALLEST, **change}).caches_blind("instruct")
+    alone = {"proxy_mllm": {"from": "a.safetensors"}, **frozen["stages"]}
+    assert parse({**SMALLEST, "stages": alone, "cmo": {"blind": "cached"}}).caches_blind("instruct")

@@ -1,0 +1,93 @@
+"""What will fail or is at risk, before a GPU is billed: on one CPU, in seconds, starting nothing.
+
+    python jobs/doctor.py [RECIPE] [key=value ...] [--json] [--store URI] [--name NAME] [--step-time SECONDS]
+                          [--gpu-memory GIB] [--samples N]
+
+RECIPE is a YAML file or the name of one in jobs/recipes (default: tiny). It looks at the recipe, the store (a probe is
+written and deleted), models, data, batches, memory and the cluster that RAY_ADDRESS names. Exit code 0: all is well; 1:
+something will fail or is at risk; 2: the recipe or the arguments are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # a working directory that `ray job submit` brought is not installed
+    sys.path.insert(0, str(ROOT))
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_intermixed_args(argv)
+    recipe_name, overrides = arguments.recipe, arguments.overrides
+    if "=" in recipe_name and not Path(recipe_name).is_file():  # overrides of the default recipe
+        recipe_name, overrides = "tiny", [recipe_name, *overrides]
+
+    from run_dpa import quiet_libraries  # beside this file
+
+    quiet_libraries()
+    from dpa_ray.recipe import RecipeError, load
+
+    try:
+        recipe = load(recipe_name, overrides, name=arguments.name, store=arguments.store)
+        from dpa_ray.doctor import examine, screen
+        from dpa_ray.doctor.cost import given_step_times
+
+        stages = examine.training_stages(recipe)
+        given = given_step_times(arguments.step_time, stages)
+    except (RecipeError, ValueError) as err:
+        if arguments.json:
+            wrong = {"name": "recipe", "status": "fail", "detail": str(err)}
+            print(json.dumps({"checks": [wrong], "stages": []}, indent=1, ensure_ascii=False))
+        print(f"error: {err}", file=sys.stderr)
+        return 2
+    gpu_bytes = int(arguments.gpu_memory * 2**30)
+    findings = examine.examine(recipe, examine.Options(given, gpu_bytes, arguments.samples))
+    if arguments.json:
+        print(json.dumps(findings.to_dict(), indent=1, ensure_ascii=False))
+    else:
+        screen.show(findings)
+    return findings.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="doctor.py",
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", nargs="?", default="tiny", help="YAML file, or the name of one in jobs/recipes")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. stages.instruct.lr=2e-5")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix (default: the recipe's)")
+    parser.add_argument("--name", help="name of the run (default: the recipe's, with a digest where it is overridden)")
+    parser.add_argument(
+        "--step-time", action="append", default=[], metavar="[STAGE=]SECONDS",
+        help="of an optimizer step, for the estimated time (default: an earlier run's in the store)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gpu-memory", type=_positive, default=0.0, metavar="GIB", help="of GPUs that are not there yet"
+    )
+    parser.add_argument("--samples", type=_natural, default=2, metavar="N", help="real samples shown of each stage")
+    return parser
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError(text)
+    return value
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""Does the doctor find what is wrong with a recipe, all of it at once, and write nothing?"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpa_ray.data.prepare import prepare
+from dpa_ray.doctor import data, screen
+from dpa_ray.doctor.cost import StepTime
+from dpa_ray.doctor.examine import Options, examine
+from dpa_ray.doctor.findings import Check, Findings
+from dpa_ray.recipe import Recipe, SourceSection
+from dpa_ray.report.console import terminal
+from dpa_ray.store.fs import Store
+from tests.tiny_models import LlavaData, make_captions
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def status(findings: Findings) -> dict[str, str]:
+    return {check.name: check.status for check in findings.checks}
+
+
+def detail(findings: Findings, name: str) -> str:
+    (check,) = [check for check in findings.checks if check.name == name]
+    return check.detail
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.fixture(scope="module")
+def source(assets_dir: Path) -> LlavaData:
+    """40 captions of one image each."""
+    return make_captions(assets_dir / "doctor", 40)
+
+
+def section(source: LlavaData, **values: Any) -> SourceSection:
+    return SourceSection(source=str(source.file), images=str(source.images), **values)
+
+
+def test_a_recipe_that_is_well(recipe: Callable[..., Recipe]) -> None:
+    made = recipe()
+    found = examine(made, Options({"instruct": StepTime(2.0, "given")}))
+    assert found.exit_code == 0, [check.to_dict() for check in found.checks if check.status != "ok"]
+    assert not Path(made.store).exists(), "nothing is written"
+    stages = found.stages
+    assert list(stages) == ["proxy_llm", "proxy_mllm", "instruct"]
+    assert [stages[s]["num_steps"] for s in stages] == [3, 3, 3]
+    assert [stages[s]["trained"] for s in stages] == ["LoRA of the LLM", "connector", "connector + LLM"]
+    assert stages["instruct"]["estimated_time_s"] == 6.0
+    for stage in stages.values():
+        assert 0 < stage["supervised_fraction"] < 1
+        assert [row["zero_stage"] for row in stage["memory"]] == [0, 1, 2, 3]
+        assert [row["is_chosen"] for row in stage["memory"]] == [False, False, True, False]
+        assert len(stage["samples"]) == 2
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_everything_wrong_is_told_at_once(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    store_is_a_file = tmp_path / "file"
+    store_is_a_file.write_text("")
+    made = recipe(
+        "model.llm=/no/such/llm", "model.vision_layer=-9", "data.instruct={source: /no/such.json}",
+        "cluster.gpus_per_worker=1", f"store={store_is_a_file}",
+    )  # fmt: skip
+    found = examine(made, Options())
+    assert found.exit_code == 1
+    statuses = status(found)
+    assert {name for name, value in statuses.items() if value == "fail"} == {
+        "store", "LLM", "vision tower", "data.instruct", "cluster",
+    }  # fmt: skip
+    for name, word in (("store", "expected a folder"), ("LLM", "/no/such/llm"), ("vision tower", "-9"),
+                       ("data.instruct", "/no/such.json"), ("cluster", "room for 1 worker")):  # fmt: skip
+        assert word in detail(found, name)
+    assert statuses["data.pretrain"] == "ok", "read from the source"
+    assert statuses["tokenizer"] == statuses["memory"] == statuses["targets of proxy_llm"] == "skipped"
+
+
+def test_a_folder_with_a_config_alone_is_checked_but_for_its_weights(
+    recipe: Callable[..., Recipe], models: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(models["llm"], tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    found = examine(recipe(f"model.llm={tmp_path / 'bare'}"), Options())
+    assert {name: value for name, value in status(found).items() if value != "ok"} == {"weights": "warn"}
+    assert "expected weights (*.safetensors), found none here" in detail(found, "weights")
+    assert found.stages["instruct"]["memory"]
+
+
+def test_weights_that_are_cut_off_or_of_another_model_are_found(
+    recipe: Callable[..., Recipe], models: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(models["llm"], tmp_path / "cut")
+    file = tmp_path / "cut/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    found = examine(recipe(f"model.llm={tmp_path / 'cut'}"), Options())
+    assert "expected a whole safetensors file" in detail(found, "weights")
+    config = json.loads((tmp_path / "cut/config.json").read_text())
+    shutil.copy(Path(models["llm"]) / "model.safetensors", file)
+    (tmp_path / "cut/config.json").write_text(json.dumps({**config, "num_hidden_layers": 3, "layer_types": None}))
+    found = examine(recipe(f"model.llm={tmp_path / 'cut'}"), Options())
+    assert status(found)["weights"] == "fail"
+    assert "as its config.json says" in detail(found, "weights")
+
+
+def test_a_template_without_targets_is_found(
+    recipe: Callable[..., Recipe], models: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(models["llm"], tmp_path / "mute")
+    (tmp_path / "mute/chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: ...\n{% endfor %}")
+    found = examine(recipe(f"model.llm={tmp_path / 'mute'}"), Options())
+    assert [name for name, value in status(found).items() if value == "fail"] == ["targets of instruct"]
+    assert "no way to find" in detail(found, "targets of instruct")
+
+
+@pytest.mark.parametrize(("gib", "expected"), [(1000.0, "ok"), (0.001, "fail")], ids=["large", "small"])
+def test_memory_is_compared_with_the_gpus_that_will_be_there(
+    gib: float, expected: str, recipe: Callable[..., Recipe]
+) -> None:
+    found = examine(recipe("cluster.gpus_per_worker=1"), Options(gpu_bytes=int(gib * 2**30)))
+    assert status(found)["memory"] == expected
+    if expected == "fail":
+        assert "lower stages.instruct.micro_batch_size" in detail(found, "memory")
+        assert "set cmo.blind=live" in detail(found, "memory")
+
+
+# -- data
+
+
+def test_samples_come_from_the_source_or_the_shards_and_are_the_same(source: LlavaData, tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    before = data.look(store, section(source))
+    assert (before.is_prepared, before.num_rows, before.num_looked_at) == (False, 40, 40)
+    assert not (tmp_path / "store").exists()
+    prepare(store, section(source), max_quarantined_fraction=0)
+    after = data.look(store, section(source))
+    assert (after.is_prepared, after.num_rows, after.digest) == (True, 40, before.digest)
+    assert len(after.samples) == 16, "of one row group"
+    assert all(sample in before.samples for sample in after.samples)
+    assert before.size_bytes == pytest.approx(after.size_bytes, rel=0.5)
+    assert data.look(None, section(source)).samples == before.samples
+
+
+def test_a_file_with_windows_line_ends_and_missing_images(source: LlavaData, tmp_path: Path) -> None:
+    records = [
+        {**record, "image": "gone.png"} if i % 4 == 1 else record for i, record in enumerate(source.samples.values())
+    ]
+    file = tmp_path / "crlf.json"
+    file.write_bytes(json.dumps(records, indent=1).replace("\n", "\r\n").encode())
+    looked = data.look(None, SourceSection(source=str(file), images=str(source.images)))
+    assert (len(looked.samples), len(looked.rejected)) == (30, 10)
+    check = Check("data")
+    data.judge_unusable(looked, 0.01, check)
+    assert check.status == "fail"
+    assert "10 of 40 samples looked at cannot be used (image_missing: 10)" in check.detail
+    assert "crlf.json#1: image_missing: expected an image at" in check.detail
+
+
+@pytest.mark.parametrize(
+    ("bad", "of", "num_rows", "expected"),
+    [(0, 64, 10_000, "ok"), (1, 64, 10_000, "warn"), (3, 64, 10_000, "warn"), (4, 64, 10_000, "fail"),
+     (1, 64, 64, "fail"), (1, 200, 200, "ok"), (64, 64, 10_000, "fail")],
+)  # fmt: skip
+def test_few_broken_samples_are_a_risk_and_many_a_failure(bad: int, of: int, num_rows: int, expected: str) -> None:
+    looked = data.Looked("d", num_rows, False, [None] * (of - bad), [data.Rejected(None, "p#1", "r", "d")] * bad)  # type: ignore[list-item]
+    check = Check("data")
+    data.judge_unusable(looked, 0.01, check)
+    assert check.status == expected
+
+
+# -- the screen and the command
+
+
+def test_targets_are_marked_in_colour_and_without_colours_in_brackets(recipe: Callable[..., Recipe]) -> None:
+    found = examine(recipe(), Options(num_shown=1))
+    (sample,) = found.stages["instruct"]["samples"]
+    kinds = [kind for _, kind in sample["spans"]]
+    assert {"target", "context", "image"} == set(kinds)
+    plain, coloured = io.StringIO(), io.StringIO()
+    screen.show(found, terminal(plain, 80))
+    from rich.console import Console
+
+    screen.show(found, Console(file=coloured, width=80, force_terminal=True, color_system="standard", markup=False))
+    for text, kind in sample["spans"]:
+        shown = text.replace("\n", "\\n")
+        if kind == "target":
+            assert f"[{shown}]" in plain.getvalue()
+            assert f"\x1b[1;32m{shown}" in coloured.getvalue()
+    assert "skipped" not in plain.getvalue()
+    tables = plain.getvalue()[plain.getvalue().index("MiB a device") :]
+    assert max(map(len, tables.splitlines())) <= 110
+
+
+def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "jobs/doctor.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.ci
+def test_the_command_on_the_embedded_default(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    done = doctor("--json", "--store", str(store), "--step-time", "0.5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert set(found) == {"checks", "stages"}
+    assert {check["status"] for check in found["checks"]} == {"ok"}
+    assert [stage["num_steps"] for stage in found["stages"]] == [40, 60, 400]
+    assert found["stages"][2]["estimated_time_s"] == 200.0
+    assert not store.exists()
+    shown = doctor("cluster.gpus_per_worker=1", "--store", str(store))
+    assert shown.returncode == 1
+    assert "room for 1 worker" in shown.stdout
+    assert "Traceback" not in shown.stdout + shown.stderr
+
+
+@pytest.mark.ci
+def test_wrong_recipes_and_arguments_exit_2(tmp_path: Path) -> None:
+    for arguments in (["tiny", "stages.instruct.lrr=1", "method=dbo"], ["tiny", "--step-time", "fast"], ["no-such-recipe"],
+                      ["tiny", "--gpu-memory", "-1"]):  # fmt: skip
+        done = doctor(*arguments, "--json", "--store", str(tmp_path / "store"))
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        if "--gpu-memory" not in arguments:
+            assert json.loads(done.stdout)["checks"][0]["status"] == "fail"
+    assert not (tmp_path / "store").exists()

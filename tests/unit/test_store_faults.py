@@ -1,0 +1,299 @@
+"""Does a store that fails lose nothing: waited for where that helps, told at once where it does not, never written twice over?"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpa_ray.data import retry
+from dpa_ray.data.retry import bridging, retried
+from dpa_ray.errors import NoAnswer, UserError
+from dpa_ray.report.metrics import MetricsLog, read
+from dpa_ray.store import Store, s3_client
+from dpa_ray.store.lease import LeaseTaken, held
+from tests.files import fill, python
+from tests.s3 import S3
+from tests.s3_proxy import Fault, Proxy, running_proxy
+from tests.unit.test_checkpointing import Stage
+
+RETRY_S = 60.0  # longer than any outage here
+
+
+def forget_clients() -> None:
+    s3_client._client.cache_clear()
+    s3_client._arrow_filesystem.cache_clear()
+
+
+@pytest.fixture
+def proxy(rclone_s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """In front of rclone, for clients that give a call up after one failure, or a second."""
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.05)
+    for patience in ("brief", "usual", "long"):
+        monkeypatch.setitem(s3_client.LIMITS, patience, (1, 1, 1))  # type: ignore[misc]
+    for name in ("CONNECT_S", "STALLED_S", "ATTEMPTS"):
+        monkeypatch.setattr(s3_client, f"ARROW_{name}", 1)
+    with running_proxy(int(rclone_s3.env["AWS_ENDPOINT_URL"].rpartition(":")[2])) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        forget_clients()
+        yield proxy
+    forget_clients()
+
+
+@pytest.fixture
+def store(proxy: Proxy, rclone_s3: S3) -> Store:
+    made = Store(f"{rclone_s3.uri}/store", through=retried)
+    made.write_bytes("a/x", b"12")
+    return made
+
+
+def _upload(store: Store, tmp: Path) -> list[str]:
+    fill(tmp / "up", big=100_000)
+    store.upload(tmp / "up", "up")
+    return store.list("up")
+
+
+def _download(store: Store, tmp: Path) -> bytes:
+    store.download("a", tmp / "down")
+    return (tmp / "down" / "x").read_bytes()
+
+
+def _write(store: Store, tmp: Path) -> bytes:
+    store.write_bytes("a/y", b"new")
+    return store.read_bytes("a/y")
+
+
+def _delete(store: Store, tmp: Path) -> list[str]:
+    store.delete("a")
+    return store.list("a")
+
+
+def _copy(store: Store, tmp: Path) -> bytes:
+    store.copy("a/x", "b/x")
+    return store.read_bytes("b/x")
+
+
+CALLS: dict[str, tuple[Callable[[Store, Path], Any], Any]] = {
+    "exists": (lambda store, tmp: store.exists("a/x"), True),
+    "absent": (lambda store, tmp: store.exists("a/none"), False),
+    "read": (lambda store, tmp: store.read_bytes("a/x"), b"12"),
+    "list": (lambda store, tmp: store.list(""), ["a/x"]),
+    "list_dirs": (lambda store, tmp: store.list_dirs(""), ["a"]),
+    "write": (_write, b"new"),
+    "put_if_absent": (lambda store, tmp: store.put_if_absent("a/z", b"mine"), True),
+    "put_if_present": (lambda store, tmp: store.put_if_absent("a/x", b"mine"), False),
+    "upload": (_upload, ["big"]),
+    "download": (_download, b"12"),
+    "delete": (_delete, []),
+    "copy": (_copy, b"12"),
+}
+PASSING = {
+    "503": Fault(503), "500": Fault(500), "429": Fault(429), "500 after the deed": Fault(500, done=True),
+    "slow": Fault(delay_s=1.5), "cut": Fault(cut=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [k if k in ("503", "cut") else pytest.param(k, marks=pytest.mark.ci) for k in PASSING])
+def test_a_fault_that_passes_only_delays_every_call(kind: str, rclone_s3: S3, proxy: Proxy, tmp_path: Path) -> None:
+    for name, (call, expected) in CALLS.items():
+        store = Store(f"{rclone_s3.uri}/{name}", through=retried)
+        with bridging(RETRY_S):
+            store.write_bytes("a/x", b"12")
+            proxy.fail(PASSING[kind], times=1 if kind == "slow" else 2)
+            before = len(proxy.seen)
+            assert call(store, tmp_path / name) == expected, name
+        assert len(proxy.seen) > before
+        proxy.heal()
+
+
+REFUSED = {403: "refused access", 507: "no room left"}
+
+
+@pytest.mark.parametrize("status", REFUSED)
+def test_a_refusal_is_told_at_once_with_address_operation_reason_and_remedy(
+    status: int, store: Store, proxy: Proxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.fail(Fault(status))
+    for name, doing in {"read": "reading", "list": "listing", "write": "writing", "delete": "deleting"}.items():
+        with bridging(RETRY_S), pytest.raises(UserError) as caught:
+            CALLS[name][0](store, tmp_path / name)
+        text = str(caught.value)
+        assert text.startswith(store.uri), text
+        assert REFUSED[status] in text
+        assert doing in text
+        assert "; " in text, "what to do comes after it"
+        assert not isinstance(caught.value, NoAnswer)
+    assert not [r for r in caplog.records if r.name == retry.__name__], "nothing was waited for"
+
+
+def test_an_outage_of_good_is_one_message_when_its_time_is_over(store: Store, proxy: Proxy, tmp_path: Path) -> None:
+    proxy.fail(Fault(503))
+    for name in ("read", "write", "list", "upload", "download"):
+        told: list[str] = []
+        with bridging(0.3, told.append), pytest.raises(UserError) as caught:
+            CALLS[name][0](store, tmp_path / name)
+        text = str(caught.value)
+        assert "no answer from S3 for" in text
+        assert text.startswith(store.uri)
+        assert "data.retry_s" in text
+        assert "\n" not in text
+        assert len(told) == 1, "people are told when it begins"
+        assert "S3 is away" in told[0]
+
+
+def test_a_store_that_waits_is_one_after_pickling_too(store: Store, proxy: Proxy) -> None:
+    import pickle
+
+    again = pickle.loads(pickle.dumps(store))
+    proxy.fail(Fault(503), times=2)
+    with bridging(RETRY_S):
+        assert again.read_bytes("a/x") == b"12"
+
+
+# -- leases
+
+
+def test_a_holder_that_could_not_renew_in_time_asks_before_it_writes(store: Store, proxy: Proxy, rclone_s3: S3) -> None:
+    lapses_after_s = 1.0
+    lost = threading.Event()
+    with held(store, "lease", report=print, lost=lost.set, lapses_after_s=lapses_after_s) as lease:
+        proxy.fail(Fault(503))  # this process alone is cut off
+        lease.confirm()  # it was renewed a moment ago: nobody is asked
+        time.sleep(1.5 * lapses_after_s)
+        with pytest.raises(UserError):
+            lease.confirm()
+        assert not lease.taken, "it may still be ours"
+        # meanwhile somebody else takes over, as whoever watched the lease may
+        rclone_s3.client().put_object(Bucket=rclone_s3.bucket, Key="store/lease/2.json", Body=b"{}")
+        proxy.heal()
+        with pytest.raises(LeaseTaken):
+            lease.confirm()
+        assert lost.is_set()
+        with pytest.raises(LeaseTaken):
+            lease.confirm()
+    assert store.read_bytes("lease/2.json") == b"{}", "the other one's lease is left alone"
+
+
+def test_an_outage_that_nobody_used_leaves_the_lease_where_it_was(store: Store, proxy: Proxy) -> None:
+    with held(store, "lease", report=print, lost=lambda: None, lapses_after_s=1.0) as lease:
+        proxy.fail(Fault(503))
+        time.sleep(1.5)
+        proxy.heal()
+        lease.confirm()
+        assert store.list("lease") == ["1.json"]
+    assert json.loads(store.read_bytes("lease/1.json"))["released"]
+
+
+def test_renewing_gives_up_long_before_the_lease_lapses() -> None:
+    from dpa_ray.store.lease import LAPSES_AFTER_S, RENEWALS
+
+    connect_s, read_s, attempts = s3_client.LIMITS["brief"]
+    calls = 2  # it looks, then writes
+    assert LAPSES_AFTER_S / RENEWALS + calls * attempts * (connect_s + read_s) < LAPSES_AFTER_S
+
+
+# -- metrics and checkpoints
+
+
+def record(step: int) -> dict[str, Any]:
+    return {"stage": "one", "step": step, "loss": 1.0}
+
+
+def test_metrics_that_wait_for_s3_hold_up_no_step(store: Store, proxy: Proxy) -> None:
+    log = MetricsLog(store, "runs/a")
+    log.start("one")
+    log.append(record(1))
+    proxy.fail(Fault(503))
+    with bridging(RETRY_S):
+        flush = threading.Thread(target=log.flush)
+        flush.start()
+        for step in range(2, 10):
+            log.append(record(step))
+        assert flush.is_alive(), "it still waits"
+        proxy.heal()
+        flush.join()
+        log.flush()
+    assert [r["step"] for r in read(store, "runs/a")] == list(range(1, 10))
+
+
+FULL_DISK = """
+    import resource, sys
+    from dpa_ray.report.metrics import MetricsLog, read
+    from dpa_ray.store import Store
+    store, notes = Store(sys.argv[1]), []
+    log = MetricsLog(store, "runs/a", note=notes.append)
+    log.start("one")
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+    for step in range(1, 21):
+        log.append({"stage": "one", "step": step, "loss": 0.5})
+    written = [r["step"] for r in read(store, "runs/a")]
+    assert written == list(range(1, len(written) + 1)) and 0 < len(written) < 20, written
+    assert store.read_bytes("runs/a/metrics.jsonl").endswith(b"}\\n"), "no half line"
+    assert len(notes) == 1 and "File too large" in notes[0] and "training goes on" in notes[0], notes
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    log.append({"stage": "one", "step": 21, "loss": 0.5})
+    log.flush()
+    assert [r["step"] for r in read(store, "runs/a")] == list(range(1, 22))
+"""
+
+
+def test_metrics_that_find_no_room_are_written_when_there_is(tmp_path: Path) -> None:
+    done = python(FULL_DISK, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (Fault(403), "refused access"),
+        pytest.param(Fault(507), "no room left", marks=pytest.mark.ci),
+        pytest.param(Fault(503), "no answer from S3", marks=pytest.mark.ci),
+    ],
+)
+def test_training_goes_on_while_checkpoints_cannot_be_saved(
+    fault: Fault, reason: str, store: Store, proxy: Proxy, tmp_path: Path
+) -> None:
+    stage = Stage(tmp_path, "checkpoint.every_steps=2", "data.retry_s=0.2", store=store)
+    proxy.fail(fault, "PUT")
+    for step in (1, 2, 3):
+        stage.step(step)
+    (note,) = [note for note in stage.notes if "step 2 could not be written" in note]
+    assert reason in note
+    assert "training goes on" in note
+    assert stage.whole() == []
+    proxy.heal()
+    for step in (4, 5):
+        stage.step(step)
+    stage.saver.close()
+    stage.recorder.close()
+    assert stage.whole() == [4]
+    assert [r["step"] for r in read(store, "runs/a")] == [1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_waits_out_an_outage_and_is_whole(store: Store, proxy: Proxy, tmp_path: Path) -> None:
+    stage = Stage(tmp_path, "checkpoint.every_steps=2", store=store)
+    proxy.fail(Fault(503), times=5)
+    for step in (1, 2, 3):
+        stage.step(step)
+    stage.saver.close()
+    assert stage.whole() == [2]
+    assert not [note for note in stage.notes if "could not" in note]
+
+
+def test_whoever_may_have_been_replaced_saves_nothing(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, "checkpoint.every_steps=2")
+
+    def taken() -> None:
+        raise LeaseTaken("another process has taken over")
+
+    stage.saver.confirm = taken
+    for step in (1, 2, 3):
+        stage.step(step)
+    assert stage.whole() == []
+    assert any("taken over" in note for note in stage.notes)
