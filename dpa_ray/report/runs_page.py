@@ -72,6 +72,9 @@ def _facts(run: RunData) -> Facts:
     rows = [("status", _status(run))]
     if info.get("error"):
         rows.append(("error", str(info["error"])))
+    warnings = info.get("warnings")
+    for warned in warnings if isinstance(warnings, list) else []:
+        rows.append(("warning", str(_mapping(warned).get("text", warned))))
     rows += [("method", str(info.get("method", "–"))), ("seed", str(recipe.get("seed", "–")))]
     rows += [(name, _weights_told(w)) for name, w in run.weightings.items()]
     rows += [("LLM", str(model.get("llm", "–"))), ("vision tower", str(model.get("vision", "–")))]

@@ -165,8 +165,10 @@ def test_runs_stand_side_by_side() -> None:
 
 
 def test_a_run_that_failed_early_says_why() -> None:
-    run = RunData("early", "/store/runs/early", {"status": "failed", "error": HOSTILE})
+    warned = [{"stage": "instruct", "step": 7, "kind": "spike", "text": "instruct: a spike at step 7"}]
+    run = RunData("early", "/store/runs/early", {"status": "failed", "error": HOSTILE, "warnings": warned})
     page = Page(run_page(run, EDGES))
+    assert "warning instruct: a spike at step 7" in page.text
     assert f"error {HOSTILE}" in page.text
     for reason in (
         "There are no steps yet.",
