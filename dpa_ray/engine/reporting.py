@@ -150,9 +150,8 @@ def _weightings(recipe: Any) -> dict[str, Weighting]:
         parsed = parse(recipe)
     except (RecipeError, TypeError):
         return {}
-    return {
-        stage: Weighting(parsed.weights(stage), *parsed.bounds(stage)) for stage in ("proxy_mllm", "instruct")
-    } | {"proxy_llm": Weighting("uniform", 1.0, 1.0)}  # fmt: skip
+    weighted = {s: Weighting(parsed.weights(s), *parsed.bounds(s)) for s in ("proxy_mllm", "instruct")}
+    return {"proxy_llm": Weighting("uniform", 1.0, 1.0), **weighted}
 
 
 def _pictures(store: Store, artifact: Artifact, answers: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list[str]]:

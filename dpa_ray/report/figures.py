@@ -66,7 +66,11 @@ def curves(
     layers: list[Spec] = [
         {
             "data": {"values": values},
-            "mark": {"type": "line", "tooltip": True, "point": len(values) < 60},
+            "mark": {
+                "type": "line",
+                "tooltip": True,
+                "point": max((len(line.points) for line in lines), default=0) < 3,
+            },
             "encoding": {
                 "x": {
                     "field": "x",

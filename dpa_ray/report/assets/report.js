@@ -22,7 +22,7 @@
       point: { color: of("--accent") },
       rect: { cornerRadius: 2 },
       range: { category: [1, 2, 3, 4, 5, 6, 7, 8].map((i) => of(`--series-${i}`)),
-               heatmap: { scheme: "viridis" }, ramp: { scheme: "plasma", extent: dark.matches ? [0.3, 1] : [0, 0.8] } },
+               heatmap: { scheme: "viridis" }, ramp: { scheme: "plasma", extent: dark.matches ? [0.3, 1] : [0, 0.65] } },
       aria: false, // the figure's caption and its table say it to a screen reader
     };
   }
