@@ -82,6 +82,7 @@ def page(places: Sequence[Place]) -> str:
 
     Raises: NotAPlace for other combinations; UserError where something that a page needs cannot be read.
     """
+    places = list(dict.fromkeys(places))  # who names one twice gets it once
     kinds = {place.kind for place in places}
     if kinds == {"sweeps"} and len(places) == 1:
         (sweep,) = places

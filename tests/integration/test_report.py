@@ -33,6 +33,8 @@ def test_the_command_of_one_of_several_and_of_a_sweep(
 ) -> None:
     assert report.main([str(measured.folder), "--output", str(tmp_path / "one.html")]) == 0
     assert (tmp_path / "one.html").read_text() == (measured.folder / "report.html").read_text()
+    assert report.main([*[str(measured.folder)] * 2, "--output", str(tmp_path / "twice.html")]) == 0
+    assert (tmp_path / "twice.html").read_text() == (tmp_path / "one.html").read_text()
     shutil.copytree(measured.folder, tmp_path / "store/runs/other")
     monkeypatch.chdir(tmp_path)
     assert report.main([str(measured.folder), f"{tmp_path}/store/runs/other/"]) == 0
