@@ -15,6 +15,9 @@ SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 HEIGHT, ROW = 260, 34
 """Pixels: of a plot, and of a row of one that has rows."""
 
+TICKS = {"tickCount": {"expr": "ceil(width / 80)"}}
+"""Of an axis along the page: few enough to be read on a narrow one."""
+
 AUTOSIZE = {"type": "fit-x", "contains": "padding"}
 
 Spec = dict[str, Any]
@@ -76,7 +79,7 @@ def curves(
                     "field": "x",
                     "type": "quantitative",
                     "title": x,
-                    "axis": {"tickMinStep": 1, "tickCount": {"expr": "ceil(width / 80)"}},
+                    "axis": {**TICKS, "tickMinStep": 1},
                 },
                 "y": {"field": "y", "type": "quantitative", "title": y, "scale": {"zero": False}},
                 "color": {"field": "series", "type": "nominal", "sort": order, "title": None},
@@ -151,7 +154,7 @@ def time_spent(name: str, title: str, parts: Mapping[str, Mapping[str, float]], 
             "mark": {"type": "bar", "tooltip": True},
             "encoding": {
                 "y": {"field": "stage", "type": "nominal", "sort": list(parts), "title": None},
-                "x": {"field": "x", "type": "quantitative", "title": "seconds"},
+                "x": {"field": "x", "type": "quantitative", "title": "seconds", "axis": TICKS},
                 "x2": {"field": "x2"},
                 "color": {"field": "part", "type": "nominal", "sort": kinds, "title": None},
             },
@@ -324,7 +327,11 @@ def intervals(name: str, title: str, found: Sequence[Interval], *, x: str) -> Fi
         {
             "data": {"values": values},
             "mark": {"type": "rule", "strokeWidth": 3},
-            "encoding": {"y": y, "x": {"field": "low", "type": "quantitative", "title": x}, "x2": {"field": "high"}},
+            "encoding": {
+                "y": y,
+                "x": {"field": "low", "type": "quantitative", "title": x, "axis": TICKS},
+                "x2": {"field": "high"},
+            },
         },
         {
             "data": {"values": values},
