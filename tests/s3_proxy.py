@@ -17,8 +17,9 @@ CODES = {403: "AccessDenied", 429: "TooManyRequests", 500: "InternalError", 503:
 @dataclass(frozen=True)
 class Fault:
     """What becomes of a request: an error (`done`: after the server did what was asked), a delay before it is passed on, an
-    answer that ends half-way."""
+    answer that ends half-way, or one of another kind altogether."""
 
+    page: bytes | None = None
     status: int | None = None
     done: bool = False
     delay_s: float = 0.0
@@ -68,6 +69,9 @@ def running_proxy(upstream_port: int) -> Iterator[Proxy]:
             fault = proxy.rule(self.command, self.path)
             if fault is not None:
                 time.sleep(fault.delay_s)
+            if fault is not None and fault.page is not None:
+                self._answer(200, [("Content-Type", "text/html")], fault.page)
+                return
             if fault is not None and fault.status is not None and not fault.done:
                 self._fail(fault.status)
                 return

@@ -7,10 +7,10 @@ ahead of its consumer. Nothing is replayed and nothing has a position: resuming 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,8 +28,11 @@ from dpa_ray.data.retry import bridging, first_line, retried
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.shard_file import open_shard
 from dpa_ray.data.shards import from_row
+from dpa_ray.data.skip import entry_of
 from dpa_ray.errors import UserError
 from dpa_ray.pack import pack
+
+T = TypeVar("T")
 
 MicroBatch = tuple[np.ndarray, int]
 """(rows of its samples, none for a filler; the row to make a filler of)."""
@@ -110,13 +113,20 @@ class Loader:
         wanted = [filler_row] if is_filler else [int(row) for row in rows]
         samples = self.samples(wanted)
         passed_over = [row in self.skipped for row in wanted]
-        encoded = [self._stand_in() if out else self.encoder(s) for s, out in zip(samples, passed_over, strict=True)]
+        encoded = [
+            self._stand_in() if out else self._or_skip(row, self.encoder, s)
+            for row, s, out in zip(wanted, samples, passed_over, strict=True)
+        ]
         if self.blind is not None:
             with bridging(self.retry_s):
                 for row, sample, e, out in zip(wanted, samples, encoded, passed_over, strict=True):
                     if not out:
                         self.blind.join(row, e, sample.place)
-        images = [array for s, e in zip(samples, encoded, strict=True) for array in self._pixels(s, e)]
+        images = [
+            array
+            for row, s, e in zip(wanted, samples, encoded, strict=True)
+            for array in self._or_skip(row, self._pixels, s, e)
+        ]
         arrays = collate(
             encoded,
             images,
@@ -139,6 +149,14 @@ class Loader:
                 if not out and not e.target.any()
             ]
         return arrays
+
+    def _or_skip(self, row: int, make: Callable[..., T], *of: Any) -> T:
+        """What `make` makes of `row`'s sample. Raises: UserError with its message, and how to go on without the sample."""
+        try:
+            return make(*of)
+        except UserError as err:
+            entry = entry_of(self.prepared.digest, row)
+            raise UserError(f"{err}; to go on without this sample, add {entry!r} to data.skip_ids") from None
 
     def _stand_in(self) -> Encoded:
         """What the model is given of a skipped sample: a token that pads other samples anyway. A number that is not

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from dpa_ray.outages import told_by_arrow
 FIRST_WAIT_S = 0.5
 MAX_WAIT_S = 15.0
 """After an outage nobody waits longer than this for the next try."""
+_ANSWERED = re.compile(r"An error occurred|HTTP status")
+"""In what boto3 and Arrow say of a server that answers, with an error of its own."""
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -150,8 +153,9 @@ def retried(
                 reason, num_tries = _reason(err, url), num_tries + 1
     finally:
         _WAITING.leave()
+    what, look = ("nothing but errors", "is well and has room") if _ANSWERED.search(reason) else ("no answer", "runs")
     raise UserError(
-        f"{url}: no answer from S3 for {now() - first:.0f} s in {num_tries} tries ({reason}); see that the server runs "
+        f"{url}: {what} from S3 for {now() - first:.0f} s in {num_tries} tries ({reason}); see that the server {look} "
         f"and start again, or set data.retry_s to more than {retry_s:g}"
     )
 

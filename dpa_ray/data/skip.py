@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dpa_ray.data.prepared import Prepared, StoreLike
 from dpa_ray.data.retry import first_line, retried
+from dpa_ray.data.shard_file import open_shard
 from dpa_ray.errors import UserError
 
 DIGITS = 8
@@ -138,7 +138,10 @@ class _Ids:
 
     def __init__(self, store: StoreLike, prepared: Prepared, shard: int):
         self._store, self._groups = store, prepared.shards[shard][1]
-        self._path = f"{prepared.shard_folder(shard)}/{prepared.shards[shard][0]}"
+        self._path, self._footer = (
+            f"{prepared.shard_folder(shard)}/{prepared.shards[shard][0]}",
+            prepared.footers[shard],
+        )
 
     def __iter__(self) -> Iterator[tuple[str | None, str]]:
         for index in range(len(self._groups)):
@@ -157,4 +160,4 @@ class _Ids:
     def _read(self, index: int) -> pa.Table:
         system, root = self._store.arrow()
         with system.open_input_file(f"{root}/{self._path}") as file:
-            return pq.ParquetFile(file).read_row_group(index, columns=["id", "place"], use_threads=False)
+            return open_shard(file, self._footer).read_row_group(index, columns=["id", "place"], use_threads=False)

@@ -13,7 +13,7 @@ from typing import Any
 
 from dpa_ray.doctor.memory import Counts
 from dpa_ray.errors import UserError
-from dpa_ray.recipe import Recipe
+from dpa_ray.recipe import PROXY_METHODS, Recipe
 from dpa_ray.report.metrics import FILE as METRICS
 from dpa_ray.stages.runs import RUN_FILE
 from dpa_ray.store.fs import Store
@@ -102,7 +102,9 @@ def written_bytes(recipe: Recipe, counts: Mapping[str, Counts], llm: int, data: 
     whole = max((c.whole for c in counts.values()), default=0)
     written = {"data": data}
     if "proxy_llm" in counts:
-        written |= {"proxy-llm": counts["proxy_llm"].trained * item, "proxy-merged": llm * item}
+        written["proxy-llm"] = counts["proxy_llm"].trained * item
+    if recipe.method in PROXY_METHODS:
+        written["proxy-merged"] = llm * item
     if "proxy_mllm" in counts:
         written["proxy-mllm"] = counts["proxy_mllm"].trained * item
     if "instruct" in counts:

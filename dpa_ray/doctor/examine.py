@@ -73,6 +73,7 @@ class _Examined:
         self.stages = training_stages(recipe)
         self.is_store_there = False
         self.llm_ref: ModelRef | None = None
+        self.max_positions: int | None = None  # of the LLM's config
         self.vision_ref: ModelRef | None = None
         self.vocabulary: build.Vocabulary | None = None
         self.tower: TowerSpec | None = None
@@ -109,7 +110,7 @@ class _Examined:
         with self.findings.check("LLM") as check:
             ref = models.locate(self.recipe.model.llm, "llm", self.store, self.scratch, check)
             config = load_llm_config(ref)
-            self.llm_ref = ref
+            self.llm_ref, self.max_positions = ref, getattr(config, "max_position_embeddings", None)
             check.note(f"{config.model_type}, {config.num_hidden_layers} layers x {config.hidden_size}")
             preflight.check_attention(self.recipe, ref)
         if self.llm_ref is None:
@@ -178,6 +179,8 @@ class _Examined:
                 self.findings.skip(name, "there is no tokenizer, or no tower")
                 continue
             with self.findings.check(name) as check:
+                if stage == "instruct":
+                    check.note(f"chat template of {self.recipe.model.llm}")
                 num = 0 if stage == "proxy_llm" or self.tower is None else self.tower.num_image_tokens
                 encoder = preflight.check_template(self.recipe, stage, self.vocabulary, num)
                 if stage == "instruct" and self.vision_ref is not None and self.tower is not None:
@@ -218,6 +221,11 @@ class _Examined:
             f"{found.fraction:.1%} of {found.num_text_tokens:,} text tokens in {found.num_samples} samples are targets; the "
             f"longest sample has {self.longest[stage]:,} tokens of at most {encoder.max_length:,}"
         )
+        if self.max_positions is not None and self.longest[stage] > self.max_positions:
+            check.warn(
+                f"expected samples of at most {self.max_positions:,} tokens (max_position_embeddings of the LLM), found one of "
+                f"{self.longest[stage]:,}; lower stages.{stage}.max_length={encoder.max_length}"
+            )
         num_cut = sum(encoded.truncated for _, encoded in pairs)
         if num_cut:
             check.note(f"{num_cut} of {len(pairs)} are cut at stages.{stage}.max_length={encoder.max_length}")

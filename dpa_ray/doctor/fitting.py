@@ -37,6 +37,7 @@ class Fit:
     num_positions: int  # of a row: the longest sample looked at, or max_length
     estimates: Mapping[int | None, Estimate]
     at_max_length: Mapping[int | None, Estimate]  # every sample of a micro-batch as long as max_length allows
+    problem: str = ""  # why the decoder's activations are left out, if they are
 
 
 def device(recipe: Recipe, nodes: Nodes, gpu_bytes: int) -> Device:
@@ -69,11 +70,20 @@ def fit(
         config = tower.config
         pictures = Pictures(config.num_hidden_layers, config.hidden_size, tower.num_image_tokens, tower.image_size)
 
+    problem = ""
+
     def of(num_positions: int) -> dict[int | None, Estimate]:
-        kept = memory.kept_bytes(
-            count_kept(decoder, num_rows, num_positions, inputs_train=with_images),
-            checkpointing=section.gradient_checkpointing,
-        )
+        nonlocal problem
+        kept = 0
+        try:
+            counted = count_kept(decoder, num_rows, num_positions, inputs_train=with_images)
+            kept = memory.kept_bytes(counted, checkpointing=section.gradient_checkpointing)
+        except (RuntimeError, NotImplementedError, TypeError) as err:  # what only computes with numbers
+            first = (str(err).strip().splitlines() or [type(err).__name__])[0]
+            problem = (
+                f"{stage}: what a {decoder.config.model_type} keeps for the backward cannot be counted without computing "
+                f"({first}); the estimates leave it out. Leave room, or try a few steps (stages.{stage}.max_steps)"
+            )
         ways: tuple[int | None, ...] = ZERO_STAGES if recipe.engine == "deepspeed" else (None,)
         return {
             way: memory.estimate(
@@ -85,7 +95,7 @@ def fit(
         }  # fmt: skip
 
     positions = min(longest or section.max_length, section.max_length)
-    return Fit(stage, positions, of(positions), of(section.max_length))
+    return Fit(stage, positions, of(positions), of(section.max_length), problem)
 
 
 def judge(fits: list[Fit], recipe: Recipe, on: Device, check: Check, findings: Findings) -> None:
@@ -103,6 +113,8 @@ def judge(fits: list[Fit], recipe: Recipe, on: Device, check: Check, findings: F
             for w, e in found.estimates.items()
         ]
         values["memory_positions"] = found.num_positions
+        if found.problem:
+            check.warn(found.problem)
         total, most = found.estimates[way].total, found.at_max_length[way].total
         if not on.num_bytes:
             continue

@@ -70,17 +70,17 @@ def _memory(console: Console, stages: list[dict[str, Any]]) -> None:
     for name in ("ZeRO ", "weights", "grads", "masters", "Adam", "activ.", "loss", "other", "sum", "at max"):
         table.add_column(name, justify="right", no_wrap=True)
     for stage, row in rows:
-        other = row["buckets_bytes"] + row["gathered_bytes"] + row["reserve_bytes"]
         parts = [row[f"{name}_bytes"] for name in ("weights", "gradients", "masters", "moments", "activations", "loss")]
-        numbers = [
-            f"{number / size:.1f}" for number in (*parts, other, row["total_bytes"], row["total_at_max_length_bytes"])
-        ]
+        total = row["total_bytes"]
+        other = max(0, total - sum(parts))
+        numbers = [f"{n / size:.1f}" for n in (*parts, other, total, row["total_at_max_length_bytes"])]
         way = "none" if row["zero_stage"] is None else str(row["zero_stage"])
         style = "bold" if row["is_chosen"] else "dim"
         table.add_row(stage, f"{way}{'*' if row['is_chosen'] else ' '}", *numbers, style=style)
     console.print(table)
-    told = "  *: the recipe's. sum: the worst moment, with samples as long as the longest seen; at max: as max_length"
-    if any(row["start_bytes"] + row["reserve_bytes"] == row["total_bytes"] for _, row in rows):
-        told += "\n  ZeRO 3 has the whole model on the device at the start, before it is parted: where that is most, it is the sum"
+    told = (
+        "  *: the recipe's. sum: the worst moment, with samples as long as the longest seen; at max: as max_length\n"
+        "  other: buckets, what CUDA takes, gathered parameters, copies at the update, the whole model at ZeRO 3's start"
+    )
     console.print(told, style="dim", soft_wrap=True)
     console.print()

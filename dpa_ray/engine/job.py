@@ -65,18 +65,18 @@ def run(recipe: Recipe) -> dict[str, Any]:
         ledger = Ledger(run_record.started, run_record.earlier_goodput())
         run_record.goodput = lambda: ledger.entries(time.time())
 
-        def keep_goodput() -> None:
+        def keep_run() -> None:
             if held.taken:
                 return
             try:
                 run_record.write("running")
             except (UserError, OSError) as err:  # the next time, perhaps; training does not need it
-                _log.warning("what the run's time was spent on is not written down: %s", err)
+                _log.warning("run.json is not written for now: %s", err)
 
         with console.Progress() as progress:
             plan = make_plan(recipe, store, make=True, report=progress.note)
             pipeline = Pipeline(plan, store, run_record, progress.note)
-            view = View(progress, recipe, run_record, ledger, keep_goodput)
+            view = View(progress, recipe, run_record, ledger, keep_run)
             try:
                 if plan.needed:
                     _look_ahead(plan, store, progress.note)
@@ -145,7 +145,7 @@ def _launch(tasks: Sequence[Task], store: Store, recipe: Recipe, view: View, che
     from dpa_ray.engine import launch
 
     view.ledger.saw(LAUNCHED, {}, time.time())
-    view.keep_goodput()
+    view.keep_run()
     launch.launch(tasks, store, recipe.cluster, view.handle, check)
 
 
@@ -158,16 +158,16 @@ class View:
         recipe: Recipe,
         run_record: Run,
         ledger: Ledger,
-        keep_goodput: Callable[[], None],
+        keep_run: Callable[[], None],
     ):
-        """`keep_goodput` writes down what the ledger says: what a job that is killed has spent is not forgotten."""
+        """`keep_run` writes run.json: what a job that is killed has spent, and what it warned of, is not forgotten."""
         self.progress = progress
         self.recipe = recipe
         self.run_record = run_record
         self.watch = Watch(recipe, run_record.warnings, self._steps_before)
         self.folder = Path(tempfile.mkdtemp(prefix="dpa_ray-"))
         self.trackers: trackers.Trackers | None = None
-        self.ledger, self.keep_goodput = ledger, keep_goodput
+        self.ledger, self.keep_run = ledger, keep_run
         self.kept_at_s = 0.0
 
     def open_trackers(self) -> None:
@@ -179,7 +179,7 @@ class View:
         self.ledger.saw(kind, values, at_s)
         if kind == FAILED or (kind in PROGRESS and at_s - self.kept_at_s >= KEEP_GOODPUT_EVERY_S):
             self.kept_at_s = at_s
-            self.keep_goodput()
+            self.keep_run()
         if kind == "stage_started":
             names = values.pop("names")
             self.progress.stage_started(values["stage"], values["num_steps"], values["trainable"])
@@ -217,14 +217,14 @@ class View:
         self.run_record.warnings = self.watch.warnings.copy()
         for warned in new:
             self.progress.note(f"warning: {warned['text']}")
-        try:
-            self.run_record.write("running")
-        except (UserError, OSError) as err:  # it is there with the next that is written
-            self.progress.note(f"run.json could not be written: {err}")
+        self.keep_run()
 
     def _steps_before(self, stage: str) -> list[dict[str, Any]]:
-        """The stage's steps in the run's metrics so far."""
-        every = read(self.run_record.store, self.run_record.path)
+        """The stage's steps in the run's metrics so far, as far as they can be read: no warning is worth a run."""
+        try:
+            every = read(self.run_record.store, self.run_record.path)
+        except (UserError, OSError):
+            return []
         return [record for record in every if record["stage"] == stage]
 
     def close(self, store: Store) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,9 +20,14 @@ from dpa_ray.doctor import data, screen
 from dpa_ray.doctor.cost import StepTime
 from dpa_ray.doctor.examine import Options, examine
 from dpa_ray.doctor.findings import Check, Findings
-from dpa_ray.recipe import Recipe, SourceSection
+from dpa_ray.engine import job
+from dpa_ray.errors import UserError
+from dpa_ray.recipe import Recipe, SourceSection, parse
 from dpa_ray.report.console import terminal
+from dpa_ray.stages.pipeline import make_plan
 from dpa_ray.store.fs import Store
+from tests.integration.runs import make_recipe
+from tests.integration.test_bad_recipes import WRONG_TARGETS
 from tests.tiny_models import LlavaData, make_captions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,6 +131,35 @@ def test_a_template_without_targets_is_found(
     assert "no way to find" in detail(found, "targets of instruct")
 
 
+def test_samples_longer_than_the_llm_has_positions_are_a_risk(
+    recipe: Callable[..., Recipe], models: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(models["llm"], tmp_path / "short")
+    config = json.loads((tmp_path / "short/config.json").read_text())
+    (tmp_path / "short/config.json").write_text(json.dumps({**config, "max_position_embeddings": 20}))
+    found = examine(recipe(f"model.llm={tmp_path / 'short'}"), Options())
+    assert status(found)["targets of instruct"] == "warn"
+    assert "expected samples of at most 20 tokens" in detail(found, "targets of instruct")
+
+
+def test_a_decoder_that_cannot_be_counted_is_told_and_the_rest_estimated(
+    recipe: Callable[..., Recipe], models: dict[str, str], tmp_path: Path
+) -> None:
+    """A mixture of experts in fp32: torch's grouped product is of bfloat16 alone on the meta device."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    folder = tmp_path / "experts"
+    shutil.copytree(models["llm"], folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    rows = json.loads((Path(models["llm"]) / "config.json").read_text())["vocab_size"]
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=rows, num_key_value_heads=2, num_local_experts=2, **small)
+    MixtralForCausalLM(config).save_pretrained(folder)
+    found = examine(recipe(f"model.llm={folder}"), Options())
+    assert {name: value for name, value in status(found).items() if value != "ok"} == {"memory": "warn"}
+    assert "what a mixtral keeps for the backward cannot be counted" in detail(found, "memory")
+    assert found.stages["instruct"]["memory"][0]["weights_bytes"] > 4 * rows * 32
+
+
 @pytest.mark.parametrize(("gib", "expected"), [(1000.0, "ok"), (0.001, "fail")], ids=["large", "small"])
 def test_memory_is_compared_with_the_gpus_that_will_be_there(
     gib: float, expected: str, recipe: Callable[..., Recipe]
@@ -180,6 +215,22 @@ def test_few_broken_samples_are_a_risk_and_many_a_failure(bad: int, of: int, num
     assert check.status == expected
 
 
+# -- the main job's own part
+
+
+def test_the_main_job_looks_ahead_where_something_is_to_be_made(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    made = recipe("cluster.workers=6")
+    store = Store(made.store)
+    plan = make_plan(made, store, make=False, report=lambda text: None)
+    notes: list[str] = []
+    job._look_ahead(plan, store, notes.append)
+    assert [note.partition(":")[0] for note in notes] == ["proxy_llm", "proxy_mllm", "instruct"]
+    assert all("found 2 workers that get none" in note for note in notes)
+    assert not Path(made.store).exists(), "nothing is left of the probe"
+    with pytest.raises(UserError, match="the store cannot write"):
+        job._look_ahead(plan, Store("/proc/nowhere"), notes.append)
+
+
 # -- the screen and the command
 
 
@@ -199,8 +250,31 @@ def test_targets_are_marked_in_colour_and_without_colours_in_brackets(recipe: Ca
             assert f"[{shown}]" in plain.getvalue()
             assert f"\x1b[1;32m{shown}" in coloured.getvalue()
     assert "skipped" not in plain.getvalue()
-    tables = plain.getvalue()[plain.getvalue().index("MiB a device") :]
-    assert max(map(len, tables.splitlines())) <= 110
+    memory = plain.getvalue()[plain.getvalue().index("MiB a device") : plain.getvalue().index("  *: ")]
+    checks = plain.getvalue()[plain.getvalue().index("check  ") :]
+    assert max(map(len, (memory + checks).splitlines())) <= 80
+    for row in memory.splitlines()[1:]:
+        *parts, total, _ = map(float, row.replace("*", " ").split()[2:])
+        assert sum(parts) == pytest.approx(total, abs=0.4), "the columns add up, but for rounding"
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("case", WRONG_TARGETS)
+def test_what_ends_a_run_is_found_beforehand(
+    case: str, tiny_llm: Callable, tiny_tower: Callable, captions: LlavaData, conversations: LlavaData, tmp_path: Path
+) -> None:
+    """The main job's own cases: a word of its message, and no check that is not of this failure fails."""
+    right = make_recipe(
+        tiny_llm("llama", bos=True, reserved="token", num_steps=1), tiny_tower("clip"), captions, conversations
+    )
+    wrong, words = WRONG_TARGETS[case](right, tmp_path)
+    made = parse({**wrong, "name": "wrong", "store": str(tmp_path / "store")})
+    found = examine(made, Options())
+    (failed,) = [check for check in found.checks if check.status == "fail"]
+    for word in words:
+        assert re.search(word, failed.detail, re.IGNORECASE), failed.detail
+    assert "nobody foresaw" not in failed.detail
+    assert not (tmp_path / "store").exists()
 
 
 def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -11,6 +11,7 @@ import pytest
 
 from dpa_ray.data.cursor import shares
 from dpa_ray.doctor import cost
+from dpa_ray.doctor.cluster import smallest_gpu_bytes
 from dpa_ray.doctor.findings import Findings, number
 from dpa_ray.engine.placing import place, problems
 from dpa_ray.errors import UserError
@@ -205,3 +206,19 @@ def test_given_step_times() -> None:
     for wrong in ("fast", "-1", "0", "nan", "inf", "proxy_llm=2", "instruct="):
         with pytest.raises(ValueError, match="--step-time: expected SECONDS or STAGE=SECONDS"):
             cost.given_step_times([wrong], stages)
+
+
+# -- GPUs
+
+
+def test_the_smallest_gpus_memory_is_what_its_driver_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits` prints it: MiB, a line for each GPU."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nprintf '81559\\n40960\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert smallest_gpu_bytes() == 40960 * 2**20
+    tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
+    assert smallest_gpu_bytes() == 0
+    tool.unlink()
+    assert smallest_gpu_bytes() == 0

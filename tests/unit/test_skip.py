@@ -21,11 +21,13 @@ from dpa_ray.data.prepare import prepare
 from dpa_ray.data.prepared import Prepared
 from dpa_ray.data.skip import Skipped, entry_of, find
 from dpa_ray.engine import logs
+from dpa_ray.errors import UserError
 from dpa_ray.recipe import Recipe, RecipeError, SourceEntry, SourceSection
 from dpa_ray.stages.pipeline import make_plan
 from dpa_ray.stages.runs import Run, identity
 from dpa_ray.stages.spec import BlindTask, InstructTask, ProxyLlmTask, ProxyMllmTask
 from dpa_ray.store import Store
+from tests.random_models import batch_of, make_step, make_vlm
 from tests.small_recipes import keys_of
 from tests.unit.test_ingest import equal, prepared_loader, text_only
 from tests.unit.test_pipeline import carry_out
@@ -138,6 +140,21 @@ def test_a_batch_and_a_filler_of_skipped_samples_alone_have_neither_image_nor_ta
         assert not batch.image_mask.any()
 
 
+def test_a_sample_that_cannot_be_decoded_is_told_with_what_skips_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image that was within the limits when it was prepared; skipped, it is not decoded any more."""
+    loader = prepared_loader(tmp_path, [record(i) for i in range(3)])
+    monkeypatch.setattr("dpa_ray.data.images.MAX_PIXELS", 10)
+    entry = entry_of(loader.prepared.digest, 1)
+    with pytest.raises(
+        UserError, match=f"set.json#1: .* does not decode.*; to go on without.* '{entry}' to data.skip_ids"
+    ):
+        loader.load(np.array([1]), 0)
+    batch = replace(loader, skipped=frozenset({1})).load(np.array([1]), 0)
+    assert (batch.num_skipped, len(batch.pixel_values)) == (1, 0)
+
+
 def test_packed_they_take_one_place(tmp_path: Path) -> None:
     loader = replace(prepared_loader(tmp_path, [text_only(i) for i in range(5)], template="text"), packing=True)
     plain, passing = loader.load(np.arange(5), 0), replace(loader, skipped=frozenset({3})).load(np.arange(5), 0)
@@ -145,6 +162,22 @@ def test_packed_they_take_one_place(tmp_path: Path) -> None:
     assert int((passing.sample == 3).sum()) == 1
     assert (passing.labels[passing.sample == 3] == IGNORE_INDEX).all()
     assert plain.num_tokens > passing.num_tokens == int((passing.sample >= 0).sum()) - 1
+
+
+@pytest.mark.parametrize("weights", ["uniform", "prob"])
+@pytest.mark.parametrize("others", [["s2 I t4", "I t5"], ["s2 t4", "s1 t2"]], ids=["images", "text"])
+def test_what_stands_for_it_changes_no_sum_and_no_gradient(weights: str, others: list[str]) -> None:
+    """One token without target, beside the others and alone in a pass."""
+    found = []
+    for passes in ([others], [[others[0], "s1", others[1]]], [others, ["s1"]]):
+        module = make_step(make_vlm(), weights).train()
+        sums = [module(batch_of(notations)) for notations in passes]
+        sum((s.loss for s in sums), start=torch.zeros(())).backward()
+        grads = [p.grad for p in module.parameters() if p.grad is not None]
+        found.append((sum(s.detached() for s in sums), torch.cat([grad.flatten() for grad in grads])))
+    for total, grads in found[1:]:
+        torch.testing.assert_close(total, found[0][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grads, found[0][1], rtol=1e-4, atol=1e-5)
 
 
 # -- stages, keys, names, records

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +19,10 @@ from dpa_ray.report.metrics import MetricsLog, read
 from dpa_ray.store import Store, s3_client
 from dpa_ray.store.lease import LeaseTaken, held
 from tests.files import fill, python
-from tests.s3 import S3
+from tests.s3 import S3, environment, fresh_bucket
 from tests.s3_proxy import Fault, Proxy, running_proxy
 from tests.unit.test_checkpointing import Stage
+from tests.unit.test_outages import Server
 
 RETRY_S = 60.0  # longer than any outage here
 
@@ -131,14 +133,45 @@ def test_a_refusal_is_told_at_once_with_address_operation_reason_and_remedy(
     assert not [r for r in caplog.records if r.name == retry.__name__], "nothing was waited for"
 
 
-def test_an_outage_of_good_is_one_message_when_its_time_is_over(store: Store, proxy: Proxy, tmp_path: Path) -> None:
+ODD_PAGES = [
+    b"<html><body>Please sign in", b"", b"<ListBucketResult></ListBucketResult>", b"{}", bytes(range(256)), b"<" * 10_000,
+    b"<?xml version='1.0'?><!DOCTYPE x [<!ENTITY a '" + b"b" * 999 + b"'>]><x>&a;</x>",
+    b"<ListBucketResult><Contents><Key>../../etc/passwd</Key></Contents></ListBucketResult>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.ci if i else [], id=str(i)) for i, page in enumerate(ODD_PAGES)]
+)
+def test_answers_that_are_none_of_s3s_are_a_result_or_a_message(
+    page: bytes, store: Store, proxy: Proxy, tmp_path: Path
+) -> None:
+    """What a proxy that asks for a password answers, for one: with status 200."""
+    proxy.fail(Fault(page=page))
+    calls: list[Callable[[], Any]] = [
+        lambda: store.read_json("a/x"), lambda: store.list("a"), lambda: store.list_dirs("a"), lambda: store.delete("a/x"),
+        lambda: store.download("a", tmp_path / "down"), lambda: store.upload(tmp_path / "up", "up"),
+        lambda: store.put_if_absent("a/z", b"mine"), lambda: store.copy("a/x", "b/x"), lambda: store.check(),
+    ]  # fmt: skip
+    fill(tmp_path / "up", big=1000)
+    for call in calls:
+        try:
+            call()
+        except (UserError, FileNotFoundError) as err:
+            assert store.uri in str(err)
+    assert not (tmp_path / "etc").exists()
+    assert not list(tmp_path.rglob("passwd"))
+
+
+@pytest.mark.ci
+def test_an_outage_for_good_is_one_message_when_its_time_is_over(store: Store, proxy: Proxy, tmp_path: Path) -> None:
     proxy.fail(Fault(503))
     for name in ("read", "write", "list", "upload", "download"):
         told: list[str] = []
         with bridging(0.3, told.append), pytest.raises(UserError) as caught:
             CALLS[name][0](store, tmp_path / name)
         text = str(caught.value)
-        assert "no answer from S3 for" in text
+        assert "nothing but errors from S3 for" in text
         assert text.startswith(store.uri)
         assert "data.retry_s" in text
         assert "\n" not in text
@@ -179,6 +212,7 @@ def test_a_holder_that_could_not_renew_in_time_asks_before_it_writes(store: Stor
     assert store.read_bytes("lease/2.json") == b"{}", "the other one's lease is left alone"
 
 
+@pytest.mark.ci
 def test_an_outage_that_nobody_used_leaves_the_lease_where_it_was(store: Store, proxy: Proxy) -> None:
     with held(store, "lease", report=print, lost=lambda: None, lapses_after_s=1.0) as lease:
         proxy.fail(Fault(503))
@@ -248,12 +282,68 @@ def test_metrics_that_find_no_room_are_written_when_there_is(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.ci
+def test_a_server_whose_disk_is_full_is_told_and_what_was_there_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real one: rclone may not write files of more than 50,000 bytes any more, and answers 500."""
+    monkeypatch.setitem(s3_client.LIMITS, "usual", (1, 1, 1))  # type: ignore[misc]
+    server, unlimited = Server(tmp_path / "rclone"), resource.RLIM_INFINITY
+    try:
+        with fresh_bucket(environment(server.port), "rclone") as bucket, bridging(0.2):
+            store = Store(f"{bucket.uri}/store", through=retried)
+            store.write_bytes("a", b"old")
+            resource.prlimit(server._process.pid, resource.RLIMIT_FSIZE, (50_000, unlimited))
+            fill(tmp_path / "up", a=200_000)
+            for write in (lambda: store.write_bytes("a", bytes(200_000)), lambda: store.upload(tmp_path / "up", "")):
+                with pytest.raises(UserError, match="nothing but errors from S3 .* has room and start again"):
+                    write()
+            assert store.list("") == ["a"]
+            assert store.read_bytes("a") == b"old"
+            resource.prlimit(server._process.pid, resource.RLIMIT_FSIZE, (unlimited, unlimited))
+            store.upload(tmp_path / "up", "")
+            assert store.digest("a")[0] == 200_000
+    finally:
+        server.close()
+        forget_clients()
+
+
+FULL_SCRATCH = """
+    import resource
+    import torch
+    from safetensors.torch import save_file
+    from dpa_ray.engine.worker import scratch
+    from dpa_ray.errors import UserError
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    for write in (lambda f: save_file({"a": torch.zeros(9999)}, f / "a"), lambda f: (f / "a").write_bytes(bytes(9999))):
+        try:
+            with scratch() as folder:
+                write(folder)
+        except UserError as err:
+            assert str(folder) in str(err) and "TMPDIR" in str(err) and "same command" in str(err), err
+        else:
+            raise AssertionError("written")
+    try:
+        with scratch() as folder:
+            (folder / "none").read_bytes()
+    except FileNotFoundError:
+        print("others come through")
+"""
+
+
+@pytest.mark.ci  # seconds of imports
+def test_a_full_local_disk_at_a_stages_end_is_told() -> None:
+    done = python(FULL_SCRATCH)
+    assert done.returncode == 0, done.stderr
+    assert "others come through" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
         (Fault(403), "refused access"),
         pytest.param(Fault(507), "no room left", marks=pytest.mark.ci),
-        pytest.param(Fault(503), "no answer from S3", marks=pytest.mark.ci),
+        pytest.param(Fault(503), "errors from S3", marks=pytest.mark.ci),
     ],
 )
 def test_training_goes_on_while_checkpoints_cannot_be_saved(

@@ -9,12 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from dpa_ray.batch import IGNORE_INDEX, NO_TURN, Batch
+from dpa_ray.data.cursor import Cursor
 from dpa_ray.engine.job import View
+from dpa_ray.engine.loop import Plan, Schedule, train
+from dpa_ray.engine.plain import PlainEngine
+from dpa_ray.engine.protocol import OptimizerSettings
+from dpa_ray.model import lora
 from dpa_ray.recipe import Recipe
+from dpa_ray.report.goodput import Ledger
 from dpa_ray.report.watch import Watch
 from dpa_ray.stages.runs import Run
 from dpa_ray.store import Store
+from tests.random_models import batch_of, make_llm, make_step
 
 Records = list[dict[str, Any]]
 
@@ -163,9 +172,9 @@ def test_warnings_are_on_the_screen_and_in_run_json_and_stay_there(recipe: Calla
     progress: Any = SimpleNamespace(step=lambda values: None, note=notes.append)
     run = Run(store, made)
     run.write("running")
-    view = View(progress, made, store, run)
+    view = View(progress, made, run, Ledger(0.0), lambda: run.write("running"))
     for line in records("proxy_llm", loss=rises):
-        view.handle("step", line)
+        view.handle("step", {**line, "saving_s": 0.0, "step_time_s": 1.0, "data_wait_s": 0.0}, line["step"])
     (note,) = notes
     assert note.startswith("warning: proxy_llm, step ")
     (warned,) = store.read_json("runs/small/run.json")["warnings"]
@@ -175,3 +184,50 @@ def test_warnings_are_on_the_screen_and_in_run_json_and_stay_there(recipe: Calla
     again.check_name()
     again.write("running")
     assert store.read_json("runs/small/run.json")["warnings"] == [warned]
+
+
+# -- what real training does
+
+
+def train_for_real(*, full: bool, lr: float, warmup_fraction: float) -> list[dict[str, Any]]:
+    """300 steps of eight noisy countings by a random LLM, in full or by a LoRA, without clipping; the metrics."""
+    rng = np.random.default_rng(0)
+    rows = [(rng.integers(0, 12) + rng.integers(1, 4) * np.arange(rng.integers(6, 16))) % 12 for _ in range(512)]
+    rows = [np.where(rng.random(len(row)) < 0.85, row, rng.integers(0, 12, len(row))) for row in rows]
+    llm = make_llm("llama", seed=1)
+    if not full:
+        lora.attach(llm, rank=8, alpha=16, dropout=0.0, seed=3)
+    settings = OptimizerSettings((0.9, 0.999), 0.0, grad_clip=0.0)
+    engine = PlainEngine(make_step(llm, "uniform").train(), settings, torch.device("cpu"))
+    plan = Plan(Cursor([len(rows)], seed=0, global_batch_size=8, window=1000), 300, 0, 1, micro_batch_size=8)
+
+    def batch(taken: np.ndarray) -> Batch:
+        made = batch_of([f"s1 t{len(rows[row]) - 1}" for row in taken])
+        for i, row in enumerate(taken):
+            made.input_ids[i, : len(rows[row])] = torch.from_numpy(rows[row])
+        made.labels = torch.where(made.turn != NO_TURN, made.input_ids, IGNORE_INDEX)
+        return made
+
+    lines: list[dict[str, Any]] = []
+    train(
+        engine, (batch(taken) for taken, _ in plan), plan, Schedule(300, lr, warmup_fraction), stage="proxy_llm", seed=0,
+        device=torch.device("cpu"), record=lambda line, _: lines.append(line),
+    )  # fmt: skip
+    return lines
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    ("full", "lr", "warmup_fraction", "expected"),
+    [(False, 5e-3, 0.03, []), (True, 1e-3, 0.03, []), (True, 0.3, 1.0, ["rise"]), (False, 0.1, 1.0, ["rise"])],
+    ids=["LoRA", "in full", "in full, ever faster", "LoRA, ever faster"],
+)
+def test_of_real_training_only_what_comes_apart_is_told(
+    full: bool, lr: float, warmup_fraction: float, expected: list[str], recipe: Callable[..., Recipe]
+) -> None:
+    """A learning rate that grows to the end, without clipping, first lowers a loss and then raises it."""
+    lines = train_for_real(full=full, lr=lr, warmup_fraction=warmup_fraction)
+    losses = np.array([line["loss"] for line in lines])
+    lowest = min(losses[i : i + 30].mean() for i in range(0, 300, 30))
+    assert (losses[-30:].mean() > 1.1 * lowest) == bool(expected)
+    assert [warned["kind"] for warned in told(Watch(recipe()), lines)] == expected
