@@ -14,7 +14,7 @@ from typing import Any
 from dpa_ray.credentials import without_credentials
 from dpa_ray.data.prepare import find_prepared
 from dpa_ray.data.retry import bridging, retried
-from dpa_ray.engine import placing
+from dpa_ray.engine import placing, reporting
 from dpa_ray.engine.evaluate import RESULT
 from dpa_ray.engine.messages import FAILED, PROGRESS
 from dpa_ray.errors import UserError
@@ -100,8 +100,21 @@ def _failed(err: BaseException, run_record: Run, view: View, store: Store) -> No
         view.close(store)
         if run_record.values:  # else nothing was begun
             run_record.write("failed", store, error=without_credentials(str(err)) or type(err).__name__)
+            if isinstance(err, Exception):  # who interrupts does not want to wait
+                _write_report(store, run_record.recipe, view.progress.note)
     except (UserError, OSError) as also:
         view.progress.note(f"not everything about this run's end could be written: {also}")
+
+
+def _write_report(store: Store, recipe: Recipe, note: Callable[[str], None]) -> bool:
+    """runs/<name>/report.html. What a run made does not depend on it: a report that cannot be made is told, no more."""
+    place = reporting.Place(store, "runs", recipe.name)
+    try:
+        reporting.write_report(place)
+    except Exception as err:
+        note(f"no report was made ({type(err).__name__}: {err}); python jobs/report.py {place.url} tries again")
+        return False
+    return True
 
 
 def _print(text: str) -> None:
@@ -265,6 +278,8 @@ def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run, ledg
     run_record.write("done", timings=stages, eval=scores, totals={"stages_wall_time_s": made})
     path = run_record.path
     places = {"model": f"{path}/model", "metrics": f"{path}/{METRICS}", "run": f"{path}/{RUN_FILE}"}
+    if _write_report(store, plan.recipe, _print):
+        places["report"] = f"{path}/{reporting.FILE}"
     console.closing_table(rows, paths={name: store.url(where) for name, where in places.items()})
     console.goodput_table(ledger.entries(time.time()))
     if scores:

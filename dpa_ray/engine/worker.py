@@ -23,6 +23,7 @@ from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.ingest import Loader
 from dpa_ray.data.retry import bridging, retried
 from dpa_ray.data.sizes import ONE_IMAGE, Sizes
+from dpa_ray.engine import examples
 from dpa_ray.engine.blind_job import compute_blind
 from dpa_ray.engine.checkpointing import Checkpointer, candidates, restore
 from dpa_ray.engine.evaluate import evaluate
@@ -213,7 +214,8 @@ class Worker:
         )  # fmt: skip
         saver.close()
         recorder.close()
-        self._finish(task, built, engine, trained, recorder)
+        shown = [] if stage == "proxy_llm" else self._examples(task, built, loader)
+        self._finish(task, built, engine, trained, recorder, shown)
 
     def _begin(
         self, task: TrainTask, built: Built, loader: Loader, plan: Plan
@@ -243,7 +245,17 @@ class Worker:
         assert engine is not None
         return engine, batches, left, Before()
 
-    def _finish(self, task: TrainTask, built: Built, engine: Engine, trained: TrainableSet, recorder: Recorder) -> None:
+    def _examples(self, task: TrainTask, built: Built, loader: Loader) -> list[str]:
+        """Samples with the weights of their tokens, for the report; a stage does not fail for want of them."""
+        try:
+            return examples.collect(built.module, loader, self.device)
+        except UserError as err:
+            self.note(f"{task.stage}: the report will show no samples with the weights of their tokens: {err}")
+            return []
+
+    def _finish(
+        self, task: TrainTask, built: Built, engine: Engine, trained: TrainableSet, recorder: Recorder, shown: list[str]
+    ) -> None:
         """Gather what was trained, save it, check it, commit it."""
         tensors = engine.gather(list(trained.names))
         expected = None
@@ -256,6 +268,8 @@ class Worker:
                     assert expected is not None
                     built.finish(folder, expected, self.device)
                 (folder / STAGE_METRICS).write_text("".join(recorder.lines))
+                if shown:
+                    (folder / examples.FILE).write_text("".join(shown), encoding="utf-8")
                 meta = {
                     "stage": task.stage, "run": task.run_path, "num_steps": task.num_steps, "world_size": world_size(),
                     **recorder.meta(), "trainable": trained.description, "num_trainable": trained.num_parameters,

@@ -47,6 +47,9 @@ Launch = Callable[[Sequence[Task]], None]
 HELD_OUT = "heldout"
 """Name of `data.eval` among the held-out sets; the others have their names in the recipe."""
 
+BESIDE_THE_MODEL = ("metrics.jsonl", "examples.jsonl")
+"""In an artifact of `instruct`: what is told of it, and is no part of the model."""
+
 STAGE_ARTIFACTS = {"proxy_llm": "proxy-llm", "proxy_mllm": "proxy-mllm", "instruct": "instruct"}
 
 
@@ -298,14 +301,13 @@ class Pipeline:
         verify(self.store, artifact)
         self.store.delete(target)
         for name in artifact.files:
-            if name != METRICS:
+            if name not in BESIDE_THE_MODEL:
                 self.store.copy(f"{artifact.path}/{name}", f"{target}/{name}")
 
     def _artifacts(self) -> dict[str, Any]:
         return {
             ref.stage: {"key": ref.key, "path": ref.path, "reused": name in self.reused}
             for name, ref in self.plan.refs.items()
-            if name != "eval"
         } | {
             weights.ARTIFACT["llm"]: {"name": self.plan.llm.name, "digest": self.plan.llm.digest},
             weights.ARTIFACT["vision"]: {"name": self.plan.tower.name, "digest": self.plan.tower.digest},

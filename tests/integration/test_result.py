@@ -167,3 +167,7 @@ def test_results_of_other_models(
     assert run.returncode == 0, run.output
     check_result(run, conversations)
     check_never_generates_the_placeholder(run, conversations)
+    for stage in ("proxy_mllm", "instruct"):
+        assert len((run.artifact(stage) / "examples.jsonl").read_text().splitlines()) == 8, (
+            "ZeRO-3 gathers for them too"
+        )

@@ -16,6 +16,7 @@ LOADED_WITHOUT = {
     "dpa_ray.report.console": HEAVY,
     "dpa_ray.report.metrics": HEAVY,
     "dpa_ray.report.trackers": HEAVY,
+    "dpa_ray.report.runs_page, dpa_ray.report.sweep_page": HEAVY,
     "dpa_ray.batch": ("ray", "deepspeed", "boto3"),
     "dpa_ray.model.vlm, dpa_ray.model.step": ("ray", "deepspeed"),  # (peft itself loads boto3 where it finds it)
 }

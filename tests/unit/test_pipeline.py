@@ -227,6 +227,7 @@ def test_what_is_there_is_reused_and_told(recipe: Callable[..., Recipe], tmp_pat
         "blind",
         "proxy-mllm",
         "instruct",
+        "eval",
     }
     lines = [json.loads(line) for line in store.read_bytes("runs/again/metrics.jsonl").decode().splitlines()]
     assert [(line["stage"], line["loss"]) for line in lines] == [

@@ -1,0 +1,89 @@
+"""What does a finished stage look at? A few of its samples with the weight of each token, for the report."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dpa_ray.data.images import decode
+from dpa_ray.data.ingest import Loader
+from dpa_ray.model.examples import token_weights
+from dpa_ray.model.step import StepModule
+
+FILE = "examples.jsonl"
+"""In a stage's artifact: one object per sample, {id, place, images, tokens}. `images` are data URIs of thumbnails; a token
+is [text, weight, p - q, visual], the first two numbers null where it is no target."""
+
+NUM_EXAMPLES = 8
+MAX_TOKENS = 400
+"""Text tokens of a sample that are kept; a page is not made for reading more."""
+
+THUMBNAIL_SIDE = 192
+REPLACEMENT = "\ufffd"
+
+
+def collect(module: StepModule, loader: Loader, device: torch.device) -> list[str]:
+    """The lines of FILE: samples evenly from the stage's data, weighted by its trained model.
+
+    Every rank has to call it (under ZeRO-3 a forward needs them all), and gets the same.
+    Raises: UserError where a sample cannot be read.
+    """
+    loader = replace(loader, blind=None, packing=False)  # q is live: a cache has that of the samples taken alone
+    rows = np.unique(np.linspace(0, loader.prepared.num_rows - 1, NUM_EXAMPLES).astype(int)).tolist()
+    shown = [_example(module, loader, row, device) for row in rows if row not in loader.skipped]
+    return [json.dumps(example, ensure_ascii=False) + "\n" for example in shown]
+
+
+def _example(module: StepModule, loader: Loader, row: int, device: torch.device) -> dict[str, Any]:
+    (sample,) = loader.samples([row])
+    encoded = loader.encoder(sample)
+    found = token_weights(module, loader.load(np.array([row]), row).to(device))
+    numbers = {
+        position: (round(weight, 4), round(gain, 4))
+        for position, weight, gain in zip(
+            found.position.tolist(), found.weight.tolist(), found.gain.tolist(), strict=True
+        )
+    }
+    shown = np.flatnonzero(encoded.input_ids != loader.encoder.image_token_id)[:MAX_TOKENS]
+    texts = pieces(loader.encoder.tokenizer, encoded.input_ids[shown].tolist())
+    return {
+        "id": sample.id,
+        "place": sample.place,
+        "images": [thumbnail(image.data) for image in sample.images[: encoded.num_images]],
+        "tokens": [
+            [text, *numbers.get(int(position), (None, None)), bool(encoded.grounded[position])]
+            for text, position in zip(texts, shown, strict=True)
+        ],
+    }
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds; joined, they are the whole text.
+
+    A token that ends inside a character adds nothing; the one that completes it adds the character.
+    """
+    texts: list[str] = []
+    told = ""
+    for end in range(1, len(ids) + 1):
+        whole = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        is_cut = whole.endswith(REPLACEMENT) and end < len(ids)
+        texts.append("" if is_cut else whole[len(told) :])
+        told = told if is_cut else whole
+    return texts
+
+
+def thumbnail(data: bytes, side: int = THUMBNAIL_SIDE) -> str:
+    """A JPEG of at most `side` pixels a side, as a data URI. Raises: ImageError."""
+    image = decode(data)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,237 @@
+"""Does a report say what the runs and sweeps say, whatever is missing, and nothing that a caption would like it to do?"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from dpa_ray.report.content import RunData, Weighting, last_mean
+from dpa_ray.report.figures import Curve, Figure, short, thinned
+from dpa_ray.report.page import as_json, number_columns, shown
+from dpa_ray.report.run_figures import gain_figures, loss_figures, overlaid_losses, time_figure
+from dpa_ray.report.runs_page import run_page, runs_page
+from dpa_ray.report.sweep_page import sweep_page
+from tests.report_data import EDGES, HOSTILE, run_data, sweep
+
+
+class Page(HTMLParser):
+    """A page as a browser would take it: its elements, their attributes and its texts."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.scripts: list[str] = []
+        self.inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        (self.scripts if self.inside == "script" else self.texts).append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def pages() -> dict[str, str]:
+    return {
+        "run": run_page(run_data(), EDGES),
+        "runs": runs_page([run_data("one"), run_data("two", method="cmo", shift=0.4)], EDGES),
+        "sweep": sweep_page("ranks", "/store/sweeps/ranks", sweep()),
+    }
+
+
+@pytest.mark.parametrize("kind", ["run", "runs", "sweep"])
+def test_no_word_of_the_data_becomes_markup(kind: str) -> None:
+    text = pages()[kind]
+    page = Page(text)
+    names = [name for name, _ in page.elements]
+    assert not {"b", "iframe", "object"} & set(names)
+    assert names.count("script") == 5, "the figures' data, the three libraries and the page's own"
+    assert not [a for _, attributes in page.elements for a in attributes if a.startswith("on")]
+    sources = [a["src"] for _, a in page.elements if "src" in a]
+    assert all(source is not None and source.startswith("data:image/") for source in sources)
+    links = [a["href"] for _, a in page.elements if a.get("href", "").startswith("http")]  # type: ignore[union-attr]
+    assert links == ["https://vega.github.io/vega-lite/"]
+    assert " ".join(HOSTILE.split()) in page.text, "but it can be read"
+
+
+@pytest.mark.parametrize("kind", ["run", "runs", "sweep"])
+def test_nothing_is_loaded_and_only_own_scripts_run(kind: str) -> None:
+    page = Page(pages()[kind])
+    policy = next(a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    assert policy.count("'sha256-") == 4
+    assert "unsafe" not in policy.split("script-src")[1]
+
+
+@pytest.mark.parametrize("kind", ["run", "runs", "sweep"])
+def test_every_figure_has_a_name_and_its_data_as_text(kind: str) -> None:
+    page = Page(pages()[kind])
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    charts = [a["data-spec"] for _, a in page.elements if "data-spec" in a]
+    specs = json.loads(next(s for s in page.scripts if s.startswith("{")))
+    assert sorted(specs) == sorted(charts)
+    assert charts
+    links = {(a.get("href") or "").removeprefix("#") for _, a in page.elements}
+    for name in charts:
+        assert f"title-{name}" in ids
+        assert f"data-{name}" in ids or (kind == "sweep" and "trials-table" in ids and "trials-table" in links)
+    images = [a for tag, a in page.elements if tag == "img"]
+    assert all(image["alt"] for image in images)
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert all(below <= above + 1 for above, below in zip(levels, levels[1:], strict=False)), "no level is left out"
+
+
+def test_curves_are_the_metrics() -> None:
+    first, second, third = loss_figures(run_data(num_steps=4))
+    assert first.columns == ("step", "all targets"), "uniform weights: the loss is the mean"
+    assert second.columns == ("step", "all targets", "visual words", "other words", "weighted loss")
+    expected = run_data(num_steps=4).of_stage("proxy_mllm")
+    keys = ("step", "nll_mean", "nll_mean_visual", "nll_mean_style", "loss")
+    assert second.rows == [tuple(record[key] for key in keys) for record in expected]
+    assert "resumed after 20" in json.dumps(third.spec)
+
+
+def test_thinning_takes_means_and_keeps_gaps() -> None:
+    line = Curve("a", [(1, 1.0), (2, 3.0), (3, None), (4, 5.0), (5, None), (6, None), (7, 8.0)])
+    assert thinned(line, 4).points == [(1.5, 2.0), (3.5, 5.0), (5.5, None), (7.0, 8.0)]
+    assert thinned(line, 7) == line
+
+
+def test_long_runs_stay_small() -> None:
+    run = run_data(num_steps=20_000)
+    text = run_page(run, EDGES)
+    assert len(text.encode()) < 1.3e6
+    many = runs_page([replace(run, name=f"run-{n}") for n in range(12)], EDGES)
+    assert len(many.encode()) < 5e6
+
+
+def test_the_histogram_is_in_shares_with_the_clamp_where_it_can_be_drawn() -> None:
+    (figure, _) = gain_figures(run_data(), EDGES)
+    assert figure.columns == ("p − q", "step 1", "step 51")
+    total = 0 + 1 + 2 + 40 + 60 + 20 + 11 + 3
+    assert figure.rows[0] == ("-0.562 to -0.250", round(1 / total, 5), round(1 / (total + 50), 5))
+    assert {"lower 0.05", "upper 0.5"} <= texts_of(figure)
+    logit = replace(run_data(), weightings={"proxy_mllm": Weighting("logit", 1, 5)})
+    (figure, _) = gain_figures(logit, EDGES)
+    assert not {"lower 1", "upper 5"} & texts_of(figure)
+    assert "1 to 5" in figure.note
+
+
+def texts_of(figure: Figure) -> set[str]:
+    return set(re.findall(r'"text": "([^"]*)"', json.dumps(figure.spec)))
+
+
+def test_time_is_the_ledgers_or_else_what_the_stages_measured() -> None:
+    figure = time_figure(run_data())
+    assert figure is not None
+    assert "Goodput 70.0%" in figure.note
+    assert figure.columns == ("stage", "training, s", "data, s", "saving, s", "lost, s", "starting, s", "in all, s")
+    assert figure.rows[-1] == ("outside of stages", 0.0, 0.0, 0.0, 0.0, 7.0, 7.0)
+    run = run_data()
+    figure = time_figure(replace(run, info={**run.info, "goodput": None}))
+    assert figure is not None
+    assert figure.columns == ("stage", "training, s", "waiting for data, s", "saving, s", "other, s", "in all, s")
+    assert figure.rows[:2] == [("proxy_llm", 0.0, 0.0, 0.0, 0.0, 0), ("proxy_mllm", 24.0, 6.0, 1.0, 9.0, 40.0)]
+    figure = time_figure(replace(run, info={"status": "failed"}))
+    assert figure is not None
+    assert figure.rows[0] == ("proxy_llm", 24.0, 6.0, 30.0)
+
+
+def test_runs_stand_side_by_side() -> None:
+    figures = overlaid_losses([run_data("one"), run_data("two", shift=0.4)])
+    assert [figure.columns for figure in figures] == [("step", "one", "two")] * 3
+    page = Page(runs_page([run_data("one"), run_data("two", shift=0.4)], EDGES))
+    assert "one dpa 3 done 50 30 20 20" in page.text
+    assert "two dpa 3 done 54 30 20 24" in page.text
+    headings = "question truth one two"
+    assert headings in page.text
+
+
+def test_a_run_that_failed_early_says_why() -> None:
+    warned = [{"stage": "instruct", "step": 7, "kind": "spike", "text": "instruct: a spike at step 7"}]
+    run = RunData("early", "/store/runs/early", {"status": "failed", "error": HOSTILE, "warnings": warned})
+    page = Page(run_page(run, EDGES))
+    assert "warning instruct: a spike at step 7" in page.text
+    assert f"error {HOSTILE}" in page.text
+    for reason in (
+        "There are no steps yet.",
+        "No stage of this run measured",
+        "No held-out questions",
+        "Nothing was measured",
+    ):
+        assert reason in page.text
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"trials": []},
+        {"trials": [{"status": "running"}], "stages": {"instruct": {}}, "gpu_s": {"spent": 3}},
+        {"trials": [{"overrides": {"a": [1, 2]}, "metrics": {"b": None}}, 7, {"overrides": None}], "compare": {"metrics": {"b": [{}], "c": 3}}},
+        {"trials": "none", "stages": [], "gpu_s": 3, "compare": "later", "metric": 4},
+    ],
+)  # fmt: skip
+def test_a_sweep_that_has_only_begun_is_shown(values: dict[str, Any]) -> None:
+    assert "What sharing saved" in Page(sweep_page("s", "/store/sweeps/s", values)).text
+
+
+def test_a_sweep_shows_its_best_trial_its_cost_and_its_intervals() -> None:
+    page = Page(sweep_page("ranks", "/store/sweeps/ranks", sweep()))
+    assert "best trial ranks-0007, stages.proxy_llm.lora.rank 512, cmo.upper 0.5, method dpa: 0.7" in page.text
+    assert "the better is the larger" in page.text
+    assert "9 trials: 8 done, 1 failed." in page.text
+    assert "proxy_llm 9 3 6" in page.text
+    assert "spent, worker seconds 410" in page.text
+    assert "saved 54%" in page.text
+    assert "vanilla 5 0 0.7 0.02 – – – –" in page.text
+    assert "cmo 5 0 0.71 0.02 0.01 -0.02 0.04 no difference shown" in page.text
+    assert "dpa 5 0 0.74 0.02 0.04 0.01 0.07 higher" in page.text
+
+
+def test_figures_are_of_finished_trials_alone() -> None:
+    """What a stopped trial told last is not what it would have come to."""
+    page = Page(sweep_page("ranks", "/store/sweeps/ranks", sweep()))
+    specs = json.loads(next(s for s in page.scripts if s.startswith("{")))
+    assert len(specs["heat-map"]["data"]["values"]) == 8
+    assert {value["trial"] for value in specs["parallel"]["layer"][0]["data"]["values"]} == {
+        f"ranks-{n:04}" for n in range(9) if n != 4
+    }
+    assert "ranks-0004 failed" in page.text, "the table has it"
+
+
+def test_numbers_as_they_are_read() -> None:
+    assert [shown(v) for v in (None, 0.123456, 12345.6, 1234567, "a")] == ["–", "0.1235", "12,346", "1,234,567", "a"]
+    assert number_columns([("a", 1, None), ("b", None, None)]) == [1]
+    assert number_columns([]) == []
+    assert json.loads(as_json({"a": "</script>&\u2028"})) == {"a": "</script>&\u2028"}
+    assert "<" not in as_json("</script>")
+
+
+def test_keys_are_shortened_no_further_than_they_differ() -> None:
+    assert short(["stages.a.lora.rank", "cmo.upper", "seed"]) == ["lora.rank", "cmo.upper", "seed"]
+    assert short(["stages.a.lora.rank", "stages.b.lora.rank"]) == ["a.lora.rank", "b.lora.rank"]
+    assert short(["lr", "lr"]) == ["lr", "lr"]
+
+
+def test_the_end_of_a_stage_is_its_last_tenth() -> None:
+    assert last_mean([{"nll": float(n)} for n in range(20)], "nll") == 18.5
+    assert last_mean([{"nll": None}], "nll") is None
+    assert last_mean([], "nll") is None
