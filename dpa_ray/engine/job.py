@@ -7,6 +7,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +18,28 @@ from dpa_ray.engine.evaluate import RESULT
 from dpa_ray.recipe import Recipe
 from dpa_ray.report import console, trackers
 from dpa_ray.report.metrics import FILE as METRICS
-from dpa_ray.stages.pipeline import HELD_OUT, Pipeline, Plan, make_plan, num_steps
+from dpa_ray.stages.pipeline import HELD_OUT, Claim, Pipeline, Plan, make_plan, num_steps
 from dpa_ray.stages.preflight import trainables
 from dpa_ray.stages.runs import RUN_FILE, Run
 from dpa_ray.stages.spec import Task
 from dpa_ray.store import lease
+from dpa_ray.store.artifacts import find
 from dpa_ray.store.fs import Store
 
 
-def run(recipe: Recipe) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Company:
+    """What a run among others, in a sweep, is told; a run alone has none."""
+
+    group: str  # the sweep's name
+    observe: Callable[[str, dict[str, Any]], None]  # is told of every event, and of "planned" with artifacts by stage
+    claim: Callable[[Sequence[Task], Claim], int]  # as Claim; the second is what a run alone would be told
+
+
+def run(recipe: Recipe, company: Company | None = None) -> dict[str, Any]:
     """Run `recipe` to its end, or from where an earlier attempt left it; returns what run.json says.
 
+    What another job is making, it waits for, without holding workers.
     Raises: RecipeError where the run's name is taken; LeaseTaken where another process is at work on it; UserError for
         whatever the user can mend. Finished stages and checkpoints are kept in every case.
     """
@@ -46,10 +60,20 @@ def run(recipe: Recipe) -> dict[str, Any]:
         with console.Progress() as progress:
             plan = make_plan(recipe, store, make=True, report=progress.note)
             pipeline = Pipeline(plan, store, run_record, progress.note)
-            view = View(progress, recipe, store, run_record.path)
+            view = View(progress, recipe, store, run_record.path, company)
+            if company is not None:
+                company.observe("planned", {"artifacts": {name: ref.path for name, ref in plan.refs.items()}})
+
+            def claim(tasks: Sequence[Task]) -> int:
+                check()
+                alone = partial(unhindered, store=store, report=progress.note)
+                return alone(tasks) if company is None else company.claim(tasks, alone)
+
             try:
                 pipeline.carry_out(
-                    lambda tasks: _launch(tasks, store, recipe, view, check), start=lambda: _start(recipe, view)
+                    lambda tasks: _launch(tasks, store, recipe, view, check),
+                    start=lambda: _start(recipe, view),
+                    claim=claim,
                 )
             except BaseException as err:
                 if run_record.values and not taken.is_set():  # else nothing was begun, or another process goes on
@@ -59,6 +83,19 @@ def run(recipe: Recipe) -> dict[str, Any]:
                 view.close()
         check()
         return _closing(plan, pipeline, store, run_record)
+
+
+def unhindered(tasks: Sequence[Task], store: Store, report: Callable[[str], None]) -> int:
+    """How many of the leading tasks no other job is at work on; 0 where the first is done. Waits for who does the first."""
+    first = tasks[0].result
+
+    def is_made() -> bool:
+        return find(store, first.stage, first.key) is not None
+
+    lease.wait(store, first.lease, until=is_made, report=lambda text: report(f"{first.stage}: {text}"))
+    if is_made():
+        return 0
+    return 1 + sum(1 for _ in takewhile(lambda task: not lease.looks_held(store, task.result.lease), tasks[1:]))
 
 
 def _print(text: str) -> None:
@@ -84,8 +121,11 @@ def _launch(tasks: Sequence[Task], store: Store, recipe: Recipe, view: View, che
 class View:
     """The workers' events: to the screen and the trackers."""
 
-    def __init__(self, progress: console.Progress, recipe: Recipe, store: Store, run_path: str):
+    def __init__(
+        self, progress: console.Progress, recipe: Recipe, store: Store, run_path: str, company: Company | None = None
+    ):
         self.progress = progress
+        self.company = company
         self.recipe = recipe
         self.store = store
         self.run_path = run_path
@@ -94,10 +134,15 @@ class View:
 
     def open_trackers(self) -> None:
         """Before anything starts: a tracking server that does not answer is told at once."""
-        self.trackers = trackers.Trackers(self.recipe.trackers, self.folder, self.recipe.name, self.recipe.to_dict())
+        group = None if self.company is None else self.company.group
+        self.trackers = trackers.Trackers(
+            self.recipe.trackers, self.folder, self.recipe.name, self.recipe.to_dict(), group
+        )
 
     def handle(self, kind: str, values: dict[str, Any]) -> None:
         """One event of rank 0."""
+        if self.company is not None:
+            self.company.observe(kind, values)
         if kind == "stage_started":
             names = values.pop("names")
             self.progress.stage_started(values["stage"], values["num_steps"], values["trainable"])
@@ -125,12 +170,16 @@ class View:
             self.progress.note(texts.get(values["stage"], values["stage"]))
 
     def close(self) -> None:
-        """TensorBoard's files into the store, runs/<name>/tensorboard."""
+        """TensorBoard's files into the store: runs/<name>/tensorboard, and the sweep's folder."""
         if self.trackers is not None:
             self.trackers.close()
         files = [p for p in self.folder.rglob("*") if p.is_file() and not p.is_symlink()]
         if files:
             self.store.upload(self.folder, self.run_path, [p.relative_to(self.folder).as_posix() for p in files])
+        events = self.folder / trackers.TENSORBOARD_FOLDER
+        if self.company is not None and events.is_dir():  # all trials of a sweep under one folder
+            place = f"sweeps/{self.company.group}/{trackers.TENSORBOARD_FOLDER}/{self.recipe.name}"
+            self.store.upload(events, place)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -216,8 +265,6 @@ def dry_run(recipe: Recipe) -> None:
 
 
 def _is_there(weights: Any, store: Store) -> bool:
-    from dpa_ray.store.artifacts import find
-
     return find(store, weights.artifact.stage, weights.artifact.key) is not None
 
 

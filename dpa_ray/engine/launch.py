@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -43,9 +44,12 @@ CHECKSUM_VARIABLES = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM
 POLL_S = 0.2
 
 
-def connect(cluster: ClusterSection) -> str:
+def connect(cluster: ClusterSection, *, num_cpus: float | None = None, dashboard: bool = False) -> str:
     """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start Ray on this machine.
 
+    Args:
+        num_cpus: logical CPUs of a Ray started here, if more than this recipe's workers ask for.
+        dashboard: start it there too (Tune's stops need it).
     Returns: what was joined, for people. Raises: UserError where the named cluster does not answer.
     """
     for name, value in DRIVER_ENVIRONMENT.items():
@@ -63,10 +67,9 @@ def connect(cluster: ClusterSection) -> str:
         except (ConnectionError, RuntimeError, ValueError) as err:
             raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there: {first_line(err)}") from None
         return f"cluster at {address}"
-    num_cpus = os.cpu_count() or 1
     # Logical CPUs only say what may run at once: training workers wait for data tasks, and must leave room for one.
-    wanted = cluster.max_workers * cluster.cpus_per_worker + 1
-    ray.init(address="local", num_cpus=max(num_cpus, int(-(-wanted // 1))), include_dashboard=False, **quiet)
+    wanted = max(os.cpu_count() or 1, cluster.max_workers * cluster.cpus_per_worker + 1, num_cpus or 0)
+    ray.init(address="local", num_cpus=math.ceil(wanted), include_dashboard=dashboard, **quiet)
     return "local Ray"
 
 
@@ -85,7 +88,7 @@ def launch(
     One worker group does all tasks: starting one costs more than a short stage, and GPUs stay warm in between.
     Raises: UserError with what a worker said, or where workers cannot be started (again) in time.
     """
-    board: Any = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=_here()).remote()
+    board: Any = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here()).remote()
     storage = f"runs/{name}/.train"
     store.delete(storage)  # state of an earlier attempt: what is finished is known from the artifacts alone
     order = ray.put(tuple(tasks))
@@ -218,8 +221,8 @@ def _resources(cluster: ClusterSection) -> dict[str, float]:
     return resources
 
 
-def _here() -> Any:
-    """On the driver's node, not beside it: with `soft` Ray leaves a head without CPUs for a node that may go."""
+def here() -> Any:
+    """Scheduling on the driver's node, not beside it: with `soft` Ray leaves a head without CPUs for a node that may go."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

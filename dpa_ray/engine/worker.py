@@ -102,7 +102,7 @@ class Worker:
         if rank() != 0:
             yield
             return
-        path = f"leases/{task.result.stage}-{task.result.key}"
+        path = task.result.lease
         # a worker that lost its lease must not write another byte; training is then over for all ranks
         with lease.held(self.store, path, report=self.note, lost=lambda: os._exit(1), owner=owner):
             yield
@@ -134,7 +134,7 @@ class Worker:
             start = time.perf_counter()
             with tempfile.TemporaryDirectory() as tmp:
                 proxy_llm.merge(task, self.store, Path(tmp))
-                self._commit(task, Path(tmp), {"wall_time_s": time.perf_counter() - start})
+                self._commit(task, Path(tmp), _meta(task, start))
 
     def _evaluate(self, task: EvalTask) -> None:
         self.tell("task_started", stage=task.stage)
@@ -144,7 +144,7 @@ class Worker:
             assert result is not None
             with tempfile.TemporaryDirectory() as tmp:
                 result.write(Path(tmp))
-                self._commit(task, Path(tmp), {"wall_time_s": time.perf_counter() - start})
+                self._commit(task, Path(tmp), _meta(task, start))
 
     def _commit(self, task: Task, folder: Path, meta: dict[str, Any]) -> None:
         result = task.result
@@ -234,6 +234,11 @@ class Worker:
                 }  # fmt: skip
                 self._commit(task, folder, meta)
         self.tell("stage_finished", stage=task.stage)
+
+
+def _meta(task: Task, start: float) -> dict[str, Any]:
+    """Of an artifact that no training makes: which run made it, how long that took (`start` by time.perf_counter)."""
+    return {"run": task.run_path, "world_size": world_size(), "wall_time_s": time.perf_counter() - start}
 
 
 def _resumed(task: TrainTask, checkpoint: Checkpoint, built: Built) -> str:
