@@ -21,7 +21,7 @@ from dpa_ray.report.metrics import FILE as METRICS
 from dpa_ray.stages.pipeline import HELD_OUT, Claim, Pipeline, Plan, make_plan, num_steps
 from dpa_ray.stages.preflight import trainables
 from dpa_ray.stages.runs import RUN_FILE, Run
-from dpa_ray.stages.spec import Task
+from dpa_ray.stages.spec import ArtifactRef, Task
 from dpa_ray.store import lease
 from dpa_ray.store.artifacts import find
 from dpa_ray.store.fs import Store
@@ -89,13 +89,19 @@ def unhindered(tasks: Sequence[Task], store: Store, report: Callable[[str], None
     """How many of the leading tasks no other job is at work on; 0 where the first is done. Waits for who does the first."""
     first = tasks[0].result
 
-    def is_made() -> bool:
-        return find(store, first.stage, first.key) is not None
+    def is_made(result: ArtifactRef) -> bool:
+        return find(store, result.stage, result.key) is not None
 
-    lease.wait(store, first.lease, until=is_made, report=lambda text: report(f"{first.stage}: {text}"))
-    if is_made():
-        return 0
-    return 1 + sum(1 for _ in takewhile(lambda task: not lease.looks_held(store, task.result.lease), tasks[1:]))
+    def is_left(task: Task) -> bool:
+        return not is_made(task.result) and not lease.looks_held(store, task.result.lease)
+
+    note = partial(_note, report, first.stage)
+    lease.wait(store, first.lease, until=lambda: is_made(first), report=note)
+    return 0 if is_made(first) else 1 + len(list(takewhile(is_left, tasks[1:])))
+
+
+def _note(report: Callable[[str], None], stage: str, text: str) -> None:
+    report(f"{stage}: {text}")
 
 
 def _print(text: str) -> None:

@@ -59,7 +59,10 @@ def claim(
             return 0
         num_mine = take([task.result.path for task in tasks[:num_free]])
         if num_mine:
-            return num_mine if alone(tasks[:1]) else 0  # it may have been finished just before
+            num_left = alone(tasks[:num_mine])  # one may have been finished just before; from here on none can be
+            if num_left == 0:
+                take([])
+            return num_left
         check()
         time.sleep(POLL_S)
 
