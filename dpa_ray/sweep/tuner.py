@@ -38,8 +38,15 @@ ENVIRONMENT = {
 }
 
 
-class _Proposals(Searcher):
-    """Tune's way to ask a Sweep. Tune's own snapshots of it hold nothing: sweep.json does."""
+class _NotPickled:
+    """Tune pickles what it is given, to restore from it. A sweep goes on from sweep.json, and there is nothing to keep."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Proposals(_NotPickled, Searcher):
+    """Tune's way to ask a Sweep."""
 
     def __init__(self, sweep: Sweep):
         super().__init__()
@@ -62,7 +69,7 @@ class _Proposals(Searcher):
         """Nothing was kept."""
 
 
-class _Events(tune.Callback):
+class _Events(_NotPickled, tune.Callback):
     """Tune's way to tell a Sweep."""
 
     def __init__(self, sweep: Sweep):
@@ -81,7 +88,7 @@ class _Events(tune.Callback):
         self.sweep.ended(trial.config["trial"], one_line(trial.get_error() or RuntimeError(lost)))
 
 
-class _Budget(Stopper):
+class _Budget(_NotPickled, Stopper):
     """Stops all trials when the time is over."""
 
     def __init__(self, sweep: Sweep, time_budget_s: float | None):
