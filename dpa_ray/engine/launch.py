@@ -18,7 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from dpa_ray.data.ray_tasks import RETRY_ENVIRONMENT
 from dpa_ray.engine.failures import FAILED, STARTED, Failures, first_line, root_causes
-from dpa_ray.engine.messages import Board, Orders
+from dpa_ray.engine.messages import TRAIN_STATE, Board, Orders
 from dpa_ray.engine.worker import run_worker
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import ClusterSection
@@ -89,7 +89,7 @@ def launch(
     Raises: UserError with what a worker said, or where workers cannot be started (again) in time.
     """
     board: Any = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here()).remote()
-    storage = f"runs/{name}/.train"
+    storage = f"runs/{name}/{TRAIN_STATE}"
     store.delete(storage)  # state of an earlier attempt: what is finished is known from the artifacts alone
     order = ray.put(tuple(tasks))
     trainer = TorchTrainer(

@@ -11,6 +11,9 @@ from typing import Any
 
 Event = tuple[str, dict[str, Any]]
 
+TRAIN_STATE = ".train"
+"""Ray Train's own state, in a run's folder while it runs."""
+
 PROGRESS = ("saved", "blind_shard", "stage_finished")
 """Kinds of events after which a run that fails does not begin where it began before."""
 

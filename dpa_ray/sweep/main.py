@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpa_ray.engine.messages import TRAIN_STATE
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import WEIGHT_BOUNDS, Recipe, RecipeError, parse
 from dpa_ray.report import trackers
@@ -191,6 +192,9 @@ def _prepare(base: Mapping[str, Any], points: Sequence[dict[str, Any]], store: S
 def _close(plan: Plan, record: Record, where: str) -> int:
     """The table at the end, and the exit code."""
     trials = record.trials
+    for trial in trials:
+        if trial["status"] == "stopped":  # who is stopped cannot clean up
+            record.store.delete(f"runs/{trial['name']}/{TRAIN_STATE}")
     is_whole = len(trials) == plan.search.num_trials and all(
         trial["status"] in ("done", "stopped", "failed") for trial in trials
     )

@@ -6,6 +6,8 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -84,8 +86,8 @@ class _Events(_NotPickled, tune.Callback):
         self.sweep.ended(trial.config["trial"])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        lost = "its driver was lost, or failed before it could say why"
-        self.sweep.ended(trial.config["trial"], one_line(trial.get_error() or RuntimeError(lost)))
+        trace = (trial.get_error() or "its driver was lost").strip().splitlines()
+        self.sweep.ended(trial.config["trial"], one_line(RuntimeError(trace[-1])))
 
 
 class _Budget(_NotPickled, Stopper):
@@ -158,7 +160,7 @@ def carry_out(
             grace_period=asha.grace_steps, reduction_factor=asha.reduction_factor,
         )  # fmt: skip
     trainable = tune.with_parameters(run_trial, base=sweep.base, sweep=sweep.record.name, claims=claims)
-    with tempfile.TemporaryDirectory(prefix="dpa_ray-tune-") as folder:
+    with tempfile.TemporaryDirectory(prefix="dpa_ray-tune-") as folder, _ray_until_the_end():
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"CPU": DRIVER_CPUS}),
             tune_config=tune.TuneConfig(
@@ -171,6 +173,15 @@ def carry_out(
             ),
         )  # fmt: skip
         tuner.fit()
+
+
+@contextmanager
+def _ray_until_the_end() -> Iterator[None]:
+    """Leave Ray at the end of the block, which ends whatever of a trial is left: before anybody else may go on with it."""
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _name(trial: Any) -> str:
