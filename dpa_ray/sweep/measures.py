@@ -17,7 +17,8 @@ WINDOW_STEPS = 5
 REPORTS = 50
 """How often a stage's numbers are told while it runs, at most: each time asks the sweep's driver whether to stop."""
 
-SKIPPED = ("step", "epoch", "lr", "updated", "reused")
+SKIPPED = ("step", "epoch", "lr", "step_time_s", "data_wait_s", "packing_efficiency")
+"""Numbers of metrics.jsonl that say how a step was made, as do those that begin with num_."""
 
 
 def window(num_steps: int) -> int:
@@ -42,8 +43,9 @@ class Running:
         return step % every == 0 or step == self.num_steps
 
     def values(self) -> dict[str, float]:
-        """`STAGE.KEY` -> mean over the window, of every key that is a number."""
-        names = {key for record in self.last for key, value in record.items() if _is_number(value)} - set(SKIPPED)
+        """`STAGE.KEY` -> mean over the window, of every key that tells how good it is."""
+        found = {key for record in self.last for key, value in record.items() if _is_number(value)}
+        names = {name for name in found if name not in SKIPPED and not name.startswith("num_")}
         means = {}
         for name in sorted(names):
             numbers = [record[name] for record in self.last if _is_number(record.get(name))]

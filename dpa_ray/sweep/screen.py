@@ -85,7 +85,9 @@ def _stages(values: Mapping[str, Any], console: Console) -> None:
     spent, naive = values["gpu_s"]["spent"], values["gpu_s"]["naive"]
     unit = "GPU seconds" if values["device"] == "gpu" else "worker seconds"
     saved = f", {100 * (1 - spent / naive):.0f} % saved" if naive else ""
-    console.print(f"{unit} in stages: {spent:,.0f} spent, {naive:,.0f} if each trial had made its own{saved}")
+    console.print(
+        f"{unit} in stages: {spent:,.0f} spent, {naive:,.0f} if each trial had made its own{saved}", soft_wrap=True
+    )
 
 
 def _comparison(compare: Mapping[str, Any], console: Console) -> None:

@@ -155,7 +155,7 @@ def test_asha_stops_what_is_behind_and_frees_its_workers(tmp_path: Path, recipe:
     The good one comes first, so that there is something to be behind of. All share every stage but the last.
     """
     made_recipe = recipe()
-    made_recipe["stages"]["instruct"] |= {"epochs": 40, "max_steps": 200}
+    made_recipe["stages"]["instruct"] |= {"epochs": 100, "max_steps": 600}  # some seconds more than a stop takes
     space = {
         "stages.instruct.lr": [5.0e-3, 1.0e-9, 2.0e-9],
         "sweep": {"metric": "instruct.nll_mean", "asha": {"grace_steps": 20, "reduction_factor": 2}},
@@ -167,7 +167,7 @@ def test_asha_stops_what_is_behind_and_frees_its_workers(tmp_path: Path, recipe:
     assert statuses(values) == ["done", "stopped", "stopped"], run.output
     for trial in values["trials"][1:]:
         assert trial["reason"].startswith("ASHA stopped it at instruct, step ")
-        assert trial["at"][1] < 200
+        assert trial["at"][1] < 600
         assert trial["unfinished_s"] > 0
     assert values["best"] == "sweep-0000"
     assert made(values)["proxy_mllm"] == made(values)["instruct"] == 1
