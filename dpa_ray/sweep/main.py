@@ -15,7 +15,7 @@ from dpa_ray.recipe import WEIGHT_BOUNDS, Recipe, RecipeError, parse
 from dpa_ray.report import trackers
 from dpa_ray.report.console import terminal
 from dpa_ray.stages.pipeline import Pipeline, make_plan
-from dpa_ray.stages.runs import Run
+from dpa_ray.stages.runs import Run, settle
 from dpa_ray.store import lease
 from dpa_ray.store.fs import Store
 from dpa_ray.sweep import measures, screen
@@ -150,6 +150,8 @@ def run(recipe: Recipe, options: Options) -> int:
                     trial["status"] = "interrupted"
             record.write("interrupted", error=str(err) or type(err).__name__)
             raise
+        finally:
+            _settle(record)
         return _close(plan, record, where)
 
 
@@ -189,12 +191,19 @@ def _prepare(base: Mapping[str, Any], points: Sequence[dict[str, Any]], store: S
             Pipeline(plan, store, Run(store, recipe), _print).prepare_data()
 
 
+def _settle(record: Record) -> None:
+    """What trials that were ended could not do themselves."""
+    for trial in record.trials:
+        if trial["status"] in ("stopped", "interrupted"):
+            path = f"runs/{trial['name']}"
+            record.store.delete(f"{path}/{TRAIN_STATE}")
+            what = "stopped" if trial["status"] == "stopped" else "failed"
+            settle(record.store, path, what, trial["reason"] or "interrupted")
+
+
 def _close(plan: Plan, record: Record, where: str) -> int:
     """The table at the end, and the exit code."""
     trials = record.trials
-    for trial in trials:
-        if trial["status"] == "stopped":  # who is stopped cannot clean up
-            record.store.delete(f"runs/{trial['name']}/{TRAIN_STATE}")
     is_whole = len(trials) == plan.search.num_trials and all(
         trial["status"] in ("done", "stopped", "failed") for trial in trials
     )
@@ -206,6 +215,8 @@ def _close(plan: Plan, record: Record, where: str) -> int:
         values["compare"] = compared(trials, metrics)
     record.write("failed" if has_failed else "done" if is_whole else "interrupted", **values)
     screen.closing(record.values, where)
+    if not is_whole:
+        _print("the time budget is over; the same command goes on from here")
     return 1 if has_failed else 0
 
 

@@ -12,6 +12,9 @@ from dpa_ray.sweep.search import Search, Tried
 from dpa_ray.sweep.sharing import chain, choose
 from dpa_ray.sweep.space import describe, laid_over
 
+LOOK_EVERY_S = 1.0
+"""How often to look in the store whether a running trial has made what others wait for."""
+
 WAITING, DONE, STOPPED, FAILED, INTERRUPTED = "waiting", "done", "stopped", "failed", "interrupted"
 
 
@@ -35,6 +38,7 @@ class Sweep:
         self.running: dict[str, float] = {}  # name -> begun, by time.monotonic
         self.before_s: dict[str, float] = {}  # its earlier attempts
         self.budget_is_over = False
+        self.nothing_until = 0.0  # by time.monotonic: till then each would wait, unless something happens
         self.chains: dict[str, tuple[str, ...]] = {}
         for trial in record.trials:
             if trial["status"] == FAILED:  # an earlier attempt's; what it had finished is there
@@ -47,7 +51,7 @@ class Sweep:
 
     def next(self) -> Trial | None:
         """A trial to start now, or None where there is no room, or each would only wait for one that runs."""
-        if len(self.running) >= self.max_running():
+        if time.monotonic() < self.nothing_until or len(self.running) >= self.max_running():
             return None
         waiting = [t for t in self.record.trials if self._is_to_do(t)]
         made = {link for t in self.record.trials if t["status"] == DONE for link in self._chain(t)}
@@ -57,6 +61,7 @@ class Sweep:
             waiting = [trial for trial in [self._propose()] if self._is_to_do(trial)]
         number = choose([self._chain(t) for t in waiting], running, made)
         if number is None:
+            self.nothing_until = time.monotonic() + LOOK_EVERY_S
             return None
         trial = waiting[number]
         trial |= {"status": "running", "reason": None}
@@ -78,6 +83,7 @@ class Sweep:
 
     def saw(self, name: str, result: dict[str, Any]) -> None:
         """What a trial told."""
+        self.nothing_until = 0.0
         trial = self.trial(name)
         numbers = {k: v for k, v in result.items() if "." in k and isinstance(v, int | float)}
         trial["metrics"] |= numbers
@@ -93,6 +99,7 @@ class Sweep:
 
     def ended(self, name: str, error: str | None = None) -> None:
         """A trial is no more; one that told no end was stopped, or (with `error`) died."""
+        self.nothing_until = 0.0
         trial = self.trial(name)
         if trial["status"] == "running":
             if error is not None:

@@ -163,7 +163,8 @@ def test_a_stages_number_is_the_mean_of_its_last_steps() -> None:
     running = Running("instruct", 60)  # the last tenth: 6
     for step in range(1, 11):
         running.add({"stage": "instruct", "step": step, "nll_mean": float(step), "updated": True, "gain_auc": None})
-    assert running.values() == {"instruct.nll_mean": 7.5}
+    running.add({"stage": "instruct", "step": 11, "loss": float("inf"), "num_tokens": 7})
+    assert running.values() == {"instruct.nll_mean": 8.0}, "of steps 6 to 10, which have one"
     records = [{"stage": "instruct", "step": s, "nll_mean": float(s)} for s in range(1, 61)]
     found = final(records, {"heldout": {"accuracy": 0.5, "num_questions": 9}})
     assert found["instruct.nll_mean"] == 57.5
