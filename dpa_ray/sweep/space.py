@@ -242,6 +242,8 @@ def _wrong_values(
             concerned = path == key or path.startswith(f"{key}.") or key.startswith(f"{path}.")
             if concerned and not _is_bounds((path, text)) and (path, text) not in (*known, *found):
                 found.append((path, text))
+        if any(text.startswith("unknown key") for _, text in found):  # whatever its value
+            break
     return found
 
 
