@@ -87,6 +87,10 @@ class DataSection(Section):
     workers: int = Field(2, ge=1, description="decode tasks at once for each training worker")
 
 
+BOUNDS_ORDER = "expected lower <= upper"
+"""How both checks of the clamp bounds begin: a sweep leaves such points out."""
+
+
 class CmoSection(Section):
     lower: float | None = Field(None, ge=0)
     upper: float | None = Field(None, gt=0)
@@ -100,7 +104,7 @@ class CmoSection(Section):
     @model_validator(mode="after")
     def _ordered(self) -> CmoSection:
         if self.lower is not None and self.upper is not None and self.lower > self.upper:
-            raise ValueError(f"expected lower <= upper, found lower {self.lower} > upper {self.upper}")
+            raise ValueError(f"{BOUNDS_ORDER}, found lower {self.lower} > upper {self.upper}")
         if self.window % 2 == 0:
             raise ValueError(f"expected an odd window (the token and as many on either side), found {self.window}")
         return self
@@ -366,7 +370,7 @@ def parse(values: dict[str, Any], where: str = "recipe", extra_errors: list[tupl
             lower, upper = recipe.bounds(stage)
             if lower > upper:
                 defaults = "{} and {}".format(*WEIGHT_BOUNDS[weights])
-                found = f"expected lower <= upper, found lower {lower} > upper {upper}"
+                found = f"{BOUNDS_ORDER}, found lower {lower} > upper {upper}"
                 errors.append(("cmo", f"{found} (the defaults of {weights} weights are {defaults})"))
         if recipe.cmo.blind == "cached" and not any(recipe.caches_blind(s) for s in ("proxy_mllm", "instruct")):
             why = "is not trained" if recipe.stages.proxy_mllm.from_ else "has uniform weights, which need no q"

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     if "=" in recipe_name and not Path(recipe_name).is_file():  # overrides of the default recipe
         recipe_name, overrides = "tiny", [recipe_name, *overrides]
 
-    from run_dpa import quiet_libraries  # beside this file
+    from dpa_ray.report.quiet import quiet_libraries
 
     quiet_libraries()
     from dpa_ray.recipe import RecipeError, load

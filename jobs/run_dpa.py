@@ -9,7 +9,6 @@ the arguments are wrong, and nothing was started.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -33,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     recipe_name, overrides = arguments.recipe, arguments.overrides
     if "=" in recipe_name and not Path(recipe_name).is_file():  # overrides of the default recipe
         recipe_name, overrides = "tiny", [recipe_name, *overrides]
+
+    from dpa_ray.report.quiet import quiet_libraries
 
     quiet_libraries()
     from dpa_ray.credentials import without_credentials
@@ -60,19 +61,6 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 1
     return 0
-
-
-def quiet_libraries() -> None:
-    """What libraries print at import would drown a run's own lines."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # of the driver; workers are told theirs
-    import logging
-    import warnings
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def compute_blind(
     if rank() == 0:
         meta = {
             "num_samples": int(wanted.sum()), "num_shards": len(sizes), "num_shards_found": len(sizes) - len(left),
-            "world_size": world_size(),
+            "run": task.run_path, "world_size": world_size(),
         }  # fmt: skip
         _finish(task, store, [file_name(shard) for shard in sizes], meta, start)
         tell("blind_finished")

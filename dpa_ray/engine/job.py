@@ -8,6 +8,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,12 @@ from dpa_ray.report.metrics import FILE as METRICS
 from dpa_ray.report.metrics import read
 from dpa_ray.report.watch import Watch
 from dpa_ray.stages import arithmetic
-from dpa_ray.stages.pipeline import HELD_OUT, Pipeline, Plan, make_plan, num_steps
+from dpa_ray.stages.pipeline import HELD_OUT, Claim, Pipeline, Plan, make_plan, num_steps
 from dpa_ray.stages.preflight import trainables
 from dpa_ray.stages.runs import RUN_FILE, Run
-from dpa_ray.stages.spec import BLIND, Task
+from dpa_ray.stages.spec import BLIND, ArtifactRef, Task
 from dpa_ray.store import lease, probe
+from dpa_ray.store.artifacts import find
 from dpa_ray.store.fs import Store
 
 KEEP_GOODPUT_EVERY_S = 10.0
@@ -38,9 +42,19 @@ KEEP_GOODPUT_EVERY_S = 10.0
 _log = logging.getLogger(__name__)
 
 
-def run(recipe: Recipe) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Company:
+    """What a run among others, in a sweep, is told; a run alone has none."""
+
+    group: str  # the sweep's name
+    observe: Callable[[str, dict[str, Any]], None]  # is told of every event, and of "planned" with artifacts by stage
+    claim: Callable[[Sequence[Task], Claim], int]  # as Claim; the second is what a run alone would be told
+
+
+def run(recipe: Recipe, company: Company | None = None) -> dict[str, Any]:
     """Run `recipe` to its end, or from where an earlier attempt left it; returns what run.json says.
 
+    What another job is making, it waits for, without holding workers.
     Raises: RecipeError where the run's name is taken; LeaseTaken where another process is at work on it; UserError for
         whatever the user can mend. Finished stages and checkpoints are kept in every case.
     """
@@ -78,12 +92,22 @@ def run(recipe: Recipe) -> dict[str, Any]:
         with console.Progress() as progress:
             plan = make_plan(recipe, store, make=True, report=progress.note)
             pipeline = Pipeline(plan, store, run_record, progress.note)
-            view = View(progress, recipe, run_record, ledger, keep_run)
+            view = View(progress, recipe, run_record, ledger, keep_run, company)
+            if company is not None:
+                company.observe("planned", {"artifacts": {name: ref.path for name, ref in plan.refs.items()}})
+
+            def claim(tasks: Sequence[Task]) -> int:
+                check()
+                alone = partial(unhindered, store=store, report=progress.note)
+                return alone(tasks) if company is None else company.claim(tasks, alone)
+
             try:
                 if plan.needed:
                     _look_ahead(plan, store, progress.note)
                 pipeline.carry_out(
-                    lambda tasks: _launch(tasks, store, recipe, view, check), start=lambda: _start(recipe, view)
+                    lambda tasks: _launch(tasks, store, recipe, view, check),
+                    start=lambda: _start(recipe, view),
+                    claim=claim,
                 )
             except BaseException as err:
                 _failed(err, run_record, view, Store(recipe.store))
@@ -115,6 +139,25 @@ def _write_report(store: Store, recipe: Recipe, note: Callable[[str], None]) -> 
         note(f"no report was made ({type(err).__name__}: {err}); python jobs/report.py {place.url} tries again")
         return False
     return True
+
+
+def unhindered(tasks: Sequence[Task], store: Store, report: Callable[[str], None]) -> int:
+    """How many of the leading tasks no other job is at work on; 0 where the first is done. Waits for who does the first."""
+    first = tasks[0].result
+
+    def is_made(result: ArtifactRef) -> bool:
+        return find(store, result.stage, result.key) is not None
+
+    def is_left(task: Task) -> bool:
+        return not is_made(task.result) and not lease.looks_held(store, task.result.lease)
+
+    note = partial(_note, report, first.stage)
+    lease.wait(store, first.lease, until=lambda: is_made(first), report=note)
+    return 0 if is_made(first) else 1 + len(list(takewhile(is_left, tasks[1:])))
+
+
+def _note(report: Callable[[str], None], stage: str, text: str) -> None:
+    report(f"{stage}: {text}")
 
 
 def _print(text: str) -> None:
@@ -161,9 +204,11 @@ class View:
         run_record: Run,
         ledger: Ledger,
         keep_run: Callable[[], None],
+        company: Company | None = None,
     ):
         """`keep_run` writes run.json: what a job that is killed has spent, and what it warned of, is not forgotten."""
         self.progress = progress
+        self.company = company
         self.recipe = recipe
         self.run_record = run_record
         self.watch = Watch(recipe, run_record.warnings, self._steps_before)
@@ -174,7 +219,10 @@ class View:
 
     def open_trackers(self) -> None:
         """Before anything starts: a tracking server that does not answer is told at once."""
-        self.trackers = trackers.Trackers(self.recipe.trackers, self.folder, self.recipe.name, self.recipe.to_dict())
+        group = None if self.company is None else self.company.group
+        self.trackers = trackers.Trackers(
+            self.recipe.trackers, self.folder, self.recipe.name, self.recipe.to_dict(), group
+        )
 
     def handle(self, kind: str, values: dict[str, Any], at_s: float) -> None:
         """One event of rank 0."""
@@ -182,6 +230,8 @@ class View:
         if kind == FAILED or (kind in PROGRESS and at_s - self.kept_at_s >= KEEP_GOODPUT_EVERY_S):
             self.kept_at_s = at_s
             self.keep_run()
+        if self.company is not None:
+            self.company.observe(kind, values)
         if kind == "stage_started":
             names = values.pop("names")
             self.progress.stage_started(values["stage"], values["num_steps"], values["trainable"])
@@ -230,14 +280,18 @@ class View:
         return [record for record in every if record["stage"] == stage]
 
     def close(self, store: Store) -> None:
-        """TensorBoard's files into the store, runs/<name>/tensorboard."""
+        """TensorBoard's files into the store: runs/<name>/tensorboard, and the sweep's folder."""
         if self.trackers is not None:
             self.trackers.close()
         files = [p for p in self.folder.rglob("*") if p.is_file() and not p.is_symlink()]
+        events = self.folder / trackers.TENSORBOARD_FOLDER
         try:
             if files:
                 names = [p.relative_to(self.folder).as_posix() for p in files]
                 store.upload(self.folder, self.run_record.path, names)
+            if self.company is not None and events.is_dir():  # all trials of a sweep under one folder
+                place = f"sweeps/{self.company.group}/{trackers.TENSORBOARD_FOLDER}/{self.recipe.name}"
+                store.upload(events, place)
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -332,8 +386,6 @@ def dry_run(recipe: Recipe) -> None:
 
 
 def _is_there(weights: Any, store: Store) -> bool:
-    from dpa_ray.store.artifacts import find
-
     return find(store, weights.artifact.stage, weights.artifact.key) is not None
 
 

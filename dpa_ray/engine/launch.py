@@ -56,9 +56,12 @@ LOOK_EVERY_S = 5.0
 """How often the driver looks whether workers wait for one that does not come."""
 
 
-def connect(cluster: ClusterSection) -> str:
+def connect(cluster: ClusterSection, *, num_cpus: float | None = None, dashboard: bool = False) -> str:
     """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start Ray on this machine.
 
+    Args:
+        num_cpus: logical CPUs of a Ray started here, if more than this recipe's workers ask for.
+        dashboard: start it there too (Tune's stops need it).
     Returns: what was joined, for people. Raises: UserError where the named cluster does not answer.
     """
     for name, value in DRIVER_ENVIRONMENT.items():
@@ -76,7 +79,8 @@ def connect(cluster: ClusterSection) -> str:
         except (ConnectionError, RuntimeError, ValueError) as err:
             raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there: {first_line(err)}") from None
         return f"cluster at {address}"
-    ray.init(address="local", num_cpus=local_cpus(cluster), include_dashboard=False, **quiet)
+    wanted = math.ceil(max(local_cpus(cluster), num_cpus or 0))
+    ray.init(address="local", num_cpus=wanted, include_dashboard=dashboard, **quiet)
     return "local Ray"
 
 
@@ -101,7 +105,7 @@ def launch(
     One worker group does all tasks: starting one costs more than a short stage, and GPUs stay warm in between.
     Raises: UserError with what a worker said, or where workers cannot be started (again) in time.
     """
-    board: Any = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=_here()).remote()
+    board: Any = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here()).remote()
     # Ray Train's own state, of no use to anybody: what is finished is known from the artifacts, and checkpoints are ours.
     # Beside its controller, not in the store, whose outages it would not wait out.
     storage = tempfile.mkdtemp(prefix="dpa_ray-train-")
@@ -240,8 +244,8 @@ def _num_workers(cluster: ClusterSection) -> int | tuple[int, int]:
     return cluster.workers if isinstance(cluster.workers, int) else (cluster.min_workers, cluster.max_workers)
 
 
-def _here() -> Any:
-    """On the driver's node, not beside it: with `soft` Ray leaves a head without CPUs for a node that may go."""
+def here() -> Any:
+    """Scheduling on the driver's node, not beside it: with `soft` Ray leaves a head without CPUs for a node that may go."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

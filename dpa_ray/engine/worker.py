@@ -128,7 +128,7 @@ class Worker:
         if rank() != 0:
             yield
             return
-        path = f"leases/{task.result.stage}-{task.result.key}"
+        path = task.result.lease
         # a worker that lost its lease must not write another byte; training is then over for all ranks
         with lease.held(self.store, path, report=self.note, lost=lambda: os._exit(1), owner=owner) as held:
             self.confirm = held.confirm
@@ -164,7 +164,7 @@ class Worker:
             start = time.perf_counter()
             with scratch() as folder:
                 proxy_llm.merge(task, self.store, folder)
-                self._commit(task, folder, {"wall_time_s": time.perf_counter() - start})
+                self._commit(task, folder, _meta(task, start))
 
     def _evaluate(self, task: EvalTask) -> None:
         start = time.perf_counter()
@@ -173,7 +173,7 @@ class Worker:
             assert result is not None
             with scratch() as folder:
                 result.write(folder)
-                self._commit(task, folder, {"wall_time_s": time.perf_counter() - start})
+                self._commit(task, folder, _meta(task, start))
 
     def _commit(self, task: Task, folder: Path, meta: dict[str, Any]) -> None:
         result = task.result
@@ -297,6 +297,11 @@ def scratch() -> Iterator[Path]:
 def _os_error(err: Exception) -> int | None:
     found = re.search(r"\(os error (\d+)\)", str(err))
     return int(found[1]) if found else None
+
+
+def _meta(task: Task, start: float) -> dict[str, Any]:
+    """Of an artifact that no training makes: which run made it, how long that took (`start` by time.perf_counter)."""
+    return {"run": task.run_path, "world_size": world_size(), "wall_time_s": time.perf_counter() - start}
 
 
 def _resumed(task: TrainTask, checkpoint: Checkpoint, built: Built) -> str:

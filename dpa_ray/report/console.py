@@ -102,7 +102,7 @@ def plan(
     if recipe is not None:
         text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True, width=1000)
         console.print(text, soft_wrap=True)
-    table = _table("stage", "key", "will be", ">steps", "trained", ">parameters")
+    table = plain_table("stage", "key", "will be", ">steps", "trained", ">parameters")
     for row in rows:
         names = "\n".join(row.trainable) or "nothing"
         counts = "\n".join(f"{count:,}" for count in row.trainable.values())
@@ -118,7 +118,7 @@ def closing_table(
 ) -> None:
     """What each stage came to, and where everything is; `paths`: further places by name (model, metrics, ...)."""
     console = to or terminal()
-    table = _table("stage", "trained", ">steps", ">loss first", ">last", ">time", "")
+    table = plain_table("stage", "trained", ">steps", ">loss first", ">last", ">time", "")
     for row in rows:
         table.add_row(
             row.stage,
@@ -139,7 +139,7 @@ def closing_table(
 
 def accuracy_table(rows: Sequence[AccuracyRow], to: Console | None = None) -> None:
     """Exact match beside the two baselines without sight, in percent, and the points above the better of them."""
-    table = _table("held-out split", ">questions", ">exact match", ">majority", ">shuffled", ">gain")
+    table = plain_table("held-out split", ">questions", ">exact match", ">majority", ">shuffled", ">gain")
     for row in rows:
         gain = row.exact_match - max(row.majority, row.shuffled)
         shares = [f"{100 * share:.1f} %" for share in (row.exact_match, row.majority, row.shuffled)]
@@ -156,7 +156,7 @@ def goodput_table(entries: Mapping[str, Any], to: Console | None = None) -> None
     """
     stages = {**entries["stages"], "outside of stages": entries["outside_stages"], "in all": entries}
     columns = {f"{part}_s": part.replace("_", " ") for part in PARTS if entries[f"{part}_s"] > 0}
-    table = _table("wall time", *(f">{name}" for name in columns.values()), ">sum")
+    table = plain_table("wall time", *(f">{name}" for name in columns.values()), ">sum")
     for name, parts in stages.items():
         times = [parts[key] for key in columns]
         if sum(times) > 0:
@@ -301,7 +301,7 @@ def duration(time_s: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def _table(*columns: str) -> Table:
+def plain_table(*columns: str) -> Table:
     """A plain table; a column's `>` aligns it to the right. What does not fit is folded, never cut."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:

@@ -23,6 +23,7 @@ MLFLOW_BATCH = 900
 """MLflow takes at most 1,000 metrics at a time."""
 MLFLOW_EVERY_S = 5.0
 MLFLOW_TAG = "dpa_ray.run"
+MLFLOW_GROUP_TAG = "dpa_ray.sweep"
 
 
 def check(section: TrackersSection) -> None:
@@ -67,8 +68,16 @@ class Trackers:
     way is left out with a warning: a training run does not die of its dashboard, and metrics.jsonl has every line.
     """
 
-    def __init__(self, section: TrackersSection, run_dir: Path, run_name: str, config: Mapping[str, Any]):
-        """`run_dir`: a local folder that TensorBoard's and W&B's files go to; `config`: the resolved recipe.
+    def __init__(
+        self,
+        section: TrackersSection,
+        run_dir: Path,
+        run_name: str,
+        config: Mapping[str, Any],
+        group: str | None = None,
+    ):
+        """`run_dir`: a local folder that TensorBoard's and W&B's files go to; `config`: the resolved recipe; `group`: the
+        sweep that the run belongs to (W&B's group, MLflow's tag dpa_ray.sweep).
 
         Raises: UserError where a tracker cannot be started.
         """
@@ -77,9 +86,9 @@ class Trackers:
         if section.tensorboard:
             self._trackers["tensorboard"] = _TensorBoard(run_dir / TENSORBOARD_FOLDER)
         if section.wandb is not None:
-            self._trackers["wandb"] = _Wandb(section.wandb, run_dir, run_name, run_id, config)
+            self._trackers["wandb"] = _Wandb(section.wandb, run_dir, run_name, run_id, config, group)
         if section.mlflow is not None:
-            self._trackers["mlflow"] = _Mlflow(section.mlflow, run_name, run_id, config)
+            self._trackers["mlflow"] = _Mlflow(section.mlflow, run_name, run_id, config, group)
 
     def log(self, stage: str, step: int, record: Mapping[str, Any]) -> None:
         """Send the finite numbers of one optimizer step; `step` counts from 1 in each stage."""
@@ -131,7 +140,15 @@ class _TensorBoard:
 class _Wandb:
     """One W&B run; each stage has its own step axis. WANDB_MODE=offline keeps it on disk."""
 
-    def __init__(self, section: WandbSection, run_dir: Path, run_name: str, run_id: str, config: Mapping[str, Any]):
+    def __init__(
+        self,
+        section: WandbSection,
+        run_dir: Path,
+        run_name: str,
+        run_id: str,
+        config: Mapping[str, Any],
+        group: str | None,
+    ):
         import wandb
 
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -141,6 +158,7 @@ class _Wandb:
                 project=section.project,
                 entity=section.entity,
                 name=run_name,
+                group=group,
                 id=run_id,
                 resume="allow",
                 dir=str(run_dir),
@@ -165,7 +183,9 @@ class _Wandb:
 class _Mlflow:
     """One MLflow run, found again by a tag. Metrics go in batches: a request a step would slow training."""
 
-    def __init__(self, section: MlflowSection, run_name: str, run_id: str, config: Mapping[str, Any]):
+    def __init__(
+        self, section: MlflowSection, run_name: str, run_id: str, config: Mapping[str, Any], group: str | None
+    ):
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # 7 by default: minutes until an error shows
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # at each stage's end otherwise
         from mlflow import MlflowClient
@@ -182,7 +202,8 @@ class _Mlflow:
                 self.run_id = found[0].info.run_id
                 self.client.update_run(self.run_id, status="RUNNING")
             else:
-                self.run_id = self.client.create_run(place, run_name=run_name, tags={MLFLOW_TAG: run_id}).info.run_id
+                tags = {MLFLOW_TAG: run_id} | ({} if group is None else {MLFLOW_GROUP_TAG: group})
+                self.run_id = self.client.create_run(place, run_name=run_name, tags=tags).info.run_id
                 params = [Param(key, value[:500]) for key, value in _flat(config).items()]
                 for first in range(0, len(params), 100):  # MLflow's limit for one request
                     self.client.log_batch(self.run_id, params=params[first : first + 100])

@@ -43,6 +43,9 @@ from dpa_ray.store.fs import Store
 
 Report = Callable[[str], None]
 Launch = Callable[[Sequence[Task]], None]
+Claim = Callable[[Sequence[Task]], int]
+"""Says how many of the leading tasks are this run's to do now; waits where another run does the first, and says 0 when
+that one is done."""
 
 HELD_OUT = "heldout"
 """Name of `data.eval` among the held-out sets; the others have their names in the recipe."""
@@ -198,8 +201,8 @@ class Pipeline:
         self.report = report
         self.reused = tuple(name for name in plan.refs if name in plan.found)
 
-    def carry_out(self, launch: Launch, start: Callable[[], None] = lambda: None) -> None:
-        """Prepare data, launch what is needed, put the result in its place.
+    def carry_out(self, launch: Launch, start: Callable[[], None] = lambda: None, claim: Claim = len) -> None:
+        """Prepare data, launch what is needed and nobody else makes, put the result in its place.
 
         `start` is called once before anything that may want workers (large sources are prepared on them), and not at
         all where everything is there already.
@@ -219,10 +222,29 @@ class Pipeline:
             tasks = [self._task(name) for name in needed]
             if checked is not None and self.plan.recipe.data.check_supervision:
                 self._check_supervision(checked, tasks)
-            launch(tasks)
+            self._share_out(tasks, launch, claim)
         for name in needed:
             self.plan.found[name] = self.plan.refs[name].found(self.store)
         self._place_model()
+
+    def prepare_data(self) -> None:
+        """Prepare all data that is not there yet."""
+        for name in self.plan.data:
+            self._prepared(name)
+
+    def _share_out(self, tasks: list[Task], launch: Launch, claim: Claim) -> None:
+        """Launch the tasks, in as few groups as others leave; what others made meanwhile is reused."""
+        while tasks:
+            num_mine = claim(tasks)
+            if num_mine:
+                launch(tasks[:num_mine])
+                tasks = tasks[num_mine:]
+                continue
+            stage, tasks = tasks[0].stage, tasks[1:]  # type: ignore[attr-defined]
+            self.reused = (*self.reused, stage)
+            if stage in self.plan.stages:
+                self._copy_metrics(stage)
+            self.run.write("running", artifacts=self._artifacts())
 
     def _check_supervision(self, checked: Checked, tasks: list[Task]) -> None:
         for task in tasks:

@@ -109,3 +109,13 @@ class Run:
                 **self.values, "goodput": goodput, "warnings": self.warnings, "recipe": self.recipe.to_dict(),
             },
         )  # fmt: skip
+
+
+def settle(store: Store, path: str, status: str, error: str) -> None:
+    """Say in run.json what became of a run whose process could not, as it was ended."""
+    place = f"{path}/{RUN_FILE}"
+    if not store.exists(place):
+        return
+    values = store.read_json(place)
+    if values.get("status") != "done":
+        store.write_json(place, {**values, "status": status, "error": error})

@@ -40,6 +40,11 @@ class ArtifactRef:
     def path(self) -> str:
         return f"artifacts/{self.stage}-{self.key}"
 
+    @property
+    def lease(self) -> str:
+        """What the one process holds that makes it."""
+        return f"leases/{self.stage}-{self.key}"
+
     def fetched(self, store: Store, names: list[str] | None = None) -> Path:
         """A local folder with its files, verified. Raises: UserError where it is absent or damaged."""
         return fetch(store, self.found(store), names=names)

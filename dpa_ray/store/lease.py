@@ -111,6 +111,40 @@ def held(
             _log.warning("%s", err)
 
 
+def looks_held(store: Store, path: str) -> bool:
+    """Is there a holder that has not said that it is done? (It may be dead on another machine: `wait` finds out.)"""
+    number = _highest(store, path)
+    return bool(number) and not _is_free(_read(store, path, number), "")
+
+
+def wait(
+    store: Store,
+    path: str,
+    *,
+    until: Callable[[], bool],
+    report: Callable[[str], None],
+    lapses_after_s: float = LAPSES_AFTER_S,
+) -> None:
+    """Wait while another process lives that holds the lease at `path`, or until `until()`. The lease is not taken.
+
+    A holder that misses a renewal is waited for no longer: who then takes the lease finds out whether it has lapsed.
+    `report` is told once that there is something to wait for.
+    """
+    seen: tuple[int, bytes] | None = None
+    since, told = time.monotonic(), False
+    while not until():
+        number = _highest(store, path)
+        content = _read(store, path, number) if number else b""
+        if (number, content) != seen:
+            seen, since = (number, content), time.monotonic()
+        if not number or _is_free(content, "") or time.monotonic() - since >= 2 * lapses_after_s / RENEWALS:
+            return
+        if not told:
+            told = True
+            report(f"{_holder(content)} is at work on it; waiting for its result")
+        time.sleep(min(POLL_S, lapses_after_s / RENEWALS))
+
+
 def _acquire(store: Store, path: str, report: Callable[[str], None], owner: str, lapses_after_s: float) -> int:
     seen: tuple[int, bytes] | None = None
     since = time.monotonic()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dpa_ray.store.fs import Store
-from dpa_ray.store.lease import LeaseTaken, held
+from dpa_ray.store.lease import LeaseTaken, held, looks_held, wait
 
 PATH = "runs/a/lease"
 TTL_S = 1.0
@@ -141,3 +141,40 @@ def test_of_many_at_once_one_gets_it(store: Store) -> None:
     for thread in threads:
         thread.join()
     assert (len(got), len(refused)) == (1, 5)
+
+
+def test_who_waits_goes_on_when_the_holder_is_done_and_takes_no_lease(store: Store) -> None:
+    notes: list[str] = []
+    wait(store, PATH, until=lambda: False, report=notes.append, lapses_after_s=TTL_S)  # nobody holds it
+    assert notes == []
+    with hold(store):
+        assert looks_held(store, PATH)
+        holding, done = threading.Event(), threading.Event()
+
+        def waits() -> None:
+            wait(store, PATH, until=holding.is_set, report=notes.append, lapses_after_s=TTL_S)
+            done.set()
+
+        thread = threading.Thread(target=waits)
+        thread.start()
+        assert not done.wait(2 * TTL_S), "the holder lives"
+    thread.join(30)
+    assert done.is_set()
+    assert len(notes) == 1, "told once"
+    assert "is at work on it" in notes[0]
+    assert not looks_held(store, PATH)
+    with hold(store):
+        pass
+
+
+def test_who_waits_goes_on_when_what_it_waits_for_is_there(store: Store) -> None:
+    with hold(store):
+        wait(store, PATH, until=lambda: True, report=print, lapses_after_s=TTL_S)
+
+
+def test_nobody_waits_for_a_process_that_was_killed(store: Store) -> None:
+    other = child(store)
+    other.kill()
+    other.wait()
+    assert not looks_held(store, PATH)
+    wait(store, PATH, until=lambda: False, report=print, lapses_after_s=1e6)

@@ -336,3 +336,34 @@ def test_number_of_steps_by_hand(recipe: Callable[..., Recipe]) -> None:
     assert num_steps(recipe("data.pretrain.fraction=0.5"), "instruct", ten) == 3
     assert num_steps(recipe("stages.instruct.max_steps=2"), "instruct", ten) == 2
     assert num_steps(recipe("stages.instruct.max_steps=99"), "instruct", ten) == 3
+
+
+def test_what_another_run_makes_meanwhile_is_reused_with_its_metrics(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """Another run of the same proxy finishes stage 1 and the merge while this one waits, and is at work on q then."""
+    made = recipe()
+    store = Store(made.store)
+    plan = make_plan(made, store, make=True, report=lambda _: None)
+    mine, other = (Launched(store, tmp_path / name) for name in ("mine", "other"))
+    for launched in (mine, other):
+        launched.folder.mkdir()
+    asked: list[list[str]] = []
+
+    def claim(tasks: Sequence[Task]) -> int:
+        names = [task.result.stage for task in tasks]
+        asked.append(names)
+        if names[0] in ("proxy-llm", "proxy-merged"):
+            other(tasks[:1])
+            return 0
+        return 1 if names[0] == "blind" else len(tasks)
+
+    run = Run(store, made)
+    pipeline_ = Pipeline(plan, store, run, report=lambda _: None)
+    pipeline_.carry_out(mine, claim=claim)
+    assert [task.result.stage for task in mine.tasks] == ["blind", "proxy-mllm", "instruct", "eval"]
+    assert [names[0] for names in asked] == ["proxy-llm", "proxy-merged", "blind", "proxy-mllm"]
+    assert pipeline_.reused == ("proxy_llm", "proxy_merged")
+    lines = [json.loads(line) for line in store.read_bytes(f"{run.path}/metrics.jsonl").decode().splitlines()]
+    assert [(line["stage"], line["reused"]) for line in lines] == [("proxy_llm", True)]
+    assert store.read_json(f"{run.path}/run.json")["artifacts"]["proxy-llm"]["reused"]

@@ -156,6 +156,27 @@ def test_mlflow_gets_metrics_and_the_recipe_and_a_resumed_run_is_the_same_run(
         assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 2.0)]
 
 
+def test_the_runs_of_a_sweep_carry_its_name(tmp_path: Path, mlflow_section: TrackersSection) -> None:
+    for name, group in (("s-0000", "s"), ("s-0001", "s"), ("alone", None)):
+        trackers = Trackers(mlflow_section, tmp_path, name, CONFIG, group)
+        trackers.log("instruct", 1, record("instruct", 1, 1.0))
+        trackers.close()
+    client = MlflowClient(tracking_uri=f"file://{tmp_path}/mlruns")
+    place = client.get_experiment_by_name("dpa_ray").experiment_id
+    found = client.search_runs([place], "tags.`dpa_ray.sweep` = 's'")
+    assert sorted(run.info.run_name for run in found) == ["s-0000", "s-0001"]
+
+
+@pytest.mark.usefixtures("fresh_wandb")
+def test_wandb_groups_the_runs_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    section = TrackersSection(tensorboard=False, wandb=WandbSection(project="p"))
+    trackers = Trackers(section, tmp_path, "s-0000", CONFIG, "s")
+    assert wandb.run is not None
+    assert wandb.run.group == "s"
+    trackers.close()
+
+
 def test_mlflow_that_does_not_answer_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     section = TrackersSection(mlflow=MlflowSection(tracking_uri="http://127.0.0.1:9"))

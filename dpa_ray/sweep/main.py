@@ -1,0 +1,222 @@
+"""A sweep from its recipe and space to its table: the checks before, the trials, and what is said at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpa_ray.errors import UserError
+from dpa_ray.recipe import WEIGHT_BOUNDS, Recipe, RecipeError, parse
+from dpa_ray.report import trackers
+from dpa_ray.report.console import terminal
+from dpa_ray.stages.pipeline import Pipeline, make_plan
+from dpa_ray.stages.runs import Run, settle
+from dpa_ray.store import lease
+from dpa_ray.store.fs import Store
+from dpa_ray.sweep import measures, screen
+from dpa_ray.sweep.compare import compared, comparison
+from dpa_ray.sweep.record import FILE, Record
+from dpa_ray.sweep.search import Grid, Optuna, Random, Search
+from dpa_ray.sweep.space import SETTINGS, SettingsSection, Space, laid_over, load_space, parse_space
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command was told; None: the space file's setting, else the default."""
+
+    name: str | None = None
+    space: Path | None = None
+    compare: tuple[str, ...] = ()
+    seeds: int = 5
+    search: str | None = None
+    trials: int | None = None
+    time_budget_s: float | None = None
+    max_concurrent: int | None = None
+    metric: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep that was checked."""
+
+    name: str
+    space: Space
+    search: Search
+    settings: SettingsSection
+    what: dict[str, Any]  # what sweep.json says of how it searches
+
+    @property
+    def asha_mode(self) -> str:
+        asha = self.settings.asha
+        return "" if asha is None else asha.mode or measures.default_mode(asha.metric)
+
+
+def make_plan_of(recipe: Recipe, options: Options) -> Plan:
+    """Check everything that can be known to be wrong before anything starts. Raises: RecipeError."""
+    if options.space is not None and options.compare:
+        raise RecipeError([("--space", "expected --space or --compare, found both")], "sweep")
+    if options.compare:
+        space, settings = comparison(options.compare, options.seeds, recipe.to_dict()), SettingsSection()
+    elif options.space is not None:
+        space, settings = load_space(options.space, recipe)
+    else:
+        space, settings = parse_space(default_space(recipe), recipe, "the default space")
+    told = {key: getattr(options, key) for key in ("search", "trials", "time_budget_s", "max_concurrent", "metric")}
+    settings = settings.model_copy(update={key: value for key, value in told.items() if value is not None})
+    metric = settings.metric or measures.default_metric(recipe)
+    mode = settings.mode or measures.default_mode(metric)
+    _check(recipe, settings, metric)
+    kind = settings.search or ("grid" if space.is_grid else "random")
+    if options.compare and kind != "grid":
+        raise RecipeError([("--search", f"expected grid, as --compare tries all, found {kind}")], "sweep")
+    search = _search(kind, space, settings, mode)
+    domains = {key: {domain.kind: list(domain.values)} for key, domain in space.domains.items()}
+    searched: dict[str, Any] = dict(domains) or {"compare": [*options.compare], "seeds": options.seeds}
+    kind_of = "compare" if options.compare else options.space.stem if options.space else "rank-by-bound"
+    default = f"{recipe.name}-{kind_of}"
+    what = {"search": kind, "metric": metric, "mode": mode, "seed": settings.seed, "space": searched}
+    return Plan(options.name or default, space, search, settings, what)
+
+
+def default_space(recipe: Recipe) -> dict[str, Any]:
+    """The paper's two ablations around the recipe: the proxy's LoRA rank, and how much one token may weigh."""
+    rank = recipe.stages.proxy_llm.lora.rank
+    lower, upper = WEIGHT_BOUNDS["prob"] if recipe.weights("instruct") == "uniform" else recipe.bounds("instruct")
+    return {
+        "stages.proxy_llm.lora.rank": sorted({max(1, rank // 2), rank, 2 * rank}),
+        "cmo.upper": [max(lower, factor * upper) for factor in (0.5, 1.0, 2.0)],
+    }
+
+
+def _check(recipe: Recipe, settings: SettingsSection, metric: str) -> None:
+    errors = []
+    if (problem := measures.problem(metric, recipe)) is not None:
+        errors.append((f"{SETTINGS}.metric", problem))
+    if settings.asha is not None:
+        problem = measures.problem(settings.asha.metric, recipe)
+        if problem is None and not measures.comes_while_running(settings.asha.metric):
+            problem = (
+                f"expected a metric that is told while a stage runs, as instruct.nll_mean, found {settings.asha.metric}"
+            )
+        if problem is not None:
+            errors.append((f"{SETTINGS}.asha.metric", problem))
+    if errors:
+        raise RecipeError(errors, "sweep")
+
+
+def _search(kind: str, space: Space, settings: SettingsSection, mode: str) -> Search:
+    if kind == "grid":
+        return Grid(space, settings.trials)
+    if settings.trials is None:
+        raise RecipeError(
+            [("--trials", f"expected a number of trials, as {kind} search has no end, found none")], "sweep"
+        )
+    if kind == "optuna":
+        return Optuna(space, settings.trials, settings.seed, mode)  # type: ignore[arg-type]
+    return Random(space, settings.trials, settings.seed)
+
+
+def run(recipe: Recipe, options: Options) -> int:
+    """Run a sweep to its end, or from where an earlier attempt left it. Returns the command's exit code.
+
+    Raises: RecipeError for wrong input; LeaseTaken where another process is at work on it; UserError for what a user can
+        mend; KeyboardInterrupt. What is finished is kept in every case.
+    """
+    plan = make_plan_of(recipe, options)
+    store = Store(recipe.store)
+    store.check()
+    record = Record(store, plan.name, recipe, plan.what)
+    record.take_up()
+    trackers.check(recipe.trackers)
+    with lease.held(store, f"{record.path}/lease", report=_print, lost=lambda: None):
+        is_new = not record.take_up()  # again: another process may have had the lease meanwhile
+        where = store.url(f"{record.path}/{FILE}")
+        record.values["left_out"] = getattr(plan.search, "left_out", [])
+        record.write("running", error=None)
+        screen.header(record.values, where)
+        if not is_new:
+            done = sum(trial["status"] in ("done", "stopped") for trial in record.trials)
+            _print(f"goes on: {done} of {plan.search.num_trials} trials are finished")
+        try:
+            _carry_out(recipe, plan, store, record)
+        except BaseException as err:
+            for trial in record.trials:
+                if trial["status"] == "running":
+                    trial["status"] = "interrupted"
+            record.write("interrupted", error=str(err) or type(err).__name__)
+            raise
+        finally:
+            _settle(record)
+        return _close(plan, record, where)
+
+
+def _carry_out(recipe: Recipe, plan: Plan, store: Store, record: Record) -> None:
+    from dpa_ray.sweep import tuner  # Ray takes seconds to import, and a finished sweep needs none
+    from dpa_ray.sweep.state import Sweep
+
+    sweep = Sweep(record, plan.search, plan.space.recipe, labels=plan.space.labels, tell=_print)
+    if plan.what["search"] != "optuna":
+        sweep.propose_all()
+    record.write()
+    if sweep.is_over:
+        return
+    at_most = plan.settings.max_concurrent
+    _print(tuner.connect(recipe.cluster, at_most))
+    _prepare(plan.space.recipe, [trial["overrides"] for trial in record.trials], store)
+    claims = tuner.start_claims()
+    sweep.max_running = lambda: tuner.room(recipe.cluster, tuner.resources(), at_most)
+    sweep.release = claims.release.remote
+    tuner.carry_out(
+        sweep, claims, max_failures=recipe.cluster.max_failures, asha=plan.settings.asha, asha_mode=plan.asha_mode,
+        time_budget_s=plan.settings.time_budget_s,
+    )  # fmt: skip
+
+
+def _prepare(base: Mapping[str, Any], points: Sequence[dict[str, Any]], store: Store) -> None:
+    """Built-in models and data, once for all trials; what cannot be prepared is told by the trials that need it."""
+    different: dict[str, Recipe] = {}
+    for point in points or [{}]:
+        with suppress(RecipeError):
+            recipe = parse(laid_over(base, point))
+            plain = recipe.to_dict()
+            different.setdefault(json.dumps([plain["model"], plain["data"]], sort_keys=True), recipe)
+    for recipe in different.values():
+        with suppress(UserError):
+            plan = make_plan(recipe, store, make=True, report=_print)
+            Pipeline(plan, store, Run(store, recipe), _print).prepare_data()
+
+
+def _settle(record: Record) -> None:
+    """What trials that were ended could not do themselves."""
+    for trial in record.trials:
+        if trial["status"] in ("stopped", "interrupted"):
+            path = f"runs/{trial['name']}"
+            what = "stopped" if trial["status"] == "stopped" else "failed"
+            settle(record.store, path, what, trial["reason"] or "interrupted")
+
+
+def _close(plan: Plan, record: Record, where: str) -> int:
+    """The table at the end, and the exit code."""
+    trials = record.trials
+    is_whole = len(trials) == plan.search.num_trials and all(
+        trial["status"] in ("done", "stopped", "failed") for trial in trials
+    )
+    has_failed = bool(trials) and all(trial["status"] == "failed" for trial in trials)
+    values: dict[str, Any] = {}
+    if plan.space.labels:
+        held_out = {name for trial in trials for name in trial["metrics"] if name.endswith(".accuracy")}
+        metrics = [record.values["metric"], *sorted(held_out - {record.values["metric"]})]
+        values["compare"] = compared(trials, metrics)
+    record.write("failed" if has_failed else "done" if is_whole else "interrupted", **values)
+    screen.closing(record.values, where)
+    if not is_whole:
+        _print("the time budget is over; the same command goes on from here")
+    return 1 if has_failed else 0
+
+
+def _print(text: str) -> None:
+    terminal().print(text, soft_wrap=True)

@@ -1,0 +1,113 @@
+"""What is a trial judged by? Metrics by name, while it runs and at its end."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from dpa_ray.recipe import Recipe
+from dpa_ray.stages.pipeline import HELD_OUT
+from dpa_ray.stages.spec import TRAINING_STAGES
+
+WINDOW_FRACTION = 0.1
+WINDOW_STEPS = 5
+"""A stage's number is the mean over its last tenth, or five steps: one batch is mostly noise."""
+
+REPORTS = 50
+"""How often a stage's numbers are told while it runs, at most: each time asks the sweep's driver whether to stop."""
+
+SKIPPED = ("step", "epoch", "lr", "step_time_s", "data_wait_s", "packing_efficiency")
+"""Numbers of metrics.jsonl that say how a step was made, as do those that begin with num_."""
+
+
+def window(num_steps: int) -> int:
+    """Steps that a stage's number is the mean of."""
+    return max(WINDOW_STEPS, int(WINDOW_FRACTION * num_steps))
+
+
+class Running:
+    """The numbers of one stage, step by step."""
+
+    def __init__(self, stage: str, num_steps: int):
+        self.stage, self.num_steps = stage, num_steps
+        self.last: deque[Mapping[str, Any]] = deque(maxlen=window(num_steps))
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        self.last.append(record)
+
+    def is_due(self, step: int) -> bool:
+        """Is this a step after which to tell? It depends on the step alone, so that the same is told in every attempt."""
+        every = max(1, self.num_steps // REPORTS)
+        return step % every == 0 or step == self.num_steps
+
+    def values(self) -> dict[str, float]:
+        """`STAGE.KEY` -> mean over the window, of every key that tells how good it is."""
+        found = {key for record in self.last for key, value in record.items() if _is_number(value)}
+        names = {name for name in found if name not in SKIPPED and not name.startswith("num_")}
+        means = {}
+        for name in sorted(names):
+            numbers = [record[name] for record in self.last if _is_number(record.get(name))]
+            means[f"{self.stage}.{name}"] = sum(numbers) / len(numbers)
+        return means
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def final(records: Sequence[Mapping[str, Any]], scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """All metrics of a finished run: its metrics.jsonl, stage by stage, and `eval` of its run.json."""
+    found: dict[str, float] = {}
+    for stage in TRAINING_STAGES:
+        own = [record for record in records if record["stage"] == stage]
+        running = Running(stage, len(own))
+        for record in own[-window(len(own)) :]:
+            running.add(record)
+        found |= running.values()
+    return found | held_out(scores)
+
+
+def held_out(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """`eval.SET.KEY` of held-out scores by set."""
+    return {
+        f"eval.{name}.{key}": float(value)
+        for name, score in scores.items()
+        for key, value in score.items()
+        if _is_number(value)
+    }
+
+
+def default_metric(recipe: Recipe) -> str:
+    """Held-out accuracy where the recipe has a held-out set, else the last stage's plain loss."""
+    if recipe.data.eval is not None:
+        return f"eval.{HELD_OUT}.accuracy"
+    if recipe.data.eval_extra:
+        return f"eval.{next(iter(recipe.data.eval_extra))}.accuracy"
+    return "instruct.nll_mean"
+
+
+def default_mode(metric: str) -> Literal["min", "max"]:
+    """Accuracies and areas under a curve are better when they are larger, losses when they are smaller."""
+    return "max" if metric.rsplit(".", 1)[-1] in ("accuracy", "exact_match", "gain_auc") else "min"
+
+
+def comes_while_running(metric: str) -> bool:
+    """Is it known before a trial's end? (Held-out questions are answered after the last stage.)"""
+    return not metric.startswith("eval.")
+
+
+def problem(metric: str, recipe: Recipe) -> str | None:
+    """What is wrong with a metric's name, if anything."""
+    where, _, key = metric.partition(".")
+    if where == "eval":
+        sets = [*([HELD_OUT] if recipe.data.eval is not None else []), *recipe.data.eval_extra]
+        name, _, key = key.rpartition(".")
+        if name in sets and key:
+            return None
+        return f"expected eval.SET.KEY with one of the held-out sets ({', '.join(sets) or 'this recipe has none'}), found {metric}"
+    if where in TRAINING_STAGES and key and "." not in key:
+        return None
+    return f"expected eval.SET.KEY or STAGE.KEY with one of {', '.join(TRAINING_STAGES)}, found {metric}"

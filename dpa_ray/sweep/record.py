@@ -1,0 +1,188 @@
+"""<store>/sweeps/<name>/sweep.json: what a sweep is, how far it is, and what sharing saved.
+
+    name status search metric mode seed digest device started wall_time_s recipe space left_out best error
+    trials   a list, by number: number, name (its run: <store>/runs/<name>), overrides, status, metrics, reason, artifacts
+             (stage -> path), at ([stage, step] told last), wall_time_s, unfinished_s, and (of a comparison) variant and seed
+    stages   stage -> asked, made, reused
+    gpu_s    spent, naive (of CPU workers: worker seconds)
+    compare  of a comparison: what `dpa_ray.sweep.compare` makes of the trials
+
+A trial's status: waiting, running, done, stopped (by ASHA), failed, or interrupted (it goes on when the sweep is started
+again). A sweep's: running, done, failed (every trial did), or interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dpa_ray.errors import UserError
+from dpa_ray.recipe import NAME_PATTERN, Recipe, RecipeError
+from dpa_ray.stages.runs import identity
+from dpa_ray.store.artifacts import find
+from dpa_ray.store.fs import Store
+from dpa_ray.sweep.space import Point
+
+FILE = "sweep.json"
+FINISHED = ("done", "stopped")
+STAGES = ("proxy_llm", "proxy_merged", "blind", "proxy_mllm", "blind_instruct", "instruct", "eval")
+
+MAX_REASON = 600
+
+Trial = dict[str, Any]
+
+
+class Record:
+    """sweep.json; every change is written at once, and as a whole."""
+
+    def __init__(self, store: Store, name: str, recipe: Recipe, what: Mapping[str, Any]):
+        """`what`: how the sweep searches (space, search, metric, mode, seed): the same name goes on with the same only."""
+        if not re.fullmatch(NAME_PATTERN, name) or len(name) > 100:
+            raise RecipeError([("--name", f"expected letters, digits, '.', '_' and '-', found {name!r}")], "sweep")
+        self.store, self.name, self.path = store, name, f"sweeps/{name}"
+        self.workers = recipe.cluster.max_workers
+        self.gpus = recipe.cluster.gpus_per_worker or 1.0
+        content = json.dumps([identity(recipe), what["space"], what["search"], what["seed"]], sort_keys=True)
+        self.started, self.earlier_s = time.time(), 0.0
+        self._metas: dict[str, dict[str, Any]] = {}
+        self.values: dict[str, Any] = {
+            "name": name, "status": "running", **what, "digest": hashlib.sha256(content.encode()).hexdigest()[:12],
+            "device": "gpu" if recipe.cluster.gpus_per_worker else "cpu", "started": self.started, "wall_time_s": 0.0,
+            "left_out": [], "best": None, "error": None, "trials": [], "stages": {}, "gpu_s": {"spent": 0.0, "naive": 0.0},
+            "recipe": recipe.to_dict(),
+        }  # fmt: skip
+
+    @property
+    def trials(self) -> list[Trial]:
+        trials: list[Trial] = self.values["trials"]
+        return trials
+
+    def take_up(self) -> bool:
+        """Go on from what an earlier attempt wrote, if there is something.
+
+        Raises: RecipeError where the name is taken by a sweep of another recipe or space.
+        """
+        path = f"{self.path}/{FILE}"
+        if not self.store.exists(path):
+            return False
+        try:
+            old = self.store.read_json(path)
+            digest, trials = old["digest"], [dict(trial) for trial in old["trials"]]
+            started, self.earlier_s = float(old["started"]), float(old["wall_time_s"])
+            numbers = [(trial["number"], trial["name"], trial["overrides"], trial["status"]) for trial in trials]
+        except (UserError, KeyError, TypeError, ValueError):
+            raise UserError(f"{self.store.url(path)}: expected a sweep.json of dpa_ray, found something else") from None
+        if digest != self.values["digest"]:
+            raise RecipeError(
+                [("--name", f"the sweep {self.name} exists in this store with another recipe, space, search or seed: its "
+                            f"digest is {digest}, this one's {self.values['digest']}. Choose another --name, or delete "
+                            f"{self.store.url(self.path)}")],
+                "sweep",
+            )  # fmt: skip
+        if [n for n, *_ in numbers] != list(range(len(trials))):
+            raise UserError(f"{self.store.url(path)}: expected trials 0, 1, ... in order, found others")
+        for trial in trials:
+            if trial["status"] == "running":
+                trial["status"] = "interrupted"
+        self.values |= {"trials": trials, "started": started}
+        return True
+
+    def add(self, overrides: Point, label: Mapping[str, Any] | None = None) -> Trial:
+        """A further trial, not started yet."""
+        number = len(self.trials)
+        trial = {
+            "number": number, "name": f"{self.name}-{number:04}", "overrides": dict(overrides), **(label or {}),
+            "status": "waiting", "metrics": {}, "reason": None, "artifacts": {}, "at": None,
+            "wall_time_s": 0.0, "unfinished_s": 0.0,
+        }  # fmt: skip
+        self.trials.append(trial)
+        return trial
+
+    def write(self, status: str | None = None, **values: Any) -> None:
+        """Set `status` and further keys, count anew, and write the whole."""
+        self.values |= values
+        if status is not None:
+            self.values["status"] = status
+        self.values["wall_time_s"] = self.earlier_s + time.time() - self.started
+        self.values["stages"], self.values["gpu_s"] = account(
+            self.trials, self._meta, workers=self.workers, gpus_per_worker=self.gpus
+        )
+        self.values["best"] = best(self.trials, self.values["metric"], self.values["mode"])
+        self.store.write_json(f"{self.path}/{FILE}", self.values)
+
+    def is_made(self, path: str) -> bool:
+        """Is this artifact in the store?"""
+        return self._meta(path) is not None
+
+    def _meta(self, path: str) -> dict[str, Any] | None:
+        """meta of a committed artifact, which never changes, or None where there is none yet."""
+        if path not in self._metas:
+            stage, _, key = path.removeprefix("artifacts/").rpartition("-")
+            artifact = find(self.store, stage, key)
+            if artifact is None:
+                return None
+            self._metas[path] = artifact.manifest["meta"]
+        return self._metas[path]
+
+
+def account(
+    trials: Sequence[Trial],
+    meta: Callable[[str], dict[str, Any] | None],
+    *,
+    workers: int,
+    gpus_per_worker: float = 1.0,
+) -> tuple[dict[str, dict[str, int]], dict[str, float]]:
+    """What was asked, made and reused, by stage, and what it cost.
+
+    Asked: by how many trials. Made: by a trial of this sweep, in any attempt, as the artifact's manifest says. Reused: how
+    often a trial found what another, or an earlier run, had made. `spent` is the time of what was made, and of stages that
+    broke off, times the workers (and their GPUs); `naive` what the same trials would have spent if each had made its own.
+
+    Args:
+        meta: of an artifact by its path, or None where it is not there.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    spent = naive = 0.0
+    for trial in trials:
+        unfinished = trial["unfinished_s"] * workers * gpus_per_worker
+        spent, naive = spent + unfinished, naive + unfinished
+        for stage in sorted(trial["artifacts"], key=STAGES.index):
+            path = trial["artifacts"][stage]
+            count = counts.setdefault(stage, {"asked": 0, "made": 0, "reused": 0})
+            count["asked"] += 1
+            found = meta(path)
+            if found is None:
+                continue
+            cost = found.get("wall_time_s", 0.0) * found.get("world_size", workers) * gpus_per_worker
+            naive += cost
+            if found.get("run") == f"runs/{trial['name']}":
+                count["made"] += 1
+                spent += cost
+            else:
+                count["reused"] += 1
+    ordered = {stage: counts[stage] for stage in STAGES if stage in counts}
+    return ordered, {"spent": round(spent, 3), "naive": round(naive, 3)}
+
+
+def best(trials: Sequence[Trial], metric: str, mode: str) -> str | None:
+    """The name of the finished trial that is best by `metric`; the first of several."""
+    judged = [(trial["metrics"][metric], trial) for trial in trials
+              if trial["status"] == "done" and trial["metrics"].get(metric) is not None]  # fmt: skip
+    if not judged:
+        return None
+    sign = 1.0 if mode == "min" else -1.0
+    name: str = min(judged, key=lambda pair: sign * pair[0])[1]["name"]
+    return name
+
+
+def one_line(err: BaseException) -> str:
+    """Why a trial failed."""
+    if isinstance(err, RecipeError):
+        text = "; ".join(f"{path}: {what}" if path else what for path, what in err.errors)
+    else:
+        text = " ".join(str(err).split()) or type(err).__name__
+    return text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."

@@ -1,0 +1,115 @@
+"""Is wrong input refused with every reason, before anything is started, and is there room for what is?"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from dpa_ray.recipe import ClusterSection, RecipeError, load
+from dpa_ray.sweep.main import Options, default_space, make_plan_of
+from dpa_ray.sweep.search import Grid, Optuna, Random
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def command() -> ModuleType:
+    """jobs/sweep.py."""
+    spec = importlib.util.spec_from_file_location("jobs_sweep", ROOT / "jobs/sweep.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Callable[[str], Path]:
+    def write(text: str) -> Path:
+        (tmp_path / "space.yaml").write_text(text)
+        return tmp_path / "space.yaml"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "told"),
+    [
+        ("stages.proxy_llm.lora.rnk: [1, 2]\nseed: []\n", [], ["did you mean rank?", "not empty", "2 errors"]),
+        ("cmo.lower: [0.6]\ncmo.upper: [0.4]\n", [], ["lower > upper in all 1 combinations"]),
+        ("cmo.upper: {uniform: [0.4, 0.5]}\n", [], ["--trials: expected a number of trials"]),
+        ("cmo.upper: {uniform: [0.4, 0.5]}\n", ["--search", "grid"], ["found uniform"]),
+        ("seed: [1, 2]\n", ["--metric", "eval.other.accuracy"], ["one of the held-out sets (heldout, unseen_pairs)"]),
+        ("seed: [1, 2]\nsweep: {asha: {grace_steps: 5, metric: eval.heldout.accuracy}}\n", [], ["while a stage runs"]),
+        ("seed: [1, 2]\n", ["--compare", "dpa,vanilla"], ["found both"]),
+        ("seed: [1, 2]\n", ["stages.instruct.lrr=1"], ["did you mean lr?"]),
+        ("seed: [1, 2]\n", ["--name", "a/b"], ["--name: expected letters"]),
+        ("- 1\n", [], ["expected a mapping"]),
+        (None, ["--compare", "dap"], ["'dap'"]),
+        (None, ["--space", "/nowhere.yaml"], ["/nowhere.yaml"]),
+    ],
+)
+def test_wrong_input_exits_2_and_starts_nothing(
+    text: str | None, arguments: list[str], told: list[str], command: ModuleType, space: Callable[[str], Path],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    given = [] if text is None else ["--space", str(space(text))]
+    assert command.main(["tiny", "--store", str(tmp_path / "store"), *given, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert [part for part in told if part not in error] == [], error
+    assert list(tmp_path.glob("store/*/*")) == [], "nothing was written"
+
+
+@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--trials", "x"], ["--search", "best"]])
+def test_wrong_arguments_exit_2(arguments: list[str], command: ModuleType) -> None:
+    with pytest.raises(SystemExit) as err:
+        command.main(arguments)
+    assert err.value.code == 2
+
+
+def test_options_count_before_the_files_settings(space: Callable[[str], Path]) -> None:
+    recipe = load("tiny")
+    file = space(
+        "cmo.upper: {uniform: [0.4, 0.5]}\nsweep: {search: random, trials: 3, metric: instruct.nll_mean, seed: 5}\n"
+    )
+    plan = make_plan_of(recipe, Options(space=file))
+    assert isinstance(plan.search, Random)
+    assert (plan.name, plan.search.num_trials, plan.search.seed) == ("tiny-space", 3, 5)
+    assert (plan.what["metric"], plan.what["mode"]) == ("instruct.nll_mean", "min")
+    plan = make_plan_of(
+        recipe, Options(space=file, search="optuna", trials=7, metric="eval.heldout.accuracy", name="n")
+    )
+    assert isinstance(plan.search, Optuna)
+    assert (plan.name, plan.search.num_trials, plan.search.mode) == ("n", 7, "max")
+
+
+def test_without_a_space_it_is_three_ranks_by_three_bounds() -> None:
+    recipe = load("tiny")
+    assert default_space(recipe) == {"stages.proxy_llm.lora.rank": [8, 16, 32], "cmo.upper": [0.25, 0.5, 1.0]}
+    plan = make_plan_of(recipe, Options())
+    assert isinstance(plan.search, Grid)
+    assert plan.search.num_trials == 9
+    assert make_plan_of(recipe, Options(trials=4)).search.num_trials == 4
+    for method in ("cal", "vanilla"):
+        assert make_plan_of(load("tiny", [f"method={method}"]), Options()).search.num_trials == 9
+    with pytest.raises(RecipeError):
+        make_plan_of(recipe, Options(compare=("dpa",), search="random", trials=3))
+
+
+def test_trials_at_once_are_as_many_as_have_room() -> None:
+    """Each a driver (0.1 CPU), its workers and a data task."""
+    from dpa_ray.sweep.tuner import needed_cpus, room
+
+    cpu = ClusterSection(workers=2, gpus_per_worker=0, cpus_per_worker=0.5)
+    assert needed_cpus(cpu) == pytest.approx(2.1)
+    assert room(cpu, {"CPU": 8.4}, None) == 4
+    assert room(cpu, {"CPU": 8.3}, None) == 3
+    assert room(cpu, {"CPU": 8.4}, 2) == 2
+    assert room(cpu, {"CPU": 1.0}, None) == 1, "it then waits, or says what is missing"
+    gpu = ClusterSection(workers=4, gpus_per_worker=1)
+    assert room(gpu, {"CPU": 64.0, "GPU": 11.0}, None) == 2
+    assert room(gpu, {"CPU": 5.0, "GPU": 11.0}, None) == 1
