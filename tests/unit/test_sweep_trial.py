@@ -9,6 +9,8 @@ from dpa_ray.engine.job import Company, View
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import RecipeError, load
 from dpa_ray.report.console import Progress
+from dpa_ray.report.goodput import Ledger
+from dpa_ray.stages.runs import Run
 from dpa_ray.store.fs import Store
 from dpa_ray.sweep.record import one_line
 from dpa_ray.sweep.trial import Watch
@@ -41,14 +43,15 @@ def test_tensorboards_files_are_in_the_runs_folder_and_the_sweeps(tmp_path: Path
     seen: list[str] = []
     company = Company("s", lambda kind, values: seen.append(kind), lambda tasks, alone: len(tasks))
     with Progress() as progress:
-        view = View(progress, recipe, store, "runs/s-0000", company)
+        view = View(progress, recipe, Run(store, recipe), Ledger(0.0), lambda: None, company)
         view.open_trackers()
         view.handle(
             "stage_started",
             {"stage": "instruct", "num_steps": 1, "trainable": "x", "num_parameters": 1, "names": ["a"]},
+            1.0,
         )
-        view.handle("step", {**step(1), "num_samples": 2})
-        view.close()
+        view.handle("step", {**step(1), "num_samples": 2, "saving_s": 0.0, "data_wait_s": 0.0}, 2.0)
+        view.close(store)
     assert seen == ["stage_started", "step"]
     for folder in ("runs/s-0000/tensorboard/instruct", "sweeps/s/tensorboard/s-0000/instruct"):
         (file,) = (tmp_path / folder).iterdir()
