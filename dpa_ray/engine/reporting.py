@@ -56,7 +56,10 @@ class Place:
         store, _, kind = store.rpartition("/")
         if kind not in ("runs", "sweeps") or not store or not rest:
             raise NotAPlace(f"{uri}: expected a run or a sweep, STORE/runs/NAME or STORE/sweeps/NAME")
-        place = cls(Store(store), kind, rest)
+        try:
+            place = cls(Store(store), kind, rest)
+        except UserError as err:
+            raise NotAPlace(str(err)) from None
         file = f"{place.path}/{RUN_FILE if kind == 'runs' else SWEEP_FILE}"
         place.store.check(write=False)
         if not place.store.exists(file):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,8 +53,9 @@ class RunData:
 
 
 def number(value: Any) -> float | None:
-    """`value` where it is a number: what is read from a file may be anything."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """`value` where it is a finite number: what is read from a file may be anything."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_number else None
 
 
 def last_mean(records: Sequence[Record], key: str) -> float | None:

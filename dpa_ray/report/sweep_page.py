@@ -70,8 +70,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _cell(value: Any) -> Cell:
-    is_plain = value is None or (isinstance(value, str | int | float) and not isinstance(value, bool))
-    return value if is_plain else str(value)
+    return value if value is None or isinstance(value, str) or number(value) is not None else str(value)
 
 
 def _facts(sweep: Mapping[str, Any], trials: Sequence[Trial], url: str) -> Facts:

@@ -186,6 +186,7 @@ def test_a_run_that_failed_early_says_why() -> None:
         {"trials": []},
         {"trials": [{"status": "running"}], "stages": {"instruct": {}}, "gpu_s": {"spent": 3}},
         {"trials": [{"overrides": {"a": [1, 2]}, "metrics": {"b": None}}, 7, {"overrides": None}], "compare": {"metrics": {"b": [{}], "c": 3}}},
+        {"trials": [{"status": "done", "overrides": {"a": a}, "metrics": {"b": float("nan")}} for a in (1, float("inf"))]},
         {"trials": "none", "stages": [], "gpu_s": 3, "compare": "later", "metric": 4},
     ],
 )  # fmt: skip
