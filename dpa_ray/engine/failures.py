@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
 
-from dpa_ray.errors import NoAnswer, UserError
+from dpa_ray.errors import LeaseTaken, NoAnswer, UserError
 
 FAILED, STARTED = "failed", "workers_started"
 """The events that workers are gone and others are to come, and that they are there."""
@@ -36,7 +36,7 @@ class Failures(UserCallback):
         for found in causes.values():
             for cause in found:
                 if isinstance(cause, UserError) and not isinstance(cause, NoAnswer):
-                    raise UserError(str(cause))
+                    raise for_user(cause)
         what = describe(causes)
         progress = ray.get(self.board.num_progress.remote())
         if progress > self.progress:
@@ -57,6 +57,11 @@ class Failures(UserCallback):
     def _go_on(self, text: str) -> None:
         self.board.put.remote("note", {"text": text})
         self.board.put.remote(FAILED, {})
+
+
+def for_user(cause: UserError) -> UserError:
+    """The same out of Ray's wrapping; a lease that is taken stays one, as it can be waited for."""
+    return LeaseTaken(str(cause)) if isinstance(cause, LeaseTaken) else UserError(str(cause))
 
 
 def describe(causes: dict[int, list[BaseException]]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from dpa_ray.data.prepare import find_prepared
 from dpa_ray.engine.evaluate import RESULT
+from dpa_ray.errors import LeaseTaken
 from dpa_ray.recipe import Recipe
 from dpa_ray.report import console, trackers
 from dpa_ray.report.metrics import FILE as METRICS
@@ -55,7 +56,7 @@ def run(recipe: Recipe, company: Company | None = None) -> dict[str, Any]:
 
         def check() -> None:
             if taken.is_set():
-                raise lease.LeaseTaken(f"{store.url(run_record.path)}: another process has taken this run over")
+                raise LeaseTaken(f"{store.url(run_record.path)}: another process has taken this run over")
 
         with console.Progress() as progress:
             plan = make_plan(recipe, store, make=True, report=progress.note)

@@ -225,3 +225,17 @@ def test_methods_are_compared_over_seeds(tmp_path: Path, recipe: Callable) -> No
     for row in rows[1:]:
         assert row["difference"]["low"] <= row["difference"]["mean"] <= row["difference"]["high"]
     assert "95 % interval" in run.stdout
+
+
+@pytest.mark.full
+def test_a_run_waits_for_the_stages_that_another_run_makes(tmp_path: Path, recipe: Callable) -> None:
+    made_recipe = recipe()
+    made_recipe["stages"]["proxy_llm"] |= {"epochs": 100, "max_steps": 300}
+    first = start_dpa(made_recipe, tmp_path / "store", "first")
+    first.wait_for("proxy_llm", 1)
+    second = start_dpa(made_recipe, tmp_path / "store", "second", folder=tmp_path / "second").finished()
+    assert second.returncode == 0, second.output
+    assert first.finished().returncode == 0
+    assert "is at work on it; waiting for its result" in second.stdout
+    assert second.info()["timings"]["proxy_llm"]["reused"]
+    assert [line["step"] for line in second.metrics("proxy_llm")] == list(range(1, 301))
