@@ -11,5 +11,9 @@ class NoAnswer(UserError):
     """A server that cannot be reached now, or is too busy: the same call may succeed later."""
 
 
+class LeaseTaken(UserError):
+    """Another process that lives is at work on the same."""
+
+
 class BrokenJson(UserError):
     """A file that should be JSON and is not."""

@@ -19,7 +19,7 @@ from ray.train.v2.api.exceptions import PreemptionError
 
 from dpa_ray.engine import pulse
 from dpa_ray.engine.messages import FAILED, LastBeat, Progress
-from dpa_ray.errors import NoAnswer, UserError
+from dpa_ray.errors import LeaseTaken, NoAnswer, UserError
 
 INNER = ("cause", "_base_exc", "health_check_failure", "controller_failure", "__cause__")
 """Where Ray's exceptions keep those that they wrap."""
@@ -66,7 +66,7 @@ class Failures(ControllerCallback):
         for found in causes.values():
             for cause in found:
                 if isinstance(cause, UserError) and not isinstance(cause, NoAnswer):
-                    raise UserError(str(cause))
+                    raise for_user(cause)
         progress: Progress = ray.get(self.board.progress.remote())
         if progress.made > self.made:
             self.made, self.failures, self.preemptions = progress.made, 0, 0
@@ -114,6 +114,11 @@ class Failures(ControllerCallback):
 def is_preempted(causes: dict[int, list[BaseException]]) -> bool:
     """Did any worker die because its node was taken away?"""
     return any(isinstance(c, RayActorError) and c.preempted for found in causes.values() for c in found)
+
+
+def for_user(cause: UserError) -> UserError:
+    """The same out of Ray's wrapping; a lease that is taken stays one, as it can be waited for."""
+    return LeaseTaken(str(cause)) if isinstance(cause, LeaseTaken) else UserError(str(cause))
 
 
 def describe(causes: dict[int, list[BaseException]]) -> str:

@@ -20,7 +20,7 @@ from dpa_ray.data.retry import bridging, retried
 from dpa_ray.engine import placing, reporting
 from dpa_ray.engine.evaluate import RESULT
 from dpa_ray.engine.messages import FAILED, PROGRESS
-from dpa_ray.errors import UserError
+from dpa_ray.errors import LeaseTaken, UserError
 from dpa_ray.recipe import Recipe
 from dpa_ray.report import console, trackers
 from dpa_ray.report.goodput import LAUNCHED, Ledger
@@ -74,7 +74,7 @@ def run(recipe: Recipe, company: Company | None = None) -> dict[str, Any]:
 
         def check() -> None:
             if held.taken:
-                raise lease.LeaseTaken(f"{store.url(run_record.path)}: another process has taken this run over")
+                raise LeaseTaken(f"{store.url(run_record.path)}: another process has taken this run over")
 
         ledger = Ledger(run_record.started, run_record.earlier_goodput())
         run_record.goodput = lambda: ledger.entries(time.time())

@@ -18,7 +18,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from dpa_ray.data.ray_tasks import RETRY_ENVIRONMENT
-from dpa_ray.engine.failures import Failures, first_line, root_causes
+from dpa_ray.engine.failures import Failures, first_line, for_user, root_causes
 from dpa_ray.engine.messages import FAILED, STARTED, Board, Orders
 from dpa_ray.engine.placing import worker_resources
 from dpa_ray.engine.pulse import Standstill
@@ -257,7 +257,7 @@ def _for_user(err: Exception) -> Exception:
     causes = [cause for failure in (*failures.values(), err) for cause in root_causes(failure)]
     told = next((c for c in causes if isinstance(c, UserError)), None)
     if told is not None:
-        return UserError(str(told))
+        return for_user(told)
     if (given_up := getattr(err, "controller_failure", None)) is not None:
         return RuntimeError(first_line(given_up))
     ranks = ", ".join(str(r) for r in failures)

@@ -15,6 +15,7 @@ from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.prepare import Known, Prepared, find_prepared, prepare, source_digest
 from dpa_ray.data.retry import bridging
 from dpa_ray.data.skip import Skipped
+from dpa_ray.errors import LeaseTaken
 from dpa_ray.recipe import PROXY_METHODS, Recipe, SourceSection
 from dpa_ray.report.metrics import FILE as METRICS
 from dpa_ray.report.metrics import MetricsLog
@@ -237,14 +238,23 @@ class Pipeline:
         while tasks:
             num_mine = claim(tasks)
             if num_mine:
-                launch(tasks[:num_mine])
+                try:
+                    launch(tasks[:num_mine])
+                except LeaseTaken as err:  # another run was faster: wait for it
+                    self.report(str(err))
+                    continue
                 tasks = tasks[num_mine:]
                 continue
-            stage, tasks = tasks[0].stage, tasks[1:]  # type: ignore[attr-defined]
-            self.reused = (*self.reused, stage)
-            if stage in self.plan.stages:
-                self._copy_metrics(stage)
-            self.run.write("running", artifacts=self._artifacts())
+            task, tasks = tasks[0], tasks[1:]
+            if task.result.found(self.store).manifest["meta"].get("run") != self.run.path:
+                self._reuse(task.stage)  # type: ignore[attr-defined]
+
+    def _reuse(self, stage: str) -> None:
+        """What another run has made since the plan was."""
+        self.reused = (*self.reused, stage)
+        if stage in self.plan.stages:
+            self._copy_metrics(stage)
+        self.run.write("running", artifacts=self._artifacts())
 
     def _check_supervision(self, checked: Checked, tasks: list[Task]) -> None:
         for task in tasks:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dpa_ray.errors import UserError
+from dpa_ray.errors import LeaseTaken, UserError
 from dpa_ray.store.fs import Store
 
 LAPSES_AFTER_S = 30.0
@@ -30,10 +30,6 @@ RENEWALS = 5
 POLL_S = 0.5
 
 _log = logging.getLogger(__name__)
-
-
-class LeaseTaken(UserError):
-    """Another process that lives holds it."""
 
 
 class Lease:

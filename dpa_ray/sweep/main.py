@@ -132,7 +132,7 @@ def run(recipe: Recipe, options: Options) -> int:
     record = Record(store, plan.name, recipe, plan.what)
     record.take_up()
     trackers.check(recipe.trackers)
-    with lease.held(store, f"{record.path}/lease", report=_print, lost=lambda: None):
+    with lease.held(store, f"{record.path}/lease", report=_print, lost=record.taken.set):
         is_new = not record.take_up()  # again: another process may have had the lease meanwhile
         where = store.url(f"{record.path}/{FILE}")
         record.values["left_out"] = getattr(plan.search, "left_out", [])

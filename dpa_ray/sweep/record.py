@@ -16,11 +16,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dpa_ray.errors import UserError
+from dpa_ray.errors import LeaseTaken, UserError
 from dpa_ray.recipe import NAME_PATTERN, Recipe, RecipeError
 from dpa_ray.stages.runs import identity
 from dpa_ray.store.artifacts import find
@@ -48,6 +49,7 @@ class Record:
         self.gpus = recipe.cluster.gpus_per_worker or 1.0
         content = json.dumps([identity(recipe), what["space"], what["search"], what["seed"]], sort_keys=True)
         self.started, self.earlier_s = time.time(), 0.0
+        self.taken = threading.Event()  # set where another process goes on with this sweep
         self._metas: dict[str, dict[str, Any]] = {}
         self.values: dict[str, Any] = {
             "name": name, "status": "running", **what, "digest": hashlib.sha256(content.encode()).hexdigest()[:12],
@@ -103,7 +105,9 @@ class Record:
         return trial
 
     def write(self, status: str | None = None, **values: Any) -> None:
-        """Set `status` and further keys, count anew, and write the whole."""
+        """Set `status` and further keys, count anew, and write the whole. Raises: LeaseTaken where it is another's now."""
+        if self.taken.is_set():
+            raise LeaseTaken(f"{self.store.url(self.path)}: another process has taken this sweep over")
         self.values |= values
         if status is not None:
             self.values["status"] = status

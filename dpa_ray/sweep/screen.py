@@ -19,7 +19,7 @@ def header(values: Mapping[str, Any], where: str, to: Console | None = None) -> 
     console.print(f"  record  {where}", soft_wrap=True)
     if values["left_out"]:
         console.print(
-            f"  left out, as cmo.lower > cmo.upper: {len(values['left_out'])} combinations, the first "
+            f"  left out, as cmo.lower > cmo.upper: {len(values['left_out'])} of the combinations, the first "
             f"{describe(values['left_out'][0])}",
             soft_wrap=True,
         )

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from dpa_ray.store.fs import Store
+from dpa_ray.store.lease import looks_held
 from tests import tiny_models
 from tests.integration.runs import STAGES, Running, make_recipe, start_dpa
 
@@ -158,21 +160,32 @@ def test_asha_stops_what_is_behind_and_frees_its_workers(tmp_path: Path, recipe:
     made_recipe["stages"]["instruct"] |= {"epochs": 100, "max_steps": 600}  # some seconds more than a stop takes
     space = {
         "stages.instruct.lr": [5.0e-3, 1.0e-9, 2.0e-9],
-        "sweep": {"metric": "instruct.nll_mean", "asha": {"grace_steps": 20, "reduction_factor": 2}},
+        "sweep": {"metric": "instruct.nll_mean", "asha": {"grace_steps": 120, "reduction_factor": 2}},
     }
     running = start(made_recipe, tmp_path, space)
+    wait_until(running, tmp_path, lambda values: values["trials"][1]["at"] is not None)
+    workers = set(running.processes("ray::RayTrainWorker"))
+    assert workers, "the second trial trains"
+    wait_until(running, tmp_path, lambda values: statuses(values)[1] == "stopped")
+    until = time.monotonic() + 60
+    while workers & set(running.processes("ray::")) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not workers & set(running.processes("ray::")), "its workers are gone"
+    assert running.process.poll() is None, "while the sweep goes on"
     run = running.finished()
     assert run.returncode == 0, run.output
     values = result(tmp_path)
     assert statuses(values) == ["done", "stopped", "stopped"], run.output
+    store = Store(str(tmp_path / "store"))
     for trial in values["trials"][1:]:
         assert trial["reason"].startswith("ASHA stopped it at instruct, step ")
         assert trial["at"][1] < 600
         assert trial["unfinished_s"] > 0
+        assert not looks_held(store, trial["artifacts"]["instruct"].replace("artifacts/", "leases/"))
+        info = store.read_json(f"runs/{trial['name']}/run.json")
+        assert (info["status"], info["error"]) == ("stopped", trial["reason"])
     assert values["best"] == "sweep-0000"
     assert made(values)["proxy_mllm"] == made(values)["instruct"] == 1
-    leases = (tmp_path / "store/leases").glob("instruct-*/*.json")
-    assert len(list(leases)) >= 1
     again = start(made_recipe, tmp_path, space).finished()
     assert statuses(result(tmp_path)) == ["done", "stopped", "stopped"], again.output
 
@@ -225,3 +238,17 @@ def test_methods_are_compared_over_seeds(tmp_path: Path, recipe: Callable) -> No
     for row in rows[1:]:
         assert row["difference"]["low"] <= row["difference"]["mean"] <= row["difference"]["high"]
     assert "95 % interval" in run.stdout
+
+
+@pytest.mark.full
+def test_a_run_waits_for_the_stages_that_another_run_makes(tmp_path: Path, recipe: Callable) -> None:
+    made_recipe = recipe()
+    made_recipe["stages"]["proxy_llm"] |= {"epochs": 100, "max_steps": 300}
+    first = start_dpa(made_recipe, tmp_path / "store", "first")
+    first.wait_for("proxy_llm", 1)
+    second = start_dpa(made_recipe, tmp_path / "store", "second", folder=tmp_path / "second").finished()
+    assert second.returncode == 0, second.output
+    assert first.finished().returncode == 0
+    assert "is at work on it; waiting for its result" in second.stdout
+    assert second.info()["timings"]["proxy_llm"]["reused"]
+    assert [line["step"] for line in second.metrics("proxy_llm")] == list(range(1, 301))

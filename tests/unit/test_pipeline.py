@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from dpa_ray.data.prepare import Prepared
 from dpa_ray.data.retry import bridged_s
 from dpa_ray.engine import worker
-from dpa_ray.errors import UserError
+from dpa_ray.errors import LeaseTaken, UserError
 from dpa_ray.model import lora, vlm
 from dpa_ray.model.vlm import ModelRef
 from dpa_ray.recipe import Recipe, RecipeError
@@ -36,7 +36,7 @@ from dpa_ray.stages.spec import (
     ProxyMllmTask,
     Task,
 )
-from dpa_ray.store.artifacts import commit
+from dpa_ray.store.artifacts import commit, find
 from dpa_ray.store.fs import Store
 from tests.small_recipes import ORDER, weights_of
 
@@ -111,6 +111,7 @@ class Launched:
     def __init__(self, store: Store, tmp_path: Path):
         self.store, self.folder = store, tmp_path
         self.tasks: list[Task] = []
+        self.meta: dict[str, Any] = {}
 
     def __call__(self, tasks: Sequence[Task]) -> None:
         self.tasks += tasks
@@ -119,7 +120,7 @@ class Launched:
             folder.mkdir()
             (folder / "result.txt").write_text(task.result.stage)
             (folder / "metrics.jsonl").write_text(json.dumps({"stage": task.stage, "step": 1, "loss": 2.5}) + "\n")  # type: ignore[attr-defined]
-            commit(self.store, task.result.stage, task.result.key, folder, inputs=task.inputs, meta={})
+            commit(self.store, task.result.stage, task.result.key, folder, inputs=task.inputs, meta=self.meta)
 
 
 def carry_out(made: Recipe, tmp_path: Path) -> list[Any]:
@@ -367,3 +368,34 @@ def test_what_another_run_makes_meanwhile_is_reused_with_its_metrics(
     lines = [json.loads(line) for line in store.read_bytes(f"{run.path}/metrics.jsonl").decode().splitlines()]
     assert [(line["stage"], line["reused"]) for line in lines] == [("proxy_llm", True)]
     assert store.read_json(f"{run.path}/run.json")["artifacts"]["proxy-llm"]["reused"]
+
+
+def test_a_run_that_was_slower_to_a_stage_waits_for_it(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Another run takes the lease of stage 2 between the claim and the worker's look; this one had made all before it."""
+    made = recipe()
+    store = Store(made.store)
+    plan = make_plan(made, store, make=True, report=lambda _: None)
+    run = Run(store, made)
+    mine, other = (Launched(store, tmp_path / name) for name in ("mine", "other"))
+    for launched in (mine, other):
+        launched.folder.mkdir()
+    mine.meta = {"run": run.path}
+    notes: list[str] = []
+
+    def launch(tasks: Sequence[Task]) -> None:
+        names = [task.result.stage for task in tasks]
+        if "blind" in names:
+            mine(tasks[: names.index("proxy-mllm")])
+            raise LeaseTaken("process 1 on another machine is at work on this")
+        mine(tasks)
+
+    def claim(tasks: Sequence[Task]) -> int:
+        if tasks[0].result.stage == "proxy-mllm":
+            other(tasks[:1])
+        return 0 if find(store, tasks[0].result.stage, tasks[0].result.key) else len(tasks)
+
+    pipeline_ = Pipeline(plan, store, run, report=notes.append)
+    pipeline_.carry_out(launch, claim=claim)
+    assert [task.result.stage for task in mine.tasks] == ["proxy-llm", "proxy-merged", "blind", "instruct", "eval"]
+    assert pipeline_.reused == ("proxy_mllm",)
+    assert "process 1 on another machine is at work on this" in notes

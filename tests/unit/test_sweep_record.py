@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dpa_ray.errors import UserError
+from dpa_ray.errors import LeaseTaken, UserError
 from dpa_ray.recipe import Recipe, RecipeError, load
 from dpa_ray.store.artifacts import commit
 from dpa_ray.store.fs import Store
@@ -178,3 +178,12 @@ def test_metrics_have_names_that_are_checked(tiny: Recipe) -> None:
         assert problem(name, tiny) is None
     for name in ("accuracy", "eval.other.accuracy", "eval.accuracy", "stage3.loss", "instruct."):
         assert problem(name, tiny) is not None
+
+
+def test_a_sweep_that_another_process_has_taken_over_is_not_written_any_more(store: Store, tiny: Recipe) -> None:
+    record = Record(store, "s", tiny, WHAT)
+    record.write()
+    record.taken.set()
+    with pytest.raises(LeaseTaken, match="taken this sweep over"):
+        record.write("done")
+    assert store.read_json("sweeps/s/sweep.json")["status"] == "running"
