@@ -251,6 +251,7 @@ class Pipeline:
 
     def _reuse(self, stage: str) -> None:
         """What another run has made since the plan was."""
+        self.plan.found[stage] = self.plan.refs[stage].found(self.store)
         self.reused = (*self.reused, stage)
         if stage in self.plan.stages:
             self._copy_metrics(stage)
