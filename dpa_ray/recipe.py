@@ -316,8 +316,9 @@ class Recipe(Section):
 
     @property
     def collective_limit_s(self) -> float:
-        """Seconds after which a collective gives up. A worker may honestly wait for its batch, and others then for it."""
-        return self.cluster.collective_timeout_s + self.data.stall_timeout_s
+        """Seconds after which a collective gives up. A worker may honestly wait for its batch or the store, and others then
+        for it."""
+        return self.cluster.collective_timeout_s + max(self.data.stall_timeout_s, self.data.retry_s)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, aliases as users write them; `parse` gives the same recipe back."""

@@ -19,11 +19,11 @@ class Fault:
     """What becomes of a request: an error (`done`: after the server did what was asked), a delay before it is passed on, an
     answer that ends half-way, or one of another kind altogether."""
 
-    page: bytes | None = None
     status: int | None = None
     done: bool = False
     delay_s: float = 0.0
     cut: bool = False
+    page: bytes | None = None
 
 
 @dataclass

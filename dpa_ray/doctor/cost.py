@@ -103,7 +103,7 @@ def written_bytes(recipe: Recipe, counts: Mapping[str, Counts], llm: int, data: 
     written = {"data": data}
     if "proxy_llm" in counts:
         written["proxy-llm"] = counts["proxy_llm"].trained * item
-    if recipe.method in PROXY_METHODS:
+    if recipe.method in PROXY_METHODS and "proxy_mllm" in counts:
         written["proxy-merged"] = llm * item
     if "proxy_mllm" in counts:
         written["proxy-mllm"] = counts["proxy_mllm"].trained * item

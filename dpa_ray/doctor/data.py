@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -52,17 +53,17 @@ class Looked:
         return len(self.samples) + len(self.rejected)
 
 
-def look(store: Store | None, section: SourceSection) -> Looked:
+def look(store: Store | None, section: SourceSection, skip_ids: Collection[str] = ()) -> Looked:
     """Some samples of `section`: of the shards where `store` has them, else straight from the source, which is gone through
     without its images, as a run does. Nothing is written, and an S3 server that is away is not waited for.
 
-    Raises: UserError where it cannot be read.
+    Samples with an id of `skip_ids` are left out. Raises: UserError where it cannot be read.
     """
-    if store is None:
-        return _from_sources(pieces(section))
-    found = pieces(section, Known(store, write=False))
-    prepared = find_prepared(store, digest(found))
-    return _from_sources(found) if prepared is None else _from_shards(store, prepared)
+    found = pieces(section) if store is None else pieces(section, Known(store, write=False))
+    prepared = None if store is None else find_prepared(store, digest(found))
+    looked = _from_sources(found) if store is None or prepared is None else _from_shards(store, prepared)
+    looked.samples = [sample for sample in looked.samples if sample.id not in skip_ids]
+    return looked
 
 
 def _from_shards(store: Store, prepared: Prepared) -> Looked:

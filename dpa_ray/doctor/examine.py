@@ -36,9 +36,12 @@ class Options:
 
 
 def training_stages(recipe: Recipe) -> tuple[str, ...]:
-    """The stages of the recipe's method that are trained, in order: those that are not imported."""
-    stages = TRAINING_STAGES if recipe.method in PROXY_METHODS else TRAINING_STAGES[1:]
-    return tuple(stage for stage in stages if not getattr(getattr(recipe.stages, stage), "from_", None))
+    """The stages that a run of the recipe trains, in order: nobody needs a proxy where the connector is imported."""
+    stages = recipe.stages
+    if stages.proxy_mllm.from_:
+        return ("instruct",)
+    has_stage_1 = recipe.method in PROXY_METHODS and not stages.proxy_llm.from_
+    return TRAINING_STAGES if has_stage_1 else TRAINING_STAGES[1:]
 
 
 def examine(recipe: Recipe, options: Options) -> Findings:
@@ -145,11 +148,10 @@ class _Examined:
                 check.note(f"{found} features of {self.tower.image_size} pixels a side, and as many image tokens")
 
     def check_imports(self) -> None:
-        sources = {
-            stage: getattr(getattr(self.recipe.stages, stage), "from_", None) for stage in ("proxy_llm", "proxy_mllm")
-        }
-        if self.recipe.method not in PROXY_METHODS:
-            del sources["proxy_llm"]
+        stages = self.recipe.stages
+        sources = {"proxy_llm": stages.proxy_llm.from_, "proxy_mllm": stages.proxy_mllm.from_}
+        if self.recipe.method not in PROXY_METHODS or stages.proxy_mllm.from_:
+            del sources["proxy_llm"]  # nobody needs it
         for stage, source in sources.items():
             if source is not None:
                 with self.findings.check(f"stages.{stage}.from") as check:
@@ -163,7 +165,7 @@ class _Examined:
         sets |= {f"eval_extra.{name}": extra for name, extra in section.eval_extra.items()}
         for name, source in sets.items():
             with self.findings.check(f"data.{name}") as check:
-                looked = data.look(self.store if self.is_store_there else None, source)
+                looked = data.look(self.store if self.is_store_there else None, source, section.skip_ids)
                 self.looked[name] = looked
                 state = "prepared" if looked.is_prepared else "not prepared yet; read from the source"
                 check.note(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dpa_ray.credentials import without_credentials
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import RecipeError
 
@@ -36,7 +37,7 @@ class Check:
 
     def fail(self, text: str) -> None:
         """Something will fail."""
-        self.failures.append(text)
+        self.failures.append(without_credentials(text))
         self.status = "fail"
 
     def skip(self, text: str) -> None:

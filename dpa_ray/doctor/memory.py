@@ -137,8 +137,9 @@ def estimate(
 
 
 def kept_bytes(kept: Kept, *, checkpointing: bool) -> int:
-    """Of the decoder, the gradients under way counted like what one layer keeps."""
-    return kept.layer + (kept.checkpointed if checkpointing else kept.whole)
+    """Of the decoder at the worst moment. Without checkpointing that is where the backward begins; with it, a layer is
+    computed again while gradients of about its size pass through."""
+    return kept.checkpointed + kept.layer if checkpointing else kept.whole
 
 
 def _state(trained: int, zero_stage: int | None, world_size: int, item: int) -> tuple[int, int, int, int]:

@@ -65,11 +65,13 @@ def run(recipe: Recipe) -> dict[str, Any]:
         ledger = Ledger(run_record.started, run_record.earlier_goodput())
         run_record.goodput = lambda: ledger.entries(time.time())
 
+        brief = store.brief()  # who watches the workers must not wait for the store
+
         def keep_run() -> None:
             if held.taken:
                 return
             try:
-                run_record.write("running")
+                run_record.write("running", brief)
             except (UserError, OSError) as err:  # the next time, perhaps; training does not need it
                 _log.warning("run.json is not written for now: %s", err)
 

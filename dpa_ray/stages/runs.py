@@ -44,7 +44,8 @@ class Run:
         self.store = store
         self.recipe = recipe
         self.path = f"runs/{recipe.name}"
-        self.confirm: Callable[[], None] = lambda: None  # raises where another process may have taken the run over
+        # asks the store that it is given; raises where another process may have taken the run over
+        self.confirm: Callable[[Store], None] = lambda store: None
         self.started = time.time()
         self.values: dict[str, Any] = {}
         self.goodput: Callable[[], dict[str, Any]] = self.earlier_goodput  # asked whenever run.json is written
@@ -96,10 +97,11 @@ class Run:
 
         Raises: LeaseTaken where another process goes on with this run: nothing is written.
         """
-        self.confirm()
+        store = store or self.store
+        self.confirm(store)
         self.values |= values
         goodput = self.goodput()
-        (store or self.store).write_json(
+        store.write_json(
             f"{self.path}/{RUN_FILE}",
             {
                 "name": self.recipe.name, "status": status, "method": self.recipe.method,

@@ -223,8 +223,7 @@ class Store:
 
     def honours_conditions(self, path: str) -> bool:
         """Does the store itself refuse a conditional write where `path`, a file, is? (One that does not replaces it.)"""
-        with told(self.url(path)):
-            return self._backend.honours_conditions(checked_path(path))
+        return self._do(path, "writing", lambda: self._backend.honours_conditions(checked_path(path)))
 
     def arrow(self) -> tuple[Any, str]:
         """(pyarrow file system, root inside it): f"{root}/{path}" opens `path`.

@@ -52,14 +52,14 @@ class Lease:
         """Has another process taken over, as far as this one knows?"""
         return self._taken.is_set()
 
-    def confirm(self) -> None:
+    def confirm(self, store: Store | None = None) -> None:
         """Returns where nobody else can have taken over by now; to be called before what only the holder may write.
 
-        The store is asked only where the lease was not renewed in time. Raises: LeaseTaken; UserError where the store
-        cannot be asked.
+        The store is asked only where the lease was not renewed in time (through `store`, where that is another one).
+        Raises: LeaseTaken; UserError where the store cannot be asked.
         """
         if self.taken or time.monotonic() - self._sure_since >= self.lapses_after_s:
-            self.renew(self.store)
+            self.renew(store or self.store)
 
     def renew(self, store: Store) -> None:
         """Write the lease anew, through `store`. Raises: LeaseTaken; UserError where that cannot be done."""

@@ -30,15 +30,15 @@ class Tried:
     is_risk: bool = False  # it works, but not as well as it should
 
 
-def probe(store: Store) -> list[Tried]:
-    """Reach, write, read, list, put on condition and delete, in this order; what needs one that failed is left out.
+def probe(store: Store, *, reach: bool = True) -> list[Tried]:
+    """Reach (if asked), write, read, list, put on condition and delete, in this order; what needs one that failed is left out.
 
     A local folder that was not there is not there afterwards. An S3 server that does not answer is given up after
     about 20 s.
     """
     made = _absent_folders(store)
     try:
-        return _tried(store, f"{PREFIX}{uuid.uuid4().hex}")
+        return _tried(store, f"{PREFIX}{uuid.uuid4().hex}", reach)
     finally:
         for folder in made:
             with suppress(OSError):  # another process has put something there meanwhile
@@ -46,15 +46,16 @@ def probe(store: Store) -> list[Tried]:
 
 
 def check(store: Store) -> list[str]:
-    """What is at risk in a store that serves. Raises: UserError with the first operation that it refuses."""
-    tried = probe(store)
+    """What is at risk in a store that was reached (`Store.check`). Raises: UserError with the first operation that it
+    refuses. Each waits as the store's calls do."""
+    tried = probe(store, reach=False)
     for each in tried:
         if not each.is_ok:
             raise UserError(f"the store cannot {each.operation}: {each.detail}")
     return [each.detail for each in tried if each.is_risk]
 
 
-def _tried(store: Store, folder: str) -> list[Tried]:
+def _tried(store: Store, folder: str, reach: bool) -> list[Tried]:
     path, data = f"{folder}/object", os.urandom(64)
     found: list[Tried] = []
 
@@ -102,7 +103,7 @@ def _tried(store: Store, folder: str) -> list[Tried]:
         left = store.list(folder)
         return Tried("delete", False, f"{store.url(folder)}: expected it gone, found {left}{_ADVICE}") if left else None
 
-    if not attempt("reach", lambda: store.check(write=False)):
+    if reach and not attempt("reach", lambda: store.check(write=False)):
         return found
     if not attempt("write", lambda: store.write_bytes(path, data)):
         with suppress(UserError):  # an answer that was lost may hide a write that was made

@@ -119,7 +119,7 @@ class S3Folder:
         from botocore.exceptions import ClientError
 
         try:
-            client().put_object(Bucket=self.bucket, Key=self.key(path), Body=b"", IfNoneMatch="*")
+            client(self.patience).put_object(Bucket=self.bucket, Key=self.key(path), Body=b"", IfNoneMatch="*")
         except ClientError as err:
             code, status = client_error(err)
             if code in ("PreconditionFailed", "ConditionalRequestConflict") or status in (409, 412):

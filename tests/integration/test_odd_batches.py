@@ -83,7 +83,7 @@ def test_odd_batches_on_every_engine(
     check_odd(run, odd, num_steps=12 // global_batch_size, global_batch_size=global_batch_size)
 
 
-@pytest.mark.ci
+@pytest.mark.full
 def test_data_without_a_single_image(tmp_path: Path, tiny_llm: Callable, tiny_tower: Callable) -> None:
     """Every weight is the lower bound then: p = q."""
     everything = tuple(range(12))
@@ -142,7 +142,7 @@ def _descendants_mib(root: int) -> dict[int, float]:
     return found
 
 
-@pytest.mark.ci
+@pytest.mark.full
 def test_memory_stays_flat_over_steps(tmp_path: Path, tiny_llm: Callable, tiny_tower: Callable) -> None:
     """300 steps of stage 3 over texts of changing length: the second half's peak is the first half's, within 3 %.
 

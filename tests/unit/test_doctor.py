@@ -186,6 +186,9 @@ def test_samples_come_from_the_source_or_the_shards_and_are_the_same(source: Lla
     assert all(sample in before.samples for sample in after.samples)
     assert before.size_bytes == pytest.approx(after.size_bytes, rel=0.5)
     assert data.look(None, section(source)).samples == before.samples
+    assert data.look(None, section(source), ["c0", "c7"]).samples == [
+        before.samples[i] for i in range(40) if i not in (0, 7)
+    ]
 
 
 def test_a_file_with_windows_line_ends_and_missing_images(source: LlavaData, tmp_path: Path) -> None:
@@ -213,6 +216,19 @@ def test_few_broken_samples_are_a_risk_and_many_a_failure(bad: int, of: int, num
     check = Check("data")
     data.judge_unusable(looked, 0.01, check)
     assert check.status == expected
+
+
+def test_what_is_imported_is_looked_at_and_what_nobody_needs_is_not_counted(
+    recipe: Callable[..., Recipe], random_connector: Path, tmp_path: Path
+) -> None:
+    found = examine(recipe(f"stages.proxy_mllm.from={random_connector}"), Options())
+    assert found.exit_code == 0, [check.to_dict() for check in found.checks if check.status != "ok"]
+    assert list(found.stages) == ["instruct"]
+    assert "is whole" in detail(found, "stages.proxy_mllm.from")
+    found = examine(recipe(f"stages.proxy_llm.from={tmp_path}"), Options())
+    assert list(found.stages) == ["proxy_mllm", "instruct"]
+    assert "expected a PEFT adapter folder" in detail(found, "stages.proxy_llm.from")
+    assert status(found)["bytes written"] == "ok"
 
 
 # -- the main job's own part

@@ -13,13 +13,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dpa_ray.batch import Batch
 from dpa_ray.doctor import memory
 from dpa_ray.doctor.activations import FUSED, count_kept
 from dpa_ray.doctor.memory import Counts, Pictures, estimate
+from dpa_ray.engine.plain import PlainEngine
 from dpa_ray.model import lora
-from tests.engine_worker import Case
+from dpa_ray.model.cmo import Weighting
+from dpa_ray.model.step import StepModule
+from dpa_ray.stages.trainable import select_trainable
+from tests.engine_worker import SETTINGS, Case
 from tests.memory_worker import cases, measure
-from tests.random_models import make_llm
+from tests.random_models import batch_of, make_llm, make_vlm
 
 ROOT = Path(__file__).resolve().parents[2]
 SLACK = 0.001
@@ -81,6 +86,45 @@ def test_fused_attention_keeps_no_square_of_the_length() -> None:
         assert llm.config._attn_implementation == attention != FUSED
     assert kept["sdpa"][1] == pytest.approx(2 * kept["sdpa"][0], rel=0.01)
     assert kept["eager"][1] > 2.5 * kept["eager"][0]
+
+
+def measured_peak(engine: PlainEngine, batch: Batch) -> int:
+    """Bytes that one forward and backward take at once, beyond what was there, as torch's profiler saw them come and go."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        sums = engine.forward(batch)
+        engine.backward(sums.loss / batch.num_targets, last=True)
+    held = most = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("trained", ["full", "connector"])
+def test_a_step_takes_no_more_than_is_estimated(trained: str, checkpointing: bool) -> None:
+    """And not much less. The first pass has no sum of gradients yet, and with checkpointing a whole layer's size is set
+    aside for gradients under way: the estimate may be higher by that."""
+    model = make_vlm(
+        hidden_size=256, intermediate_size=704, num_hidden_layers=6, vocab_size=4000, max_position_embeddings=1024
+    )
+    select_trainable(model, *{"full": ("instruct", "full"), "connector": ("proxy_mllm", "frozen")}[trained])
+    batch = batch_of(["s1 I t256"] * 8)
+    num_rows, num_positions = batch.input_ids.shape
+    kept = count_kept(model.model.language_model, num_rows, num_positions, inputs_train=True)
+    found = estimate(
+        memory.count(model, model.get_output_embeddings()), zero_stage=None, world_size=1, bf16=False,
+        num_slots=batch.input_ids.numel(), num_targets=batch.num_targets,
+        kept=memory.kept_bytes(kept, checkpointing=checkpointing), on_gpu=False,
+    )  # fmt: skip
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    module = StepModule(model, Weighting("uniform", 1.0, 1.0, 1), softcap=None, num_softmax_rows=None).train()
+    peak = measured_peak(PlainEngine(module, SETTINGS, torch.device("cpu")), batch)
+    expected = found.activations + found.loss + found.gradients
+    assert 0.95 * peak < expected < (2.5 if checkpointing else 1.35) * peak
 
 
 def counts(**changes: Any) -> Counts:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,15 @@ from dpa_ray.data import retry
 from dpa_ray.data.retry import bridging, retried
 from dpa_ray.errors import NoAnswer, UserError
 from dpa_ray.report.metrics import MetricsLog, read
-from dpa_ray.store import Store, s3_client
-from dpa_ray.store.lease import LeaseTaken, held
+from dpa_ray.store import Store, lease, s3_client
+from dpa_ray.store.lease import RENEWALS, LeaseTaken, held
 from tests.files import fill, python
 from tests.s3 import S3, environment, fresh_bucket
 from tests.s3_proxy import Fault, Proxy, running_proxy
 from tests.unit.test_checkpointing import Stage
 from tests.unit.test_outages import Server
 
+LAPSES_AFTER_S = 300.0  # nobody renews it while a test runs
 RETRY_S = 60.0  # longer than any outage here
 
 
@@ -34,12 +34,12 @@ def forget_clients() -> None:
 
 @pytest.fixture
 def proxy(rclone_s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """In front of rclone, for clients that give a call up after one failure, or a second."""
+    """In front of rclone, for clients that give a call up after one failure, or two seconds."""
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.05)
     for patience in ("brief", "usual", "long"):
-        monkeypatch.setitem(s3_client.LIMITS, patience, (1, 1, 1))  # type: ignore[misc]
-    for name in ("CONNECT_S", "STALLED_S", "ATTEMPTS"):
-        monkeypatch.setattr(s3_client, f"ARROW_{name}", 1)
+        monkeypatch.setitem(s3_client.LIMITS, patience, (2, 2, 1))  # type: ignore[misc]
+    for name, value in {"CONNECT_S": 2, "STALLED_S": 2, "ATTEMPTS": 1}.items():
+        monkeypatch.setattr(s3_client, f"ARROW_{name}", value)
     with running_proxy(int(rclone_s3.env["AWS_ENDPOINT_URL"].rpartition(":")[2])) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
         forget_clients()
@@ -50,7 +50,8 @@ def proxy(rclone_s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 @pytest.fixture
 def store(proxy: Proxy, rclone_s3: S3) -> Store:
     made = Store(f"{rclone_s3.uri}/store", through=retried)
-    made.write_bytes("a/x", b"12")
+    with bridging(RETRY_S):
+        made.write_bytes("a/x", b"12")
     return made
 
 
@@ -96,7 +97,7 @@ CALLS: dict[str, tuple[Callable[[Store, Path], Any], Any]] = {
 }
 PASSING = {
     "503": Fault(503), "500": Fault(500), "429": Fault(429), "500 after the deed": Fault(500, done=True),
-    "slow": Fault(delay_s=1.5), "cut": Fault(cut=True),
+    "slow": Fault(delay_s=3), "cut": Fault(cut=True),
 }  # fmt: skip
 
 
@@ -192,43 +193,65 @@ def test_a_store_that_waits_is_one_after_pickling_too(store: Store, proxy: Proxy
 
 
 def test_a_holder_that_could_not_renew_in_time_asks_before_it_writes(store: Store, proxy: Proxy, rclone_s3: S3) -> None:
-    lapses_after_s = 1.0
     lost = threading.Event()
-    with held(store, "lease", report=print, lost=lost.set, lapses_after_s=lapses_after_s) as lease:
+    with held(store, "lease", report=print, lost=lost.set, lapses_after_s=LAPSES_AFTER_S) as ours:
         proxy.fail(Fault(503))  # this process alone is cut off
-        lease.confirm()  # it was renewed a moment ago: nobody is asked
-        time.sleep(1.5 * lapses_after_s)
+        ours.confirm()  # it was renewed a moment ago: nobody is asked
+        ours._sure_since -= LAPSES_AFTER_S  # as when that time has passed
         with pytest.raises(UserError):
-            lease.confirm()
-        assert not lease.taken, "it may still be ours"
+            ours.confirm()
+        assert not ours.taken, "it may still be ours"
         # meanwhile somebody else takes over, as whoever watched the lease may
         rclone_s3.client().put_object(Bucket=rclone_s3.bucket, Key="store/lease/2.json", Body=b"{}")
         proxy.heal()
         with pytest.raises(LeaseTaken):
-            lease.confirm()
+            ours.confirm()
         assert lost.is_set()
         with pytest.raises(LeaseTaken):
-            lease.confirm()
+            ours.confirm()
     assert store.read_bytes("lease/2.json") == b"{}", "the other one's lease is left alone"
 
 
-@pytest.mark.ci
 def test_an_outage_that_nobody_used_leaves_the_lease_where_it_was(store: Store, proxy: Proxy) -> None:
-    with held(store, "lease", report=print, lost=lambda: None, lapses_after_s=1.0) as lease:
-        proxy.fail(Fault(503))
-        time.sleep(1.5)
-        proxy.heal()
-        lease.confirm()
+    with held(store, "lease", report=print, lost=lambda: None, lapses_after_s=LAPSES_AFTER_S) as ours:
+        ours._sure_since -= LAPSES_AFTER_S
+        before = len(proxy.seen)
+        ours.confirm()
+        assert len(proxy.seen) > before, "it looked"
         assert store.list("lease") == ["1.json"]
+        before = len(proxy.seen)
+        ours.confirm()
+        assert len(proxy.seen) == before, "and is sure for a while"
     assert json.loads(store.read_bytes("lease/1.json"))["released"]
 
 
 def test_renewing_gives_up_long_before_the_lease_lapses() -> None:
-    from dpa_ray.store.lease import LAPSES_AFTER_S, RENEWALS
-
     connect_s, read_s, attempts = s3_client.LIMITS["brief"]
     calls = 2  # it looks, then writes
-    assert LAPSES_AFTER_S / RENEWALS + calls * attempts * (connect_s + read_s) < LAPSES_AFTER_S
+    lapses_after_s = lease.LAPSES_AFTER_S
+    assert lapses_after_s / RENEWALS + calls * attempts * (connect_s + read_s) < lapses_after_s
+
+
+def test_workers_wait_for_one_that_waits_for_the_store() -> None:
+    from dpa_ray.recipe import load
+
+    limits = {
+        load("tiny", [f"data.retry_s={s}", "data.stall_timeout_s=50"]).collective_limit_s - s for s in (100, 5000)
+    }
+    assert limits == {load("tiny").cluster.collective_timeout_s}
+
+
+def test_a_run_that_writes_its_end_asks_nobody_who_waits(tmp_path: Path) -> None:
+    from dpa_ray.recipe import load
+    from dpa_ray.stages.runs import Run
+
+    waiting, other = Store(str(tmp_path), through=retried), Store(str(tmp_path))
+    run, asked = Run(waiting, load("tiny", [f"store={tmp_path}"])), list[Store]()
+    run.confirm = asked.append
+    run.write("running")
+    run.write("failed", other)
+    assert asked[0] is waiting
+    assert asked[1] is other
 
 
 # -- metrics and checkpoints
