@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpa_ray.engine import reporting
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import WEIGHT_BOUNDS, Recipe, RecipeError, parse
 from dpa_ray.report import trackers
@@ -213,9 +214,19 @@ def _close(plan: Plan, record: Record, where: str) -> int:
         values["compare"] = compared(trials, metrics)
     record.write("failed" if has_failed else "done" if is_whole else "interrupted", **values)
     screen.closing(record.values, where)
+    _write_report(record)
     if not is_whole:
         _print("the time budget is over; the same command goes on from here")
     return 1 if has_failed else 0
+
+
+def _write_report(record: Record) -> None:
+    """sweeps/<name>/report.html. What a sweep found does not depend on it: one that cannot be made is told, no more."""
+    place = reporting.Place(record.store, "sweeps", record.name)
+    try:
+        _print(f"  report  {reporting.write_report(place)}")
+    except Exception as err:
+        _print(f"no report was made ({type(err).__name__}: {err}); python jobs/report.py {place.url} tries again")
 
 
 def _print(text: str) -> None:

@@ -18,7 +18,7 @@ WINDOW_STEPS = 5
 REPORTS = 50
 """How often a stage's numbers are told while it runs, at most: each time asks the sweep's driver whether to stop."""
 
-SKIPPED = ("step", "epoch", "lr", "step_time_s", "data_wait_s", "packing_efficiency")
+SKIPPED = ("step", "epoch", "lr", "step_time_s", "data_wait_s", "saving_s", "packing_efficiency")
 """Numbers of metrics.jsonl that say how a step was made, as do those that begin with num_."""
 
 

@@ -74,7 +74,7 @@ def chain(recipe: Recipe) -> tuple[str, ...]:
     """
     model, data = recipe.model, recipe.to_dict()["data"]
     llm, tower = Weights(model.llm, model.llm), Weights(model.vision, model.vision)
-    captions, instruct = str(data["pretrain"]), str(data["instruct"])
+    captions, instruct = (str((data[name], data["skip_ids"])) for name in ("pretrain", "instruct"))
     inputs: list[dict[str, Any]] = []
     llm_key = model.llm
     if recipe.method in PROXY_METHODS:
@@ -83,17 +83,18 @@ def chain(recipe: Recipe) -> tuple[str, ...]:
     if recipe.caches_blind("proxy_mllm"):
         inputs.append(keys.blind_inputs(recipe, llm_key, 0, captions))
     inputs.append(keys.proxy_mllm_inputs(recipe, llm_key, tower, captions) | {"from": recipe.stages.proxy_mllm.from_})
-    connector = content_key(inputs[-1])
+    connector_key = content_key(inputs[-1])
     if recipe.caches_blind("instruct"):
         inputs.append(keys.blind_inputs(recipe, model.llm, 0, instruct, "instruct"))
-    inputs.append(keys.instruct_inputs(recipe, llm, tower, connector, instruct))
+    inputs.append(keys.instruct_inputs(recipe, llm, tower, connector_key, instruct))
     return tuple(content_key(each) for each in inputs)
 
 
 def choose(waiting: Sequence[tuple[str, ...]], running: Sequence[tuple[str, ...]], made: Collection[str]) -> int | None:
-    """Which of the `waiting` chains to start beside the `running` ones: the first that would wait for none of them.
+    """Which of the `waiting` chains to start beside the `running` ones: the first that would not begin by waiting for one.
 
     None where each would. `made`: what is there already.
     """
-    busy = {name for names in running for name in names} - set(made)
-    return next((number for number, names in enumerate(waiting) if not busy.intersection(names)), None)
+    busy = {name for names in running for name in names}
+    firsts = [next((name for name in names if name not in made), None) for names in waiting]
+    return next((number for number, first in enumerate(firsts) if first not in busy), None)

@@ -94,6 +94,7 @@ def test_a_sweep_makes_shared_stages_once_and_nothing_again(tmp_path: Path, reci
     assert values["best"] in {trial["name"] for trial in values["trials"]}
     assert all("instruct.nll_mean" in trial["metrics"] for trial in values["trials"])
     assert (tmp_path / "store/runs/sweep-0003/model/model.safetensors").exists()
+    assert "sweep-0003" in (tmp_path / "store/sweeps/sweep/report.html").read_text()
     before = manifests(tmp_path)
     again = start(recipe(), tmp_path, space).finished()
     assert again.returncode == 0, again.output
@@ -163,7 +164,7 @@ def test_asha_stops_what_is_behind_and_frees_its_workers(tmp_path: Path, recipe:
         "sweep": {"metric": "instruct.nll_mean", "asha": {"grace_steps": 120, "reduction_factor": 2}},
     }
     running = start(made_recipe, tmp_path, space)
-    wait_until(running, tmp_path, lambda values: values["trials"][1]["at"] is not None)
+    wait_until(running, tmp_path, lambda values: len(values["trials"]) > 1 and values["trials"][1]["at"] is not None)
     workers = set(running.processes("ray::RayTrainWorker"))
     assert workers, "the second trial trains"
     wait_until(running, tmp_path, lambda values: statuses(values)[1] == "stopped")

@@ -89,3 +89,11 @@ def test_the_trial_is_started_that_waits_for_no_other() -> None:
     assert choose(waiting[1:], waiting[:1], ()) == 1, "rank 8: its own proxy"
     assert choose(waiting[1:2], waiting[:1], ()) is None, "rank 4 would wait for the proxy that is being made"
     assert choose(waiting[1:2], waiting[:1], waiting[0][:2]) == 0, "and need not once proxy and q are there"
+
+
+def test_what_is_shared_later_does_not_keep_a_trial_from_starting() -> None:
+    """A frozen stage 3 has one cache of q for all ranks, made after stage 2: each may begin with its own proxy."""
+    frozen = ("stages.instruct.llm=frozen",)
+    waiting = [chain_of(f"stages.proxy_llm.lora.rank={rank}", *frozen) for rank in (4, 8)]
+    assert len(set(waiting[0]) & set(waiting[1])) == 1
+    assert choose(waiting[1:], waiting[:1], ()) == 0
