@@ -54,11 +54,17 @@ Text = _Text | None
 
 
 def compute_blind(
-    task: BlindTask, store: Store, device: torch.device, cursor: Cursor, tell: Callable[..., None]
+    task: BlindTask,
+    store: Store,
+    device: torch.device,
+    cursor: Cursor,
+    tell: Callable[..., None],
+    confirm: Callable[[], None] = lambda: None,
 ) -> None:
     """Compute and commit q of the samples that the reading stage takes by `cursor`. All ranks call it.
 
-    `tell` brings an event to the driver, from any rank. Raises: UserError where a sample cannot be read or (one that
+    `tell` brings an event to the driver, from any rank; `confirm` raises on rank 0 where another process may have taken
+    the work over. Raises: UserError where a sample cannot be read or (one that
     stage 2 does not skip) has a q that is not finite, or where the LLM does not fit on the device.
     """
     start = time.perf_counter()
@@ -85,7 +91,7 @@ def compute_blind(
             "num_samples": int(wanted.sum()), "num_shards": len(sizes), "num_shards_found": len(sizes) - len(left),
             "run": task.run_path, "world_size": world_size(),
         }  # fmt: skip
-        _finish(task, store, [file_name(shard) for shard in sizes], meta, start)
+        _finish(task, store, [file_name(shard) for shard in sizes], meta, start, confirm)
         tell("blind_finished")
 
 
@@ -248,7 +254,14 @@ def _noted(store: Store, task: BlindTask, name: str) -> dict[str, Any] | None:
         return None
 
 
-def _finish(task: BlindTask, store: Store, names: Sequence[str], meta: dict[str, Any], start: float) -> None:
+def _finish(
+    task: BlindTask,
+    store: Store,
+    names: Sequence[str],
+    meta: dict[str, Any],
+    start: float,
+    confirm: Callable[[], None],
+) -> None:
     """Make the artifact of the staged files, and forget them."""
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
@@ -260,5 +273,6 @@ def _finish(task: BlindTask, store: Store, names: Sequence[str], meta: dict[str,
                 "they are computed anew" + "".join(f"\n  {name}: {text}" for name, text in wrong.items())
             )
         meta["wall_time_s"] = time.perf_counter() - start
-        commit(store, task.result.stage, task.result.key, folder, inputs=task.inputs, meta=meta)
+        commit(store, task.result.stage, task.result.key, folder, inputs=task.inputs, meta=meta, confirm=confirm)
+    confirm()
     store.delete(staging(task))

@@ -36,6 +36,8 @@ from dpa_ray.store.fs import Store
 
 DRAIN_EVERY_S = 2.0
 """How often the ranks ask whether a node of theirs is about to go."""
+WANTED_AGAIN_S = 30.0
+"""How soon after a checkpoint, which may have failed, another is made because somebody else wants one."""
 POLL_S = 0.05
 
 TMP_PREFIX = "dpa_ray-checkpoint-"
@@ -103,7 +105,8 @@ class Checkpointer:
         """Rank 0: is it time to save, or asked for, and is it time to ask about nodes that go? Any rank: is it still writing, has it failed to?"""
         now, first, every_s = time.monotonic(), rank() == 0, self.section.every_s
         ask = first and now - self.last_ask >= DRAIN_EVERY_S
-        due = first and ((every_s is not None and now - self.last_save >= every_s) or (ask and self.wanted()))
+        due = first and every_s is not None and now - self.last_save >= every_s
+        due = due or (ask and now - self.last_save >= WANTED_AGAIN_S and self.wanted())
         return [float(vote) for vote in (due, ask, *self._progress())]
 
     def before_telling(self) -> None:
@@ -225,15 +228,16 @@ class Checkpointer:
             untaught += found["untaught"]
             for name, start, length in found["fragments"]:
                 index.setdefault(name, []).append([start, length, _file_of(number)])
-        self.confirm()
         self.recorder.log.flush()  # a checkpoint does not count before the metrics up to it are there
         rest = {
             "files": files, "index": index, "num_updates": pending.num_updates, "world_size": world_size(),
             "untaught": untaught, "meta": pending.meta,
         }  # fmt: skip
+        self.confirm()
         checkpoints.finish(store, pending.path, self.stage, self.key, pending.step, rest)
         self.saved(pending.step)
         try:
+            self.confirm()
             checkpoints.collect(store, self.stage, self.key, keep=self.section.keep, newest=pending.path)
         except (UserError, OSError) as err:  # the checkpoint itself is whole
             _log.warning("older checkpoints could not be removed: %s", err)

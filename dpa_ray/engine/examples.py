@@ -13,8 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dpa_ray.batch import Batch, Encoded
 from dpa_ray.data.images import decode
 from dpa_ray.data.ingest import Loader
+from dpa_ray.data.sample import Sample
+from dpa_ray.engine.protocol import gathered
+from dpa_ray.errors import UserError
 from dpa_ray.model.examples import token_weights
 from dpa_ray.model.step import StepModule
 
@@ -34,18 +38,30 @@ def collect(module: StepModule, loader: Loader, device: torch.device) -> list[st
     """The lines of FILE: samples evenly from the stage's data, weighted by its trained model.
 
     Every rank has to call it (under ZeRO-3 a forward needs them all), and gets the same.
-    Raises: UserError where a sample cannot be read.
+    Raises: UserError, on all ranks alike, where one of them cannot read a sample.
     """
     loader = replace(loader, blind=None, packing=False)  # q is live: a cache has that of the samples taken alone
     rows = np.unique(np.linspace(0, loader.prepared.num_rows - 1, NUM_EXAMPLES).astype(int)).tolist()
-    shown = [_example(module, loader, row, device) for row in rows if row not in loader.skipped]
+    read: list[tuple[Sample, Encoded, Batch]] = []
+    problem = None
+    try:
+        for row in rows:
+            if row not in loader.skipped:
+                (sample,) = loader.samples([row])
+                read.append((sample, loader.encoder(sample), loader.load(np.array([row]), row)))
+    except UserError as err:
+        problem = str(err)
+    problems = [told for told in gathered(problem) if told is not None]
+    if problems:  # before any forward: no rank may be in one alone
+        raise UserError(problems[0])
+    shown = [_example(module, loader, *each, device) for each in read]
     return [json.dumps(example, ensure_ascii=False) + "\n" for example in shown]
 
 
-def _example(module: StepModule, loader: Loader, row: int, device: torch.device) -> dict[str, Any]:
-    (sample,) = loader.samples([row])
-    encoded = loader.encoder(sample)
-    found = token_weights(module, loader.load(np.array([row]), row).to(device))
+def _example(
+    module: StepModule, loader: Loader, sample: Sample, encoded: Encoded, batch: Batch, device: torch.device
+) -> dict[str, Any]:
+    found = token_weights(module, batch.to(device))
     numbers = {
         position: (round(weight, 4), round(gain, 4))
         for position, weight, gain in zip(

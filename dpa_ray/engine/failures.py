@@ -42,7 +42,8 @@ class Failures(ControllerCallback):
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Raises: UserError that a worker raised, or where workers were lost too often; RuntimeError where it was an error."""
-        del previous_state
+        if current_state is previous_state:  # entered anew while there is no room for workers: nothing has happened
+            return
         if isinstance(current_state, RestartingState):
             self._failed(current_state.training_failed_error)
         elif isinstance(current_state, ResizingState):
@@ -145,7 +146,8 @@ def describe_hang(causes: dict[int, list[BaseException]], beats: dict[int, LastB
     ]  # fmt: skip
     aborted = [
         r for r, found in causes.items()
-        if r in beats and pulse.waits_since(beats[r]) >= gone_still_s and any(isinstance(c, RayActorError) for c in found)
+        if r in beats and beats[r].beat.in_collective and pulse.waits_since(beats[r]) >= gone_still_s
+        and any(isinstance(c, RayActorError) for c in found)
     ]  # fmt: skip
     if not (silent or timed_out or aborted):
         return None

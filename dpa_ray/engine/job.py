@@ -66,7 +66,7 @@ def run(recipe: Recipe, company: Company | None = None) -> dict[str, Any]:
     device = "GPU" if recipe.cluster.gpus_per_worker else "CPU"
     console.header(recipe, device=device, store=store.uri)
     with (
-        bridging(recipe.data.retry_s),
+        bridging(recipe.data.retry_s, _print),
         lease.held(store, f"{run_record.path}/lease", report=_print, lost=lambda: None) as held,
     ):
         run_record.check_name()  # again: another run may have had the lease meanwhile
@@ -112,20 +112,28 @@ def run(recipe: Recipe, company: Company | None = None) -> dict[str, Any]:
             except BaseException as err:
                 _failed(err, run_record, view, Store(recipe.store))
                 raise
-            view.close(store)
+            _close(view, store)
         check()
         return _closing(plan, pipeline, store, run_record, ledger)
+
+
+def _close(view: View, store: Store) -> None:
+    """The end of a run's events. What it made does not depend on the trackers' files."""
+    try:
+        view.close(store)
+    except (UserError, OSError) as err:
+        view.progress.note(f"the trackers' files could not be written: {err}")
 
 
 def _failed(err: BaseException, run_record: Run, view: View, store: Store) -> None:
     """Write down what can be of a run that ends with `err`, which matters more than that something cannot be; `store`
     does not wait."""
     try:
-        view.close(store)
         if run_record.values:  # else nothing was begun
             run_record.write("failed", store, error=without_credentials(str(err)) or type(err).__name__)
-            if isinstance(err, Exception):  # who interrupts does not want to wait
-                _write_report(store, run_record.recipe, view.progress.note)
+        view.close(store)
+        if run_record.values and isinstance(err, Exception):  # who interrupts does not want to wait
+            _write_report(store, run_record.recipe, view.progress.note)
     except (UserError, OSError) as also:
         view.progress.note(f"not everything about this run's end could be written: {also}")
 
@@ -274,7 +282,7 @@ class View:
     def _steps_before(self, stage: str) -> list[dict[str, Any]]:
         """The stage's steps in the run's metrics so far, as far as they can be read: no warning is worth a run."""
         try:
-            every = read(self.run_record.store, self.run_record.path)
+            every = read(self.run_record.store.brief(), self.run_record.path)
         except (UserError, OSError):
             return []
         return [record for record in every if record["stage"] == stage]

@@ -50,6 +50,7 @@ class Beat:
     process: str  # for people: its number and machine
     place: str  # where in the code it is
     waits: bool  # for other workers
+    in_collective: bool  # which gives up after a time, as a barrier does not
     still_s: float  # how long it has been there
 
 
@@ -80,7 +81,8 @@ class Board:
         elif kind == "step":
             self.so_far = replace(self.so_far, stage=values["stage"], step=values["step"])
         elif kind == STARTED:
-            self.beats.clear()  # those of the workers before them
+            self.beats.clear()  # what was of the workers before them
+            self.save_is_wanted, self.so_far = False, replace(self.so_far, trains=False)
 
     def take(self) -> list[Event]:
         events, self.events = self.events, []

@@ -99,6 +99,8 @@ def find(engine: Engine, failed: Failed) -> Finding:
             if at is not None:
                 samples[at] = replace(samples[at], **found)
     except Exception as err:  # whatever it is: it must not hide what stopped the step
+        if engine.sharded:  # the others are in a forward that this rank has left
+            raise
         error = f"{type(err).__name__}: {str(err).strip().splitlines()[0] if str(err).strip() else ''}"
     engine.module.train(was_training)
     wrong = [(rank(), number) for number, finite in enumerate(failed.finite) if not finite]

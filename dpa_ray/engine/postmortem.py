@@ -48,7 +48,9 @@ class Postmortem:
         kept = f"Kept for a look: {self.store.url(folder)}"
         if error is not None:
             kept = f"Nothing could be kept of it for a look ({error})"
-        return describe(finding, kept=kept, before=self.task.recipe.data.skip_ids)
+        return describe(
+            finding, kept=kept, before=self.task.recipe.data.skip_ids, name=self.task.run_path.removeprefix("runs/")
+        )
 
     def _keep(self, finding: Finding, folder: str) -> str | None:
         """Write the dump; what went wrong with that, if anything, on every rank."""
@@ -123,7 +125,7 @@ def proposed(finding: Finding, before: Sequence[str] = ()) -> list[str]:
     return [*before, *(entry for entry in new if entry not in before)]
 
 
-def describe(finding: Finding, *, kept: str = "", before: Sequence[str] = ()) -> str:
+def describe(finding: Finding, *, kept: str = "", before: Sequence[str] = (), name: str = "NAME") -> str:
     """What happened, which samples it comes from, where it is kept, and what to do."""
     failed = finding.failed
     rates = f"stages.{failed.stage}.lr (at this step: {failed.lr:.3g})"
@@ -135,9 +137,12 @@ def describe(finding: Finding, *, kept: str = "", before: Sequence[str] = ()) ->
         parts.append(f"{kept}.")
     if finding.guilty and not finding.all_guilty:
         entries = json.dumps(proposed(finding, before))
+        again = "this stage and what comes of it begin anew"
+        if failed.stage == "proxy_mllm":
+            again = "all that learns from data.pretrain begins anew (a proxy and its q too)"
         parts.append(
             f"To go on without {'it' if len(finding.guilty) == 1 else 'them'}, run the same command with 'data.skip_ids="
-            f"{entries}': finished stages are reused, and this one begins anew, as it then learns from other samples. "
+            f"{entries}' --name {name}: {again}, as they then learn from other samples; the others are reused. "
             f"Or lower {rates}."
         )
     else:

@@ -59,7 +59,7 @@ def _beat(board: Any, rank: int, timeout_s: float, thread: int, ended: threading
         found = tuple((frame.f_code, frame.f_lasti) for frame in frames)
         if found != seen:
             seen, since = found, now
-        board.beat.remote(rank, Beat(process, place(frames), is_waiting(frames), now - since))
+        board.beat.remote(rank, Beat(process, place(frames), is_waiting(frames), in_collective(frames), now - since))
 
 
 def _stack(frame: FrameType | None) -> list[FrameType]:
@@ -82,11 +82,17 @@ def place(frames: list[FrameType]) -> str:
 
 def is_waiting(frames: list[FrameType]) -> bool:
     """For other workers: in a collective, or at a barrier."""
-    for frame in frames:
-        module = frame.f_globals.get("__name__", "")
-        if module.startswith(WAITING_IN) or (module, frame.f_code.co_name) == BARRIER:
-            return True
-    return False
+    return in_collective(frames) or _at_barrier(frames)
+
+
+def in_collective(frames: list[FrameType]) -> bool:
+    """In a wait that has a limit? A barrier's own calls of torch have none."""
+    names = (frame.f_globals.get("__name__", "") for frame in frames)
+    return not _at_barrier(frames) and any(name.startswith(WAITING_IN) for name in names)
+
+
+def _at_barrier(frames: list[FrameType]) -> bool:
+    return any((frame.f_globals.get("__name__", ""), frame.f_code.co_name) == BARRIER for frame in frames)
 
 
 def waits_since(last: LastBeat) -> float:

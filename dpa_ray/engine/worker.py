@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import os
 import re
 import tempfile
@@ -35,6 +36,7 @@ from dpa_ray.engine.postmortem import Postmortem
 from dpa_ray.engine.protocol import Engine, OptimizerSettings, barrier, from_rank_0, limit_waits, rank, world_size
 from dpa_ray.engine.pulse import beating
 from dpa_ray.errors import UserError
+from dpa_ray.report.metrics import MetricsLog
 from dpa_ray.stages import instruct, proxy_llm, proxy_mllm
 from dpa_ray.stages.build import Built
 from dpa_ray.stages.spec import (
@@ -69,7 +71,7 @@ def run_worker(orders: Orders) -> None:
     worker = Worker(Store(orders.store_uri, through=retried), _device(), orders.board)
     worker.tell(STARTED, number=world_size())
     with (
-        bridging(recipe.data.retry_s, lambda text: worker.tell("note", text=text)),
+        bridging(recipe.data.retry_s, worker.note),
         beating(orders.board, rank(), recipe.cluster.collective_timeout_s),
     ):
         for task in tasks:
@@ -77,6 +79,8 @@ def run_worker(orders: Orders) -> None:
                 if not from_rank_0(rank() == 0 and worker.is_made(task)):  # one look for all ranks
                     worker.run(task)
                     worker.tell("task_finished", stage=task.stage)
+                elif rank() == 0:
+                    worker.take_over(task)
                 barrier()
     worker.feed.close()
 
@@ -110,7 +114,9 @@ class Worker:
         elif isinstance(task, EvalTask):
             self._evaluate(task)
         elif isinstance(task, BlindTask):
-            compute_blind(task, self.store, self.device, cursor_of(task.reader, self.store), self.tell_from_any)
+            compute_blind(
+                task, self.store, self.device, cursor_of(task.reader, self.store), self.tell_from_any, self.confirm
+            )
         else:
             self._train(task)
         gc.collect()
@@ -142,6 +148,13 @@ class Worker:
     def is_made(self, task: Task) -> bool:
         """Is the task's result there, from another run, say?"""
         return find(self.store, task.result.stage, task.result.key) is not None
+
+    def take_over(self, task: AnyTask) -> None:
+        """The metrics of a stage that another run has made while this one was without workers."""
+        made = task.result.found(self.store)
+        if isinstance(task, TrainTask) and made.manifest["meta"].get("run") != task.run_path:
+            lines = (task.result.fetched(self.store, [STAGE_METRICS]) / STAGE_METRICS).read_text().splitlines()
+            MetricsLog.copy_reused(self.store, task.run_path, task.stage, [json.loads(line) for line in lines])
 
     def note(self, text: str) -> None:
         """A line for people, from any rank."""
@@ -177,8 +190,7 @@ class Worker:
 
     def _commit(self, task: Task, folder: Path, meta: dict[str, Any]) -> None:
         result = task.result
-        self.confirm()
-        commit(self.store, result.stage, result.key, folder, inputs=task.inputs, meta=meta)
+        commit(self.store, result.stage, result.key, folder, inputs=task.inputs, meta=meta, confirm=self.confirm)
 
     def _train(self, task: TrainTask) -> None:
         start = time.perf_counter()

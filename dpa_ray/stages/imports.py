@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from dpa_ray.data.retry import retried
 from dpa_ray.errors import UserError
 from dpa_ray.model import lora, vlm
 from dpa_ray.stages.keys import imported_inputs
@@ -42,7 +43,7 @@ def _brought(source: str, tmp: Path, key: str) -> Path:
     """`source` as a local path; what lies on S3 is downloaded."""
     if source.startswith("s3://"):
         parent, _, name = source.rstrip("/").rpartition("/")
-        remote, target = Store(parent), tmp / "download"
+        remote, target = Store(parent, through=retried), tmp / "download"
         target.mkdir()
         if remote.exists(name):
             remote.download("", target, [name])

@@ -243,11 +243,19 @@ class Pipeline:
                 except LeaseTaken as err:  # another run was faster: wait for it
                     self.report(str(err))
                     continue
+                # of a group whose workers were away for long, another run may have made a part, and they have its metrics
+                others = [task for task in tasks[:num_mine] if self._maker(task) not in (None, self.run.path)]
+                self.reused += tuple(task.stage for task in others)  # type: ignore[attr-defined]
                 tasks = tasks[num_mine:]
                 continue
             task, tasks = tasks[0], tasks[1:]
-            if task.result.found(self.store).manifest["meta"].get("run") != self.run.path:
+            if self._maker(task) != self.run.path:
                 self._reuse(task.stage)  # type: ignore[attr-defined]
+
+    def _maker(self, task: Task) -> str | None:
+        """Path of the run that made its result; None where that is not written down."""
+        made_by: str | None = task.result.found(self.store).manifest["meta"].get("run")
+        return made_by
 
     def _reuse(self, stage: str) -> None:
         """What another run has made since the plan was."""

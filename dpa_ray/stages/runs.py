@@ -67,7 +67,7 @@ class Run:
         expected = identity(self.recipe)
         if status == "failed" and not self.store.exists(f"{self.path}/metrics.jsonl"):
             return  # it never trained: a mended recipe may have its name
-        if status == "failed" and self._skips_others(values):
+        if status != "done" and self._skips_others(values):
             return  # it goes on without the samples that it failed of
         if found != expected:
             raise RecipeError(
@@ -89,7 +89,8 @@ class Run:
         """What run.json says of the time that earlier attempts spent; nothing where there was none."""
         path = f"{self.path}/{RUN_FILE}"
         values = self.store.read_json(path) if self.store.exists(path) else {}
-        found = values.get("goodput") if values.get("recipe_digest") == identity(self.recipe) else None
+        is_same = values.get("recipe_digest") == identity(self.recipe) or self._skips_others(values)
+        found = values.get("goodput") if is_same else None
         return found if isinstance(found, dict) else {}
 
     def write(self, status: str, store: Store | None = None, **values: Any) -> None:

@@ -9,7 +9,7 @@ import json
 import logging
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,13 +159,22 @@ def _remedy(store: Store, stage: str, key: str) -> str:
 
 
 def commit(
-    store: Store, stage: str, key: str, folder: Path, *, inputs: Mapping[str, Any], meta: Mapping[str, Any]
+    store: Store,
+    stage: str,
+    key: str,
+    folder: Path,
+    *,
+    inputs: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    confirm: Callable[[], None] = lambda: None,
 ) -> Artifact:
     """Upload the files under `folder`, then the manifest, which makes them an artifact. A folder may be empty.
 
     An artifact that is there already is returned untouched; what a broken-off attempt left is removed first. Two
     processes should not commit one key at once (that is what leases are for). Should they, the last one to finish
     stands with its own files, save where both write one file at the same time: then `fetch` refuses the artifact.
+    `confirm` raises where another process may have taken the work over; it is asked before anything is removed, and
+    before the manifest.
     Raises: ValueError where `folder` has a manifest.json; TypeError or ValueError where inputs or meta are no JSON.
     """
     if (there := find(store, stage, key)) is not None:
@@ -185,12 +194,14 @@ def commit(
     }
     json.dumps(manifest, allow_nan=False)  # before anything is written
     manifest["digest"] = _digest(manifest)
+    confirm()
     store.delete(path)
     store.upload(folder, path, names)
     if (there := find(store, stage, key)) is not None:
         if there.files == manifest["files"]:
             return there
         _log.warning("%s was committed by another process meanwhile; it is replaced by this one's", store.url(path))
+    confirm()
     store.write_json(f"{path}/{MANIFEST}", manifest)
     return Artifact(stage, key, manifest)
 

@@ -51,10 +51,11 @@ class Lease:
     def confirm(self, store: Store | None = None) -> None:
         """Returns where nobody else can have taken over by now; to be called before what only the holder may write.
 
-        The store is asked only where the lease was not renewed in time (through `store`, where that is another one).
+        The store (`store`, where that is another one) is asked only where the lease was not renewed in time, or where a
+        process of the same owner may have followed at once.
         Raises: LeaseTaken; UserError where the store cannot be asked.
         """
-        if self.taken or time.monotonic() - self._sure_since >= self.lapses_after_s:
+        if self.owner or self.taken or time.monotonic() - self._sure_since >= self.lapses_after_s:
             self.renew(store or self.store)
 
     def renew(self, store: Store) -> None:

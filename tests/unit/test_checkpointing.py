@@ -44,7 +44,7 @@ class Stage:
         result = SimpleNamespace(stage="proxy-llm", key="abc")
         self.task: Any = SimpleNamespace(
             stage="proxy_llm", recipe=recipe, result=result, run_path="runs/a", num_steps=NUM_STEPS,
-            data=SimpleNamespace(digest="d"),
+            data=SimpleNamespace(digest="d"), skipped=(),
         )  # fmt: skip
         self.notes: list[str] = []
         self.saved: list[int] = []

@@ -299,7 +299,10 @@ def test_preemptions_and_failures_have_budgets_of_their_own_and_progress_restore
     board.put.remote("saved", {"stage": "instruct", "step": 6})
     events(board)
     assert "preemption 3" in told(failures, board, drained())
-    assert "failure 1 of 1" in told(failures, board, died())
+    lost = died()
+    assert "failure 1 of 1" in told(failures, board, lost)
+    failures.after_controller_state_update(lost, lost)  # Ray says it again while there is no room for workers
+    assert events(board) == [], "one failure, however long nobody can be put in its place"
     assert "preemption 4" in told(failures, board, drained())
     with pytest.raises(
         UserError,
@@ -355,8 +358,8 @@ def test_a_hang_that_comes_again_ends_the_run_with_who_came_and_who_did_not(loca
 
     board = board_of_its_own()
     failures = Failures(board, max_failures=0, max_preemptions=None, collective_timeout_s=600)
-    ray.get(board.beat.remote(0, Beat("process 11 on a", "dpa_ray/engine/loop.py:7 (train)", True, 590.0)))
-    ray.get(board.beat.remote(1, Beat("process 12 on b", "dpa_ray/model/step.py:9 (forward)", False, 0.0)))
+    ray.get(board.beat.remote(0, Beat("process 11 on a", "dpa_ray/engine/loop.py:7 (train)", True, True, 590.0)))
+    ray.get(board.beat.remote(1, Beat("process 12 on b", "dpa_ray/model/step.py:9 (forward)", False, False, 0.0)))
     stopped = RestartingState(WorkerGroupError("hangs", {1: WorkerHealthCheckTimeoutError("hangs")}))
     with pytest.raises(UserError, match=r"worker 1 \(process 12 on b\) does not answer.*cluster\.max_failures: 0"):
         failures.after_controller_state_update(RunningState(), stopped)

@@ -59,7 +59,7 @@ def test_where_a_worker_waits_is_seen_from_its_stack(seen: dict[str, Any]) -> No
 def last(
     place: str = "dpa_ray/engine/loop.py:7 (train)", *, waits: bool, still_s: float = 0.0, silent_s: float = 0.0
 ) -> LastBeat:
-    return LastBeat(Beat("process 12 on host", place, waits, still_s), silent_s)
+    return LastBeat(Beat("process 12 on host", place, waits, waits, still_s), silent_s)
 
 
 def hang(errors: dict[int, Exception], beats: dict[int, LastBeat]) -> str | None:
@@ -125,7 +125,7 @@ def test_waiting_for_long_is_told_once_each_time() -> None:
 
 def test_the_board_keeps_each_workers_last_beat_and_forgets_those_of_workers_before() -> None:
     board = Board()
-    beats = [Beat("process 12 on host", f"place {i}", False, 0.0) for i in range(3)]
+    beats = [Beat("process 12 on host", f"place {i}", False, False, 0.0) for i in range(3)]
     board.beat(1, beats[0])
     board.beat(0, beats[1])
     board.beat(1, beats[2])

@@ -324,6 +324,9 @@ def test_recipes_in_the_readme_are_right_and_its_commands_are_the_promised_ones(
         if "datasets" in values:  # a mixture's file, not a recipe's
             (tmp_path / "mix.yaml").write_text(example)
             assert len(entries(SourceSection(source=str(tmp_path / "mix.yaml")))) == 2
+        elif "sweep" in values:  # a space of keys; these are the recipe's
+            keys = [key for key in values if key != "sweep"]
+            assert load("tiny", [f"{keys[0]}={values[keys[0]][0]}", f"{keys[1]}={values[keys[1]]['grid'][0]}"])
         elif set(values) <= {"pretrain", "instruct"}:  # a part of `data`
             tiny_values = read_yaml(RECIPES_DIR / "tiny.yaml")
             parse({**tiny_values, "data": {**tiny_values["data"], **values}})

@@ -245,7 +245,7 @@ def test_a_failed_run_goes_on_under_its_name_without_them(recipe: Callable[..., 
     store = Store(recipe().store)
     mended, otherwise = recipe("data.skip_ids=[x]"), recipe("data.skip_ids=[x]", "stages.instruct.lr=0.125")
     assert identity(recipe()) != identity(mended)
-    for status, taken in (("failed", False), ("done", True), ("running", True)):
+    for status, taken in (("failed", False), ("done", True), ("running", False)):
         Run(store, recipe()).write(status)
         store.write_bytes("runs/small/metrics.jsonl", b"{}\n")
         Run(store, recipe()).check_name()
