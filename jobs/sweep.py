@@ -76,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix (default: the recipe's)")
     parser.add_argument(
-        "--name", help="of the sweep (default: RECIPE-SPACE); a trial's run is NAME-0000, NAME-0001, ..."
+        "--name",
+        help="of the sweep (default: RECIPE-SPACE, or RECIPE-SPACE-SEARCH where that is not grid, or RECIPE-compare-DIGEST); "
+        "a trial's run is NAME-0000, NAME-0001, ...",
     )
     parser.add_argument(
         "--search", choices=("grid", "random", "optuna"), help="default: grid, where all keys are lists"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -77,10 +78,16 @@ def make_plan_of(recipe: Recipe, options: Options) -> Plan:
     search = _search(kind, space, settings, mode)
     domains = {key: {domain.kind: list(domain.values)} for key, domain in space.domains.items()}
     searched: dict[str, Any] = dict(domains) or {"compare": [*options.compare], "seeds": options.seeds}
-    kind_of = "compare" if options.compare else options.space.stem if options.space else "rank-by-bound"
-    default = f"{recipe.name}-{kind_of}"
     what = {"search": kind, "metric": metric, "mode": mode, "seed": settings.seed, "space": searched}
-    return Plan(options.name or default, space, search, settings, what)
+    return Plan(options.name or _default_name(recipe, options, kind), space, search, settings, what)
+
+
+def _default_name(recipe: Recipe, options: Options, search: str) -> str:
+    """RECIPE-SPACE, with the search where it is no grid; RECIPE-compare-DIGEST for a comparison, by its variants."""
+    if options.compare:
+        return f"{recipe.name}-compare-{hashlib.sha256(','.join(options.compare).encode()).hexdigest()[:6]}"
+    of = options.space.stem if options.space else "rank-by-bound"
+    return f"{recipe.name}-{of}" + ("" if search == "grid" else f"-{search}")
 
 
 def default_space(recipe: Recipe) -> dict[str, Any]:
@@ -159,7 +166,7 @@ def _carry_out(recipe: Recipe, plan: Plan, store: Store, record: Record) -> None
     from dpa_ray.sweep import tuner  # Ray takes seconds to import, and a finished sweep needs none
     from dpa_ray.sweep.state import Sweep
 
-    sweep = Sweep(record, plan.search, plan.space.recipe, labels=plan.space.labels, tell=_print)
+    sweep = Sweep(record, plan.search, plan.space.recipe, label=plan.space.label, tell=_print)
     if plan.what["search"] != "optuna":
         sweep.propose_all()
     record.write()

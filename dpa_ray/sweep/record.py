@@ -47,7 +47,8 @@ class Record:
         self.store, self.name, self.path = store, name, f"sweeps/{name}"
         self.workers = recipe.cluster.max_workers
         self.gpus = recipe.cluster.gpus_per_worker or 1.0
-        content = json.dumps([identity(recipe), what["space"], what["search"], what["seed"]], sort_keys=True)
+        space = {key: value for key, value in what["space"].items() if key != "seeds"}  # further seeds only add trials
+        content = json.dumps([identity(recipe), space, what["search"], what["seed"]], sort_keys=True)
         self.started, self.earlier_s = time.time(), 0.0
         self.taken = threading.Event()  # set where another process goes on with this sweep
         self._metas: dict[str, dict[str, Any]] = {}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dpa_ray.recipe import RecipeError, parse
 from dpa_ray.sweep.record import Record, Trial, one_line
 from dpa_ray.sweep.search import Search, Tried
 from dpa_ray.sweep.sharing import chain, choose
-from dpa_ray.sweep.space import describe, laid_over
+from dpa_ray.sweep.space import Point, describe, laid_over
 
 LOOK_EVERY_S = 1.0
 """How often to look in the store whether a running trial has made what others wait for."""
@@ -28,13 +28,13 @@ class Sweep:
         base: dict[str, Any],
         *,
         max_running: Callable[[], int] = lambda: 1,
-        labels: Sequence[dict[str, Any]] = (),
+        label: Callable[[Point], Mapping[str, Any]] = lambda point: {},
         tell: Callable[[str], None] = lambda text: None,
         release: Callable[[str], None] = lambda name: None,
     ):
-        """`max_running` says how many trials there is room for; `release` forgets the claims of a trial that is no more."""
+        """`max_running` says how many trials there is room for; `label` what else is told of a point; `release` forgets the claims of a trial that is no more."""
         self.record, self.search, self.base = record, search, base
-        self.max_running, self.labels, self.tell, self.release = max_running, labels, tell, release
+        self.max_running, self.label, self.tell, self.release = max_running, label, tell, release
         self.running: dict[str, float] = {}  # name -> begun, by time.monotonic
         self.before_s: dict[str, float] = {}  # its earlier attempts
         self.budget_is_over = False
@@ -125,8 +125,8 @@ class Sweep:
 
     def _propose(self) -> Trial:
         number = len(self.record.trials)
-        label = self.labels[number] if number < len(self.labels) else None
-        trial = self.record.add(self.search.propose(number, self.tried()), label)
+        point = self.search.propose(number, self.tried())
+        trial = self.record.add(point, self.label(point))
         self._check(trial)
         return trial
 

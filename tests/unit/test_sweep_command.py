@@ -50,6 +50,7 @@ def space(tmp_path: Path) -> Callable[[str], Path]:
         ("seed: [1, 2]\n", ["--name", "a/b"], ["--name: expected letters"]),
         ("- 1\n", [], ["expected a mapping"]),
         (None, ["--compare", "dap"], ["'dap'"]),
+        (None, ["--compare", "vanilla,cal,dpa", "cmo.upper=0.3"], ["lower 1.0 > upper 0.3", "of cal in --compare"]),
         (None, ["--space", "/nowhere.yaml"], ["/nowhere.yaml"]),
     ],
 )
@@ -78,13 +79,24 @@ def test_options_count_before_the_files_settings(space: Callable[[str], Path]) -
     )
     plan = make_plan_of(recipe, Options(space=file))
     assert isinstance(plan.search, Random)
-    assert (plan.name, plan.search.num_trials, plan.search.seed) == ("tiny-space", 3, 5)
+    assert (plan.name, plan.search.num_trials, plan.search.seed) == ("tiny-space-random", 3, 5)
     assert (plan.what["metric"], plan.what["mode"]) == ("instruct.nll_mean", "min")
     plan = make_plan_of(
         recipe, Options(space=file, search="optuna", trials=7, metric="eval.heldout.accuracy", name="n")
     )
     assert isinstance(plan.search, Optuna)
     assert (plan.name, plan.search.num_trials, plan.search.mode) == ("n", 7, "max")
+
+
+def test_other_searches_and_comparisons_have_other_names(space: Callable[[str], Path]) -> None:
+    recipe, file = load("tiny"), space("cmo.upper: [0.4, 0.5]\n")
+    options = [
+        Options(space=file), Options(space=file, search="optuna", trials=3), Options(compare=("vanilla", "dpa"), seeds=2),
+        Options(compare=("vanilla", "cal"), seeds=2), Options(),
+    ]  # fmt: skip
+    names = [make_plan_of(recipe, each).name for each in options]
+    assert names[:2] == ["tiny-space", "tiny-space-optuna"]
+    assert len(set(names)) == len(names)
 
 
 def test_without_a_space_it_is_three_ranks_by_three_bounds() -> None:

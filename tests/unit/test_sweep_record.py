@@ -140,6 +140,9 @@ def test_a_name_belongs_to_one_sweep(store: Store, tiny: Recipe) -> None:
         with pytest.raises(RecipeError, match="another recipe, space, search or seed"):
             Record(store, "s", recipe, what).take_up()
     assert Record(store, "s", load("tiny", ["cluster.workers=2"]), WHAT).take_up(), "how it is done may change"
+    few, many = ({**WHAT, "space": {"compare": ["dpa", "cal"], "seeds": seeds}} for seeds in (2, 5))
+    Record(store, "c", tiny, few).write()
+    assert Record(store, "c", tiny, many).take_up(), "further seeds only add trials"
     store.write_bytes("sweeps/s/sweep.json", b"[]")
     with pytest.raises(UserError, match="found something else"):
         Record(store, "s", tiny, WHAT).take_up()
