@@ -163,7 +163,8 @@ def run(recipe: Recipe, options: Options) -> int:
 
 
 def _carry_out(recipe: Recipe, plan: Plan, store: Store, record: Record) -> None:
-    from dpa_ray.sweep import tuner  # Ray takes seconds to import, and a finished sweep needs none
+    from dpa_ray.engine import launch  # Ray takes seconds to import, and a finished sweep needs none
+    from dpa_ray.sweep import tuner
     from dpa_ray.sweep.state import Sweep
 
     sweep = Sweep(record, plan.search, plan.space.recipe, label=plan.space.label, tell=_print)
@@ -176,7 +177,8 @@ def _carry_out(recipe: Recipe, plan: Plan, store: Store, record: Record) -> None
     _print(tuner.connect(recipe.cluster, at_most))
     _prepare(plan.space.recipe, [trial["overrides"] for trial in record.trials], store)
     claims = tuner.start_claims()
-    sweep.max_running = lambda: tuner.room(recipe.cluster, tuner.resources(), at_most)
+    limit = min(at_most or plan.search.num_trials, plan.search.num_trials)
+    sweep.max_running = lambda: tuner.room(recipe.cluster, launch.node_resources(), limit)
     sweep.release = claims.release.remote
     tuner.carry_out(
         sweep, claims, max_failures=recipe.cluster.max_failures, asha=plan.settings.asha, asha_mode=plan.asha_mode,

@@ -113,15 +113,19 @@ def test_without_a_space_it_is_three_ranks_by_three_bounds() -> None:
 
 
 def test_trials_at_once_are_as_many_as_have_room() -> None:
-    """Each a driver (0.1 CPU), its workers and a data task."""
+    """Each a driver (0.1 CPU), its workers and a data task, and each worker whole on a node."""
     from dpa_ray.sweep.tuner import needed_cpus, room
 
     cpu = ClusterSection(workers=2, gpus_per_worker=0, cpus_per_worker=0.5)
     assert needed_cpus(cpu) == pytest.approx(2.1)
-    assert room(cpu, {"CPU": 8.4}, None) == 4
-    assert room(cpu, {"CPU": 8.3}, None) == 3
-    assert room(cpu, {"CPU": 8.4}, 2) == 2
-    assert room(cpu, {"CPU": 1.0}, None) == 1, "it then waits, or says what is missing"
+    assert room(cpu, [{"CPU": 8.4}], 9) == 4
+    assert room(cpu, [{"CPU": 8.3}], 9) == 3
+    assert room(cpu, [{"CPU": 8.4}], 2) == 2
+    assert room(cpu, [{"CPU": 1.0}], 9) == 1, "it then waits, or says what is missing"
     gpu = ClusterSection(workers=4, gpus_per_worker=1)
-    assert room(gpu, {"CPU": 64.0, "GPU": 11.0}, None) == 2
-    assert room(gpu, {"CPU": 5.0, "GPU": 11.0}, None) == 1
+    assert room(gpu, [{"CPU": 64.0, "GPU": 11.0}], 9) == 2
+    assert room(gpu, [{"CPU": 5.0, "GPU": 11.0}], 9) == 1
+    assert room(gpu, [{"CPU": 16.0, "GPU": 4.0}] * 3, 9) == 3
+    wide = ClusterSection(workers=2, gpus_per_worker=0, cpus_per_worker=3)
+    assert room(wide, [{"CPU": 4.0}] * 4, 9) == 2, "one worker a node, though 16 CPUs would hold 2.3 trials"
+    assert room(wide, [{"CPU": 5.0}] * 6, 9) == 3, "of 30 CPUs, which would hold 4.2"
