@@ -57,7 +57,7 @@ class _Proposals(_NotPickled, Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         del trial_id
-        if self.sweep.is_over:
+        if self.sweep.is_over or self.sweep.record.taken.is_set():
             return str(Searcher.FINISHED)
         trial = self.sweep.next()
         return trial and {"trial": trial["name"], "overrides": json.dumps(trial["overrides"])}
@@ -92,7 +92,7 @@ class _Events(_NotPickled, tune.Callback):
 
 
 class _Budget(_NotPickled, Stopper):
-    """Stops all trials when the time is over."""
+    """Stops all trials when the time is over, or another process goes on with the sweep."""
 
     def __init__(self, sweep: Sweep, time_budget_s: float | None):
         self.sweep = sweep
@@ -104,7 +104,7 @@ class _Budget(_NotPickled, Stopper):
     def stop_all(self) -> bool:
         if self.deadline is not None and time.monotonic() > self.deadline:
             self.sweep.budget_is_over = True
-        return self.sweep.budget_is_over
+        return self.sweep.budget_is_over or self.sweep.record.taken.is_set()
 
 
 def needed_cpus(cluster: ClusterSection) -> float:
@@ -186,6 +186,8 @@ def carry_out(
             ),
         )  # fmt: skip
         tuner.fit()
+    sweep.release = lambda name: None  # there is no Ray any more
+    sweep.cut()
 
 
 @contextmanager

@@ -44,6 +44,7 @@ def space(tmp_path: Path) -> Callable[[str], Path]:
         ("cmo.upper: {uniform: [0.4, 0.5]}\n", [], ["--trials: expected a number of trials"]),
         ("cmo.upper: {uniform: [0.4, 0.5]}\n", ["--search", "grid"], ["found uniform"]),
         ("seed: [1, 2]\n", ["--metric", "eval.other.accuracy"], ["one of the held-out sets (heldout, unseen_pairs)"]),
+        ("seed: [1, 2]\n", ["--metric", "eval.heldout.acuracy"], ["one of num_questions, accuracy,"]),
         ("seed: [1, 2]\nsweep: {asha: {grace_steps: 5, metric: eval.heldout.accuracy}}\n", [], ["while a stage runs"]),
         ("seed: [1, 2]\n", ["--compare", "dpa,vanilla"], ["found both"]),
         ("seed: [1, 2]\n", ["stages.instruct.lrr=1"], ["did you mean lr?"]),
@@ -106,8 +107,14 @@ def test_without_a_space_it_is_three_ranks_by_three_bounds() -> None:
     assert isinstance(plan.search, Grid)
     assert plan.search.num_trials == 9
     assert make_plan_of(recipe, Options(trials=4)).search.num_trials == 4
-    for method in ("cal", "vanilla"):
-        assert make_plan_of(load("tiny", [f"method={method}"]), Options()).search.num_trials == 9
+    rank, upper = "stages.proxy_llm.lora.rank", "cmo.upper"
+    assert default_space(load("tiny", ["method=pmo"])) == {rank: [8, 16, 32]}
+    assert default_space(load("tiny", ["method=cal"])) == {upper: [2.5, 5.0, 10.0]}
+    equal = load("tiny", ["cmo.lower=0.5", "cmo.upper=0.5", f"{rank}=1"])
+    assert default_space(equal) == {rank: [1, 2], upper: [0.5, 1.0]}
+    assert make_plan_of(equal, Options()).search.num_trials == 4
+    with pytest.raises(RecipeError, match="method vanilla uses neither"):
+        make_plan_of(load("tiny", ["method=vanilla"]), Options())
     with pytest.raises(RecipeError):
         make_plan_of(recipe, Options(compare=("dpa",), search="random", trials=3))
 

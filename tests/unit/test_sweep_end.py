@@ -1,0 +1,63 @@
+"""Does a sweep say truly how it ended, and write nothing of what is another's?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dpa_ray.recipe import Recipe, load
+from dpa_ray.store.fs import Store
+from dpa_ray.sweep import main
+from dpa_ray.sweep.main import Options, make_plan_of, run
+from dpa_ray.sweep.record import Record
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return load("tiny", store=str(tmp_path / "store"))
+
+
+def record_of(recipe: Recipe, statuses: list[str]) -> Record:
+    """The default sweep's record of four trials, as an earlier command left it."""
+    plan = make_plan_of(recipe, Options(trials=4))
+    record = Record(Store(recipe.store), plan.name, recipe, plan.what)
+    for number, status in enumerate(statuses):
+        record.add(plan.search.propose(number, []))["status"] = status
+    record.write("interrupted")
+    return record
+
+
+def test_with_fewer_trials_than_before_it_is_done_when_those_are(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is to do, and no Ray is started."""
+    record = record_of(recipe, ["done", "done", "done", "waiting"])
+    assert run(recipe, Options(trials=2)) == 0
+    told = capsys.readouterr().out
+    assert "goes on: 2 of 2 trials" in told
+    assert "budget" not in told
+    assert record.store.read_json(f"{record.path}/sweep.json")["status"] == "done"
+
+
+@pytest.mark.parametrize("budget_is_over", [True, False])
+def test_a_sweep_that_is_not_whole_is_interrupted_and_says_why(
+    budget_is_over: bool, recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = record_of(recipe, ["done", "done", "done", "interrupted"])
+    assert main._close(make_plan_of(recipe, Options(trials=4)), record, "here", budget_is_over) == 1
+    assert ("the time budget is over" in capsys.readouterr().out) == budget_is_over
+    assert record.store.read_json(f"{record.path}/sweep.json")["status"] == "interrupted"
+
+
+def test_trials_are_settled_only_by_who_holds_the_sweep(recipe: Recipe) -> None:
+    record = record_of(recipe, ["interrupted", "stopped"])
+    runs = [f"runs/{trial['name']}/run.json" for trial in record.trials]
+    record.store.write_bytes(runs[0], b"broken")  # keeps no other from being settled
+    record.store.write_json(runs[1], {"status": "running"})
+    record.taken.set()
+    main._settle(record)
+    assert record.store.read_json(runs[1])["status"] == "running"
+    record.taken.clear()
+    main._settle(record)
+    assert record.store.read_json(runs[1])["status"] == "stopped"
