@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from dpa_ray.errors import UserError
 from dpa_ray.recipe import ClusterSection, RecipeError, load
 from dpa_ray.sweep.main import Options, default_space, make_plan_of
 from dpa_ray.sweep.search import Grid, Optuna, Random
@@ -64,6 +65,17 @@ def test_wrong_input_exits_2_and_starts_nothing(
     error = capsys.readouterr().err
     assert [part for part in told if part not in error] == [], error
     assert list(tmp_path.glob("store/*/*")) == [], "nothing was written"
+
+
+def test_no_password_is_shown(
+    command: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*args: object) -> None:
+        raise UserError("no answer from https://me:secret@host/x")
+
+    monkeypatch.setattr("dpa_ray.sweep.main.run", fail)
+    assert command.main(["tiny"]) == 1
+    assert capsys.readouterr().err == "error: no answer from https://***@host/x\n"
 
 
 @pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--trials", "x"], ["--search", "best"]])

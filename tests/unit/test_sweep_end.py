@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dpa_ray.recipe import Recipe, load
+from dpa_ray.errors import UserError
+from dpa_ray.recipe import Recipe, RecipeError, load
 from dpa_ray.store.fs import Store
 from dpa_ray.sweep import main
 from dpa_ray.sweep.main import Options, make_plan_of, run
 from dpa_ray.sweep.record import Record
+from dpa_ray.sweep.state import Sweep
 
 
 @pytest.fixture
@@ -61,3 +64,30 @@ def test_trials_are_settled_only_by_who_holds_the_sweep(recipe: Recipe) -> None:
     record.taken.clear()
     main._settle(record)
     assert record.store.read_json(runs[1])["status"] == "stopped"
+
+
+def test_tune_is_told_to_stop_where_the_sweep_was_taken_over(recipe: Recipe) -> None:
+    from dpa_ray.sweep.tuner import _Budget, _Proposals
+
+    record, plan = record_of(recipe, ["waiting"]), make_plan_of(recipe, Options(trials=4))
+    sweep = Sweep(record, plan.search, plan.space.recipe)
+    assert not _Budget(sweep, None).stop_all()
+    record.taken.set()
+    assert _Budget(sweep, None).stop_all()
+    assert _Proposals(sweep).suggest("0") == "FINISHED"
+
+
+@pytest.mark.parametrize("err", [UserError("absent"), RecipeError([("data", "absent")])])
+def test_what_cannot_be_prepared_is_left_to_its_trials(
+    err: Exception, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def fail(recipe: Recipe, *args: Any, **kwargs: Any) -> None:
+        tried.append(recipe.model.vision_layer)
+        raise err
+
+    monkeypatch.setattr(main, "make_plan", fail)
+    layers = [recipe.model.vision_layer, recipe.model.vision_layer - 1]
+    main._prepare(recipe.to_dict(), [{"model.vision_layer": layer} for layer in layers], Store(recipe.store))
+    assert tried == layers
