@@ -109,12 +109,12 @@ def default_space(recipe: Recipe) -> dict[str, Any]:
     rank = recipe.stages.proxy_llm.lora.rank
     weighted = next((stage for stage in ("instruct", "proxy_mllm") if recipe.weights(stage) != "uniform"), "instruct")
     lower, upper = recipe.bounds(weighted)
-    tried = {
+    tried: dict[str, list[Any]] = {
         "stages.proxy_llm.lora.rank": [max(1, rank // 2), rank, 2 * rank],
         "cmo.upper": [max(lower, factor * upper) for factor in (0.5, 1.0, 2.0)],
     }
     plain = recipe.to_dict()
-    space = {}
+    space: dict[str, Any] = {}
     for key, values in tried.items():
         different: dict[tuple[str, ...], Any] = {}
         for value in values:
@@ -166,7 +166,7 @@ def run(recipe: Recipe, options: Options) -> int:
     record.take_up()
     trackers.check(recipe.trackers)
     with (
-        bridging(recipe.data.retry_s),
+        bridging(recipe.data.retry_s, _print),
         lease.held(store, f"{record.path}/lease", report=_print, lost=record.taken.set) as held,
     ):
         record.confirm = held.confirm
