@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from dpa_ray.errors import UserError
+from dpa_ray.errors import NoAnswer, UserError
 from dpa_ray.recipe import Recipe, RecipeError, load
 from dpa_ray.store.fs import Store
+from dpa_ray.store.local import LocalFolder
 from dpa_ray.sweep import main
 from dpa_ray.sweep.main import Options, make_plan_of, run
 from dpa_ray.sweep.record import Record
@@ -91,3 +92,23 @@ def test_what_cannot_be_prepared_is_left_to_its_trials(
     layers = [recipe.model.vision_layer, recipe.model.vision_layer - 1]
     main._prepare(recipe.to_dict(), [{"model.vision_layer": layer} for layer in layers], Store(recipe.store))
     assert tried == layers
+
+
+def test_a_store_that_is_away_for_a_while_is_waited_for(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def look(recipe: Recipe, plan: Any, store: Store, record: Record) -> bool:
+        def away_at_first(self: LocalFolder, path: str) -> bool:
+            asked.append(path)
+            if len(asked) == 1:
+                raise NoAnswer("s3://b: no answer")
+            return False
+
+        with monkeypatch.context() as away:
+            away.setattr(LocalFolder, "exists", away_at_first)
+            assert not store.exists("nowhere")
+        return False
+
+    monkeypatch.setattr(main, "_carry_out", look)
+    assert run(recipe, Options(trials=2)) == 1, "no trial was run"
+    assert asked == ["nowhere", "nowhere"]
