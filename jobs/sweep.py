@@ -3,10 +3,10 @@
     python jobs/sweep.py [RECIPE] [--space SPACE.yaml] [key=value ...] [--store URI] [--name NAME]
     python jobs/sweep.py [RECIPE] --compare M1,M2,... --seeds N [key=value ...]
 
-RECIPE is a YAML file or the name of one in jobs/recipes (default: tiny). Without --space: LoRA rank by upper
-clamp bound, around the recipe's. The same command again goes on where the last
-one stopped. Exit code 0: done (a failed trial is listed); 1: every trial failed, or it was interrupted; 2: the recipe, the
-space or the arguments are wrong, and nothing was started.
+RECIPE is a YAML file or the name of one in jobs/recipes (default: tiny). Without --space: LoRA rank by upper clamp bound,
+around the recipe's, as far as its method uses them. The same command again goes on where the last one stopped. Exit code 0:
+done (a failed trial is listed); 1: every trial failed, or it was interrupted, or its time budget ended before it; 2: the
+recipe, the space or the arguments are wrong, and nothing was started.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     from dpa_ray.report.quiet import quiet_libraries
 
     quiet_libraries()
+    from dpa_ray.credentials import without_credentials
     from dpa_ray.errors import UserError
     from dpa_ray.recipe import RecipeError, load
 
@@ -45,10 +46,10 @@ def main(argv: list[str] | None = None) -> int:
             ),
         )  # fmt: skip
     except RecipeError as err:
-        print(f"error: {err}", file=sys.stderr)
+        print(f"error: {without_credentials(str(err))}", file=sys.stderr)
         return 2
     except UserError as err:
-        print(f"error: {err}", file=sys.stderr)
+        print(f"error: {without_credentials(str(err))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: what is finished is kept; the same command goes on from there", file=sys.stderr)
@@ -76,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix (default: the recipe's)")
     parser.add_argument(
-        "--name", help="of the sweep (default: RECIPE-SPACE); a trial's run is NAME-0000, NAME-0001, ..."
+        "--name",
+        help="of the sweep (default: RECIPE-SPACE, or RECIPE-SPACE-SEARCH where that is not grid, or RECIPE-compare-DIGEST); "
+        "a trial's run is NAME-0000, NAME-0001, ...",
     )
     parser.add_argument(
         "--search", choices=("grid", "random", "optuna"), help="default: grid, where all keys are lists"

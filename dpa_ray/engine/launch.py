@@ -51,6 +51,10 @@ TRAIN_COLLECTIVE = "RAY_TRAIN_COLLECTIVE_TIMEOUT_S"
 """How long Ray Train's controller waits for a worker that does not answer, and its own barriers for one that does not come;
 it passes them on from the driver."""
 
+LOCAL = "DPA_RAY_LOCAL"
+"""Set in the workers of a Ray that `connect` started on this machine. (RAY_ADDRESS is set for the driver of a cluster, but
+not for its workers, some of which are drivers of a sweep's trials.)"""
+
 POLL_S = 0.2
 LOOK_EVERY_S = 5.0
 """How often the driver looks whether workers wait for one that does not come."""
@@ -79,6 +83,7 @@ def connect(cluster: ClusterSection, *, num_cpus: float | None = None, dashboard
         except (ConnectionError, RuntimeError, ValueError) as err:
             raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there: {first_line(err)}") from None
         return f"cluster at {address}"
+    environment["env_vars"][LOCAL] = "1"
     wanted = math.ceil(max(local_cpus(cluster), num_cpus or 0))
     ray.init(address="local", num_cpus=wanted, include_dashboard=dashboard, **quiet)
     return "local Ray"
@@ -205,11 +210,11 @@ class Starting:
 def wait_for_resources(cluster: ClusterSection, poll_s: float = 1.0) -> None:
     """Wait until the cluster has what all workers (of an elastic run, the fewest) need; an autoscaler may bring it.
 
-    Raises: UserError after `cluster.start_timeout_s` with what was asked for and what there is. (Ray itself would wait
-        for ever, without a word.)
+    Raises: UserError after `cluster.start_timeout_s` (at once on a local Ray, which does not grow) with what was asked
+        for and what there is. (Ray itself would wait for ever, without a word.)
     """
     deadline = time.monotonic() + cluster.start_timeout_s
-    local = os.environ.get("RAY_ADDRESS") is None
+    local = _is_local()
     while True:
         there = ray.cluster_resources()
         if all(there.get(k, 0.0) + 1e-9 >= v for k, v in _needed(cluster).items()):
@@ -220,6 +225,13 @@ def wait_for_resources(cluster: ClusterSection, poll_s: float = 1.0) -> None:
                 "cluster.workers, cluster.gpus_per_worker (0 trains on CPUs) or cluster.cpus_per_worker to fit"
             )
         time.sleep(poll_s)
+
+
+def _is_local() -> bool:
+    """Is this the driver of a Ray that was started on this machine, or a trial's in it?"""
+    if ray.get_runtime_context().get_actor_id() is not None:
+        return LOCAL in os.environ
+    return not os.environ.get("RAY_ADDRESS")
 
 
 def node_resources() -> list[dict[str, float]]:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from dpa_ray.recipe import METHOD_WEIGHTS, Method, RecipeError
 from dpa_ray.recipe_errors import shown
-from dpa_ray.sweep.space import Point, Space
+from dpa_ray.sweep.space import Point, Space, errors_of
 
 BASELINE = "vanilla"
 LEVEL = 0.95
@@ -44,11 +44,15 @@ def variant(name: str) -> Point:
 
 
 def comparison(names: Sequence[str], num_seeds: int, recipe: Mapping[str, Any]) -> Space:
-    """Every variant at every seed, from the recipe's own on. Raises: RecipeError with every wrong name."""
+    """Every variant at every seed, from the recipe's own on; a further seed adds points behind the others.
+
+    Raises: RecipeError with every wrong name, and every variant that makes the recipe wrong: none may be left out.
+    """
     errors, points = [], {}
     for name in names:
         try:
             points[name] = variant(name)
+            errors += [(path, f"{text} (of {name} in --compare)") for path, text in errors_of(recipe, points[name])]
         except RecipeError as err:
             errors += err.errors
     if len(set(names)) < len(names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -9,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpa_ray.data.retry import bridging, retried
 from dpa_ray.engine import reporting
-from dpa_ray.errors import UserError
-from dpa_ray.recipe import WEIGHT_BOUNDS, Recipe, RecipeError, parse
+from dpa_ray.errors import NoAnswer, UserError
+from dpa_ray.recipe import Recipe, RecipeError, parse
 from dpa_ray.report import trackers
 from dpa_ray.report.console import terminal
 from dpa_ray.stages.pipeline import Pipeline, make_plan
@@ -20,8 +22,9 @@ from dpa_ray.store import lease
 from dpa_ray.store.fs import Store
 from dpa_ray.sweep import measures, screen
 from dpa_ray.sweep.compare import compared, comparison
-from dpa_ray.sweep.record import FILE, Record
+from dpa_ray.sweep.record import FILE, FINISHED, Record, one_line
 from dpa_ray.sweep.search import Grid, Optuna, Random, Search
+from dpa_ray.sweep.sharing import chain
 from dpa_ray.sweep.space import SETTINGS, SettingsSection, Space, laid_over, load_space, parse_space
 
 
@@ -65,7 +68,7 @@ def make_plan_of(recipe: Recipe, options: Options) -> Plan:
     elif options.space is not None:
         space, settings = load_space(options.space, recipe)
     else:
-        space, settings = parse_space(default_space(recipe), recipe, "the default space")
+        space, settings = parse_space(_default_values(recipe), recipe, "the default space")
     told = {key: getattr(options, key) for key in ("search", "trials", "time_budget_s", "max_concurrent", "metric")}
     settings = settings.model_copy(update={key: value for key, value in told.items() if value is not None})
     metric = settings.metric or measures.default_metric(recipe)
@@ -77,20 +80,49 @@ def make_plan_of(recipe: Recipe, options: Options) -> Plan:
     search = _search(kind, space, settings, mode)
     domains = {key: {domain.kind: list(domain.values)} for key, domain in space.domains.items()}
     searched: dict[str, Any] = dict(domains) or {"compare": [*options.compare], "seeds": options.seeds}
-    kind_of = "compare" if options.compare else options.space.stem if options.space else "rank-by-bound"
-    default = f"{recipe.name}-{kind_of}"
     what = {"search": kind, "metric": metric, "mode": mode, "seed": settings.seed, "space": searched}
-    return Plan(options.name or default, space, search, settings, what)
+    return Plan(options.name or _default_name(recipe, options, kind), space, search, settings, what)
+
+
+def _default_name(recipe: Recipe, options: Options, search: str) -> str:
+    """RECIPE-SPACE, with the search where it is no grid; RECIPE-compare-DIGEST for a comparison, by its variants."""
+    if options.compare:
+        return f"{recipe.name}-compare-{hashlib.sha256(','.join(options.compare).encode()).hexdigest()[:6]}"
+    of = options.space.stem if options.space else "rank-by-bound"
+    return f"{recipe.name}-{of}" + ("" if search == "grid" else f"-{search}")
+
+
+def _default_values(recipe: Recipe) -> dict[str, Any]:
+    """`default_space`. Raises: RecipeError where it is empty."""
+    values = default_space(recipe)
+    if not values:
+        why = f"without it LoRA rank and upper clamp bound are tried, and method {recipe.method} uses neither here"
+        raise RecipeError([("--space", f"expected a space (or --compare), found none: {why}")], "sweep")
+    return values
 
 
 def default_space(recipe: Recipe) -> dict[str, Any]:
-    """The paper's two ablations around the recipe: the proxy's LoRA rank, and how much one token may weigh."""
+    """The paper's two ablations around the recipe: the proxy's LoRA rank, and how much one token may weigh.
+
+    Only values that give a right recipe and other artifacts than those before them: the method may use but one, or none.
+    """
     rank = recipe.stages.proxy_llm.lora.rank
-    lower, upper = WEIGHT_BOUNDS["prob"] if recipe.weights("instruct") == "uniform" else recipe.bounds("instruct")
-    return {
-        "stages.proxy_llm.lora.rank": sorted({max(1, rank // 2), rank, 2 * rank}),
+    weighted = next((stage for stage in ("instruct", "proxy_mllm") if recipe.weights(stage) != "uniform"), "instruct")
+    lower, upper = recipe.bounds(weighted)
+    tried: dict[str, list[Any]] = {
+        "stages.proxy_llm.lora.rank": [max(1, rank // 2), rank, 2 * rank],
         "cmo.upper": [max(lower, factor * upper) for factor in (0.5, 1.0, 2.0)],
     }
+    plain = recipe.to_dict()
+    space: dict[str, Any] = {}
+    for key, values in tried.items():
+        different: dict[tuple[str, ...], Any] = {}
+        for value in values:
+            with suppress(RecipeError):
+                different.setdefault(chain(parse(laid_over(plain, {key: value}))), value)
+        if len(different) > 1:
+            space[key] = [*different.values()]
+    return space
 
 
 def _check(recipe: Recipe, settings: SettingsSection, metric: str) -> None:
@@ -128,53 +160,72 @@ def run(recipe: Recipe, options: Options) -> int:
         mend; KeyboardInterrupt. What is finished is kept in every case.
     """
     plan = make_plan_of(recipe, options)
-    store = Store(recipe.store)
+    store = Store(recipe.store, through=retried)
     store.check()
     record = Record(store, plan.name, recipe, plan.what)
     record.take_up()
     trackers.check(recipe.trackers)
-    with lease.held(store, f"{record.path}/lease", report=_print, lost=record.taken.set):
+    with (
+        bridging(recipe.data.retry_s, _print),
+        lease.held(store, f"{record.path}/lease", report=_print, lost=record.taken.set) as held,
+    ):
+        record.confirm = held.confirm
         is_new = not record.take_up()  # again: another process may have had the lease meanwhile
         where = store.url(f"{record.path}/{FILE}")
+        if is_new:
+            record.check_names(plan.search.num_trials)
         record.values["left_out"] = getattr(plan.search, "left_out", [])
         record.write("running", error=None)
         screen.header(record.values, where)
         if not is_new:
-            done = sum(trial["status"] in ("done", "stopped") for trial in record.trials)
+            wanted = record.trials[: plan.search.num_trials]
+            done = sum(trial["status"] in FINISHED for trial in wanted)
             _print(f"goes on: {done} of {plan.search.num_trials} trials are finished")
         try:
-            _carry_out(recipe, plan, store, record)
+            budget_is_over = _carry_out(recipe, plan, store, record)
         except BaseException as err:
-            for trial in record.trials:
-                if trial["status"] == "running":
-                    trial["status"] = "interrupted"
-            record.write("interrupted", error=str(err) or type(err).__name__)
+            _interrupted(record, err)
             raise
         finally:
             _settle(record)
-        return _close(plan, record, where)
+        return _close(plan, record, where, budget_is_over)
 
 
-def _carry_out(recipe: Recipe, plan: Plan, store: Store, record: Record) -> None:
-    from dpa_ray.sweep import tuner  # Ray takes seconds to import, and a finished sweep needs none
+def _interrupted(record: Record, err: BaseException) -> None:
+    """Write down what can be of a sweep that ends with `err`, which matters more than that something cannot be."""
+    for trial in record.trials:
+        if trial["status"] == "running":
+            trial["status"] = "interrupted"
+    try:
+        record.write("interrupted", record.store.brief(), error=one_line(err))
+    except (UserError, OSError) as also:
+        _print(f"not everything about this sweep's end could be written: {also}")
+
+
+def _carry_out(recipe: Recipe, plan: Plan, store: Store, record: Record) -> bool:
+    """Run what is to do. Returns whether the time budget ended it."""
+    from dpa_ray.engine import launch  # Ray takes seconds to import, and a finished sweep needs none
+    from dpa_ray.sweep import tuner
     from dpa_ray.sweep.state import Sweep
 
-    sweep = Sweep(record, plan.search, plan.space.recipe, labels=plan.space.labels, tell=_print)
+    sweep = Sweep(record, plan.search, plan.space.recipe, label=plan.space.label, tell=_print)
     if plan.what["search"] != "optuna":
         sweep.propose_all()
     record.write()
     if sweep.is_over:
-        return
+        return False
     at_most = plan.settings.max_concurrent
     _print(tuner.connect(recipe.cluster, at_most))
     _prepare(plan.space.recipe, [trial["overrides"] for trial in record.trials], store)
     claims = tuner.start_claims()
-    sweep.max_running = lambda: tuner.room(recipe.cluster, tuner.resources(), at_most)
+    limit = min(at_most or plan.search.num_trials, plan.search.num_trials)
+    sweep.max_running = lambda: tuner.room(recipe.cluster, launch.node_resources(), limit)
     sweep.release = claims.release.remote
     tuner.carry_out(
         sweep, claims, max_failures=recipe.cluster.max_failures, asha=plan.settings.asha, asha_mode=plan.asha_mode,
         time_budget_s=plan.settings.time_budget_s,
     )  # fmt: skip
+    return sweep.budget_is_over
 
 
 def _prepare(base: Mapping[str, Any], points: Sequence[dict[str, Any]], store: Store) -> None:
@@ -186,25 +237,32 @@ def _prepare(base: Mapping[str, Any], points: Sequence[dict[str, Any]], store: S
             plain = recipe.to_dict()
             different.setdefault(json.dumps([plain["model"], plain["data"]], sort_keys=True), recipe)
     for recipe in different.values():
-        with suppress(UserError):
+        with suppress(UserError, RecipeError):
             plan = make_plan(recipe, store, make=True, report=_print)
             Pipeline(plan, store, Run(store, recipe), _print).prepare_data()
 
 
 def _settle(record: Record) -> None:
-    """What trials that were ended could not do themselves."""
+    """What trials that were ended could not do themselves; a sweep that was taken over is another's to settle."""
+    store = record.store.brief()  # who interrupts does not want to wait
     for trial in record.trials:
-        if trial["status"] in ("stopped", "interrupted"):
+        if trial["status"] in ("stopped", "interrupted") and not record.taken.is_set():
             path = f"runs/{trial['name']}"
             what = "stopped" if trial["status"] == "stopped" else "failed"
-            settle(record.store, path, what, trial["reason"] or "interrupted")
+            try:
+                settle(store, path, what, trial["reason"] or "interrupted")
+            except NoAnswer:
+                return
+            except (UserError, OSError) as err:
+                _print(f"{trial['name']}: its end could not be written: {err}")
 
 
-def _close(plan: Plan, record: Record, where: str) -> int:
+def _close(plan: Plan, record: Record, where: str, budget_is_over: bool) -> int:
     """The table at the end, and the exit code."""
     trials = record.trials
-    is_whole = len(trials) == plan.search.num_trials and all(
-        trial["status"] in ("done", "stopped", "failed") for trial in trials
+    wanted = trials[: plan.search.num_trials]  # an earlier command may have wanted more
+    is_whole = len(wanted) == plan.search.num_trials and all(
+        trial["status"] in (*FINISHED, "failed") for trial in wanted
     )
     has_failed = bool(trials) and all(trial["status"] == "failed" for trial in trials)
     values: dict[str, Any] = {}
@@ -216,8 +274,9 @@ def _close(plan: Plan, record: Record, where: str) -> int:
     screen.closing(record.values, where)
     _write_report(record)
     if not is_whole:
-        _print("the time budget is over; the same command goes on from here")
-    return 1 if has_failed else 0
+        why = "the time budget is over" if budget_is_over else "not every trial is finished"
+        _print(f"{why}; the same command goes on from here")
+    return 1 if has_failed or not is_whole else 0
 
 
 def _write_report(record: Record) -> None:

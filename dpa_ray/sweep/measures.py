@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, Literal
 
+from dpa_ray.eval.exact_match import ExactMatch
 from dpa_ray.recipe import Recipe
 from dpa_ray.stages.pipeline import HELD_OUT
 from dpa_ray.stages.spec import TRAINING_STAGES
@@ -20,6 +22,9 @@ REPORTS = 50
 
 SKIPPED = ("step", "epoch", "lr", "step_time_s", "data_wait_s", "saving_s", "packing_efficiency")
 """Numbers of metrics.jsonl that say how a step was made, as do those that begin with num_."""
+
+EVAL_KEYS = tuple(field.name for field in fields(ExactMatch))
+"""What is told of each held-out set."""
 
 
 def window(num_steps: int) -> int:
@@ -105,9 +110,12 @@ def problem(metric: str, recipe: Recipe) -> str | None:
     if where == "eval":
         sets = [*([HELD_OUT] if recipe.data.eval is not None else []), *recipe.data.eval_extra]
         name, _, key = key.rpartition(".")
-        if name in sets and key:
+        if name in sets and key in EVAL_KEYS:
             return None
-        return f"expected eval.SET.KEY with one of the held-out sets ({', '.join(sets) or 'this recipe has none'}), found {metric}"
+        known = (
+            f"one of the held-out sets ({', '.join(sets) or 'this recipe has none'}) and one of {', '.join(EVAL_KEYS)}"
+        )
+        return f"expected eval.SET.KEY with {known}, found {metric}"
     if where in TRAINING_STAGES and key and "." not in key:
         return None
     return f"expected eval.SET.KEY or STAGE.KEY with one of {', '.join(TRAINING_STAGES)}, found {metric}"

@@ -15,15 +15,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from dpa_ray.credentials import without_credentials
 from dpa_ray.errors import LeaseTaken, UserError
 from dpa_ray.recipe import NAME_PATTERN, Recipe, RecipeError
-from dpa_ray.stages.runs import identity
+from dpa_ray.stages.runs import RUN_FILE, identity
 from dpa_ray.store.artifacts import find
 from dpa_ray.store.fs import Store
 from dpa_ray.sweep.space import Point
@@ -34,11 +37,16 @@ STAGES = ("proxy_llm", "proxy_merged", "blind", "proxy_mllm", "blind_instruct", 
 
 MAX_REASON = 600
 
+AWAY_S = 10.0
+"""After a call that the store did not answer, trials are run for so long before it is asked again."""
+
+_log = logging.getLogger(__name__)
+
 Trial = dict[str, Any]
 
 
 class Record:
-    """sweep.json; every change is written at once, and as a whole."""
+    """sweep.json; every change is written at once, and as a whole, where the store answers."""
 
     def __init__(self, store: Store, name: str, recipe: Recipe, what: Mapping[str, Any]):
         """`what`: how the sweep searches (space, search, metric, mode, seed): the same name goes on with the same only."""
@@ -47,9 +55,14 @@ class Record:
         self.store, self.name, self.path = store, name, f"sweeps/{name}"
         self.workers = recipe.cluster.max_workers
         self.gpus = recipe.cluster.gpus_per_worker or 1.0
-        content = json.dumps([identity(recipe), what["space"], what["search"], what["seed"]], sort_keys=True)
+        space = {key: value for key, value in what["space"].items() if key != "seeds"}  # further seeds only add trials
+        content = json.dumps([identity(recipe), space, what["search"], what["seed"]], sort_keys=True)
         self.started, self.earlier_s = time.time(), 0.0
         self.taken = threading.Event()  # set where another process goes on with this sweep
+        # asks the store that it is given; raises where another process may have taken the sweep over
+        self.confirm: Callable[[Store], None] = lambda store: None
+        self._brief = store.brief()
+        self._away_until = 0.0  # by time.monotonic: the store did not answer
         self._metas: dict[str, dict[str, Any]] = {}
         self.values: dict[str, Any] = {
             "name": name, "status": "running", **what, "digest": hashlib.sha256(content.encode()).hexdigest()[:12],
@@ -82,7 +95,7 @@ class Record:
             raise RecipeError(
                 [("--name", f"the sweep {self.name} exists in this store with another recipe, space, search or seed: its "
                             f"digest is {digest}, this one's {self.values['digest']}. Choose another --name, or delete "
-                            f"{self.store.url(self.path)}")],
+                            f"{self.store.url(self.path)} and its trials, {self.store.url(f'runs/{self.name}-*')}")],
                 "sweep",
             )  # fmt: skip
         if [n for n, *_ in numbers] != list(range(len(trials))):
@@ -92,6 +105,19 @@ class Record:
                 trial["status"] = "interrupted"
         self.values |= {"trials": trials, "started": started}
         return True
+
+    def check_names(self, num_trials: int) -> None:
+        """Raises: RecipeError where a new sweep's trials would have the names of runs that exist."""
+        there = set(self.store.list_dirs("runs"))
+        names = (f"{self.name}-{number:04}" for number in range(num_trials))
+        taken = [name for name in names if name in there and self.store.exists(f"runs/{name}/{RUN_FILE}")]
+        if taken:
+            raise RecipeError(
+                [("--name", f"expected no runs of this name, as the sweep {self.name} is new, found {len(taken)}, the first "
+                            f"{taken[0]}. Choose another --name, or delete {self.store.url(f'runs/{self.name}-*')} (what "
+                            "they made stays in artifacts, and is used again)")],
+                "sweep",
+            )  # fmt: skip
 
     def add(self, overrides: Point, label: Mapping[str, Any] | None = None) -> Trial:
         """A further trial, not started yet."""
@@ -104,29 +130,56 @@ class Record:
         self.trials.append(trial)
         return trial
 
-    def write(self, status: str | None = None, **values: Any) -> None:
-        """Set `status` and further keys, count anew, and write the whole. Raises: LeaseTaken where it is another's now."""
+    def keep(self) -> None:
+        """Write what has changed, if that can be done now. What cannot be written is written with a later change or at the
+        end: who runs the trials must neither wait for the store nor take its outage for a trial's failure."""
+        if time.monotonic() < self._away_until:
+            return
+        try:
+            self.write(store=self._brief)
+        except (UserError, OSError) as err:
+            self._away(err)
+
+    def _away(self, err: Exception) -> None:
+        if not self._away_until:
+            _log.warning("%s is not written for now: %s", self.store.url(f"{self.path}/{FILE}"), err)
+        self._away_until = time.monotonic() + AWAY_S
+
+    def write(self, status: str | None = None, store: Store | None = None, **values: Any) -> None:
+        """Set `status` and further keys, count anew, and write the whole (through `store`, where that is another one).
+
+        Raises: LeaseTaken where it is another's now; UserError where it cannot be written.
+        """
+        store = store or self.store
         if self.taken.is_set():
             raise LeaseTaken(f"{self.store.url(self.path)}: another process has taken this sweep over")
+        self.confirm(store)
         self.values |= values
         if status is not None:
             self.values["status"] = status
         self.values["wall_time_s"] = self.earlier_s + time.time() - self.started
         self.values["stages"], self.values["gpu_s"] = account(
-            self.trials, self._meta, workers=self.workers, gpus_per_worker=self.gpus
+            self.trials, partial(self._meta, store), workers=self.workers, gpus_per_worker=self.gpus
         )
         self.values["best"] = best(self.trials, self.values["metric"], self.values["mode"])
-        self.store.write_json(f"{self.path}/{FILE}", self.values)
+        store.write_json(f"{self.path}/{FILE}", self.values)
+        self._away_until = 0.0
 
     def is_made(self, path: str) -> bool:
-        """Is this artifact in the store?"""
-        return self._meta(path) is not None
+        """Is this artifact in the store, as far as that can be known now?"""
+        if time.monotonic() < self._away_until:
+            return path in self._metas
+        try:
+            return self._meta(self._brief, path) is not None
+        except (UserError, OSError) as err:
+            self._away(err)
+            return False
 
-    def _meta(self, path: str) -> dict[str, Any] | None:
+    def _meta(self, store: Store, path: str) -> dict[str, Any] | None:
         """meta of a committed artifact, which never changes, or None where there is none yet."""
         if path not in self._metas:
             stage, _, key = path.removeprefix("artifacts/").rpartition("-")
-            artifact = find(self.store, stage, key)
+            artifact = find(store, stage, key)
             if artifact is None:
                 return None
             self._metas[path] = artifact.manifest["meta"]
@@ -184,9 +237,10 @@ def best(trials: Sequence[Trial], metric: str, mode: str) -> str | None:
 
 
 def one_line(err: BaseException) -> str:
-    """Why a trial failed."""
+    """Why a trial failed, without what addresses have of passwords."""
     if isinstance(err, RecipeError):
         text = "; ".join(f"{path}: {what}" if path else what for path, what in err.errors)
     else:
         text = " ".join(str(err).split()) or type(err).__name__
+    text = without_credentials(text)
     return text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."

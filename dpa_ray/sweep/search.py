@@ -53,6 +53,7 @@ class Grid:
                 "space",
             )
         points, self.left_out = grid_points(space)
+        assert not (space.points and self.left_out), "a comparison compares all that it names"
         self.points = points[:num_trials]
         self.num_trials = len(self.points)
 

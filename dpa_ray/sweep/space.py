@@ -85,6 +85,13 @@ class Space:
     points: tuple[Point, ...] = ()
     labels: tuple[dict[str, Any], ...] = ()  # of `points`: what a comparison calls each
 
+    def __post_init__(self) -> None:
+        assert len(self.labels) in (0, len(self.points))
+
+    def label(self, point: Point) -> dict[str, Any]:
+        """What a comparison calls `point`, which is one of its own; nothing in other spaces."""
+        return self.labels[self.points.index(point)] if self.labels else {}
+
     @property
     def is_grid(self) -> bool:
         return bool(self.points) or all(domain.kind == "grid" for domain in self.domains.values())

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dpa_ray.recipe import RecipeError, parse
 from dpa_ray.sweep.record import Record, Trial, one_line
 from dpa_ray.sweep.search import Search, Tried
 from dpa_ray.sweep.sharing import chain, choose
-from dpa_ray.sweep.space import describe, laid_over
+from dpa_ray.sweep.space import Point, describe, laid_over
 
 LOOK_EVERY_S = 1.0
 """How often to look in the store whether a running trial has made what others wait for."""
 
-WAITING, DONE, STOPPED, FAILED, INTERRUPTED = "waiting", "done", "stopped", "failed", "interrupted"
+WAITING, RUNNING, DONE, STOPPED, FAILED, INTERRUPTED = "waiting", "running", "done", "stopped", "failed", "interrupted"
 
 
 class Sweep:
-    """A sweep's trials: which wait, which run, what came of each. Every change goes to its record at once."""
+    """A sweep's trials: which wait, which run, what came of each. Every change goes to its record at once; nothing but a
+    search that finds no point raises."""
 
     def __init__(
         self,
@@ -28,19 +29,20 @@ class Sweep:
         base: dict[str, Any],
         *,
         max_running: Callable[[], int] = lambda: 1,
-        labels: Sequence[dict[str, Any]] = (),
+        label: Callable[[Point], Mapping[str, Any]] = lambda point: {},
         tell: Callable[[str], None] = lambda text: None,
         release: Callable[[str], None] = lambda name: None,
     ):
-        """`max_running` says how many trials there is room for; `release` forgets the claims of a trial that is no more."""
+        """`max_running` says how many trials there is room for; `label` what else is told of a point; `release` forgets the claims of a trial that is no more."""
         self.record, self.search, self.base = record, search, base
-        self.max_running, self.labels, self.tell, self.release = max_running, labels, tell, release
+        self.max_running, self.label, self.tell, self.release = max_running, label, tell, release
         self.running: dict[str, float] = {}  # name -> begun, by time.monotonic
         self.before_s: dict[str, float] = {}  # its earlier attempts
+        self.lost_s: dict[str, float] = {}  # unfinished_s of the attempts before
         self.budget_is_over = False
         self.nothing_until = 0.0  # by time.monotonic: till then each would wait, unless something happens
         self.chains: dict[str, tuple[str, ...]] = {}
-        for trial in record.trials:
+        for trial in record.trials[: search.num_trials]:
             if trial["status"] == FAILED:  # an earlier attempt's; what it had finished is there
                 trial["status"] = INTERRUPTED
             if self._is_to_do(trial):
@@ -64,10 +66,10 @@ class Sweep:
             self.nothing_until = time.monotonic() + LOOK_EVERY_S
             return None
         trial = waiting[number]
-        trial |= {"status": "running", "reason": None}
+        trial |= {"status": RUNNING, "reason": None}
         self.running[trial["name"]] = time.monotonic()
         self.before_s[trial["name"]] = trial["wall_time_s"]
-        self.record.write()
+        self.record.keep()
         self.tell(f"{trial['name']} starts: {describe(trial['overrides'])}")
         return trial
 
@@ -87,7 +89,13 @@ class Sweep:
         trial = self.trial(name)
         numbers = {k: v for k, v in result.items() if "." in k and isinstance(v, int | float)}
         trial["metrics"] |= numbers
-        for key in ("artifacts", "unfinished_s", "at"):
+        if "artifacts" in result:  # an attempt begins; what earlier ones spent on a stage that broke off stays spent
+            self.lost_s[name] = trial["unfinished_s"]
+        if "unfinished_s" in result:
+            if not result["unfinished_s"]:  # its artifact has it from here on
+                self.lost_s[name] = 0.0
+            trial["unfinished_s"] = self.lost_s.get(name, 0.0) + result["unfinished_s"]
+        for key in ("artifacts", "at"):
             if key in result:
                 trial[key] = result[key]
         if "final" in result:
@@ -95,13 +103,13 @@ class Sweep:
         elif "failed" in result:
             trial |= {"status": FAILED, "reason": result["failed"]}
         self._timed(trial)
-        self.record.write()
+        self.record.keep()
 
     def ended(self, name: str, error: str | None = None) -> None:
         """A trial is no more; one that told no end was stopped, or (with `error`) died."""
         self.nothing_until = 0.0
         trial = self.trial(name)
-        if trial["status"] == "running":
+        if trial["status"] == RUNNING:
             if error is not None:
                 trial |= {"status": FAILED, "reason": error}
             elif self.budget_is_over:
@@ -112,8 +120,20 @@ class Sweep:
         self._timed(trial)
         self.running.pop(name, None)
         self.release(name)
-        self.record.write()
+        self.record.keep()
         self.tell(f"{name} {_outcome(trial, self.record.values['metric'])}")
+
+    def cut(self) -> None:
+        """All trials were ended at once: those under way are interrupted."""
+        why = "the time budget is over" if self.budget_is_over else "the sweep ended"
+        for name in list(self.running):
+            trial = self.trial(name)
+            self._timed(trial)
+            del self.running[name]
+            if trial["status"] == RUNNING:
+                trial |= {"status": INTERRUPTED, "reason": f"{why}; it goes on when started again"}
+                self.tell(f"{name} {_outcome(trial, '')}")
+        self.record.keep()
 
     def tried(self) -> list[Tried]:
         """For the search: what came of every trial so far."""
@@ -125,8 +145,8 @@ class Sweep:
 
     def _propose(self) -> Trial:
         number = len(self.record.trials)
-        label = self.labels[number] if number < len(self.labels) else None
-        trial = self.record.add(self.search.propose(number, self.tried()), label)
+        point = self.search.propose(number, self.tried())
+        trial = self.record.add(point, self.label(point))
         self._check(trial)
         return trial
 
@@ -139,6 +159,8 @@ class Sweep:
             self.tell(f"{trial['name']} {_outcome(trial, '')}")
 
     def _is_to_do(self, trial: Trial) -> bool:
+        if trial["number"] >= self.search.num_trials:  # an earlier command's, which wanted more
+            return False
         return trial["status"] in (WAITING, INTERRUPTED) and trial["name"] not in self.running
 
     def _chain(self, trial: Trial) -> tuple[str, ...]:

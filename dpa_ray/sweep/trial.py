@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dpa_ray.data.retry import bridging, retried
 from dpa_ray.engine import job
 from dpa_ray.recipe import parse
 from dpa_ray.report import metrics
@@ -35,7 +36,7 @@ class Watch:
         if kind == "planned":
             self.report({"artifacts": values["artifacts"]})
         elif kind == "stage_started":
-            self.running, self.stage_s = Running(values["stage"], values["num_steps"]), 0.0
+            self.running = Running(values["stage"], values["num_steps"])  # also when it begins anew, after a failure
         elif kind == "step" and self.running is not None:
             self.running.add(values)
             self.stage_s += values["step_time_s"]
@@ -67,8 +68,9 @@ def run_trial(config: dict[str, str], base: dict[str, Any], sweep: str, claims: 
         watch = Watch(tune.report)
         recipe = parse(laid_over(base, json.loads(config["overrides"])) | {"name": name})
         done = job.run(recipe, job.Company(sweep, watch.observe, claim_here))
-        store = Store(recipe.store)
-        tune.report({"final": final(metrics.read(store, f"runs/{name}"), done.get("eval") or {})})
+        with bridging(recipe.data.retry_s):
+            records = metrics.read(Store(recipe.store, through=retried), f"runs/{name}")
+        tune.report({"final": final(records, done.get("eval") or {})})
     except Exception as err:
         tune.report({"failed": one_line(err)})
     finally:

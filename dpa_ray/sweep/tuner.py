@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from dpa_ray.engine import launch
+from dpa_ray.engine.placing import Resources, place, worker_resources
 from dpa_ray.recipe import ClusterSection
 from dpa_ray.sweep.record import one_line
 from dpa_ray.sweep.sharing import Claims
@@ -56,7 +57,7 @@ class _Proposals(_NotPickled, Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         del trial_id
-        if self.sweep.is_over:
+        if self.sweep.is_over or self.sweep.record.taken.is_set():
             return str(Searcher.FINISHED)
         trial = self.sweep.next()
         return trial and {"trial": trial["name"], "overrides": json.dumps(trial["overrides"])}
@@ -91,7 +92,7 @@ class _Events(_NotPickled, tune.Callback):
 
 
 class _Budget(_NotPickled, Stopper):
-    """Stops all trials when the time is over."""
+    """Stops all trials when the time is over, or another process goes on with the sweep."""
 
     def __init__(self, sweep: Sweep, time_budget_s: float | None):
         self.sweep = sweep
@@ -103,7 +104,7 @@ class _Budget(_NotPickled, Stopper):
     def stop_all(self) -> bool:
         if self.deadline is not None and time.monotonic() > self.deadline:
             self.sweep.budget_is_over = True
-        return self.sweep.budget_is_over
+        return self.sweep.budget_is_over or self.sweep.record.taken.is_set()
 
 
 def needed_cpus(cluster: ClusterSection) -> float:
@@ -111,18 +112,30 @@ def needed_cpus(cluster: ClusterSection) -> float:
     return DRIVER_CPUS + cluster.max_workers * cluster.cpus_per_worker + DATA_CPUS
 
 
-def room(cluster: ClusterSection, resources: dict[str, float], at_most: int | None) -> int:
-    """How many trials fit at once; one at least, which then waits, or says what is missing."""
-    fits = int((resources.get("CPU", 0.0) + 1e-9) // needed_cpus(cluster))
-    if cluster.gpus_per_worker:
-        fits = min(fits, int((resources.get("GPU", 0.0) + 1e-9) // (cluster.max_workers * cluster.gpus_per_worker)))
-    return max(1, fits if at_most is None else min(fits, at_most))
+def room(cluster: ClusterSection, nodes: Sequence[Resources], at_most: int) -> int:
+    """How many trials fit on `nodes` at once, each worker whole on one; one at least, which then waits, or says what is
+    missing."""
+    free = [dict(node) for node in nodes]
+    fits = 0
+    while fits < at_most and _take(free, cluster):
+        fits += 1
+    return max(1, fits)
 
 
-def resources() -> dict[str, float]:
-    """What the cluster has now."""
-    there: dict[str, float] = ray.cluster_resources()
-    return there
+def _take(free: list[dict[str, float]], cluster: ClusterSection) -> bool:
+    """Take one trial's resources from what is `free` on each node. Does it fit?"""
+    placed = place(free, cluster, tasks_per_worker=1)
+    if placed.num_placed < cluster.max_workers:
+        return False
+    for node, num_workers in zip(free, placed.workers_by_node, strict=True):
+        for name, amount in worker_resources(cluster).items():
+            node[name] = node.get(name, 0.0) - num_workers * amount
+    for cpus in (DATA_CPUS, DRIVER_CPUS):
+        node = max(free, key=lambda node: node.get("CPU", 0.0))
+        if node.get("CPU", 0.0) + 1e-6 < cpus:
+            return False
+        node["CPU"] -= cpus
+    return True
 
 
 def connect(cluster: ClusterSection, max_concurrent: int | None) -> str:
@@ -173,6 +186,8 @@ def carry_out(
             ),
         )  # fmt: skip
         tuner.fit()
+    sweep.release = lambda name: None  # there is no Ray any more
+    sweep.cut()
 
 
 @contextmanager

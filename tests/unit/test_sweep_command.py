@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from dpa_ray.errors import UserError
 from dpa_ray.recipe import ClusterSection, RecipeError, load
 from dpa_ray.sweep.main import Options, default_space, make_plan_of
 from dpa_ray.sweep.search import Grid, Optuna, Random
@@ -44,12 +45,14 @@ def space(tmp_path: Path) -> Callable[[str], Path]:
         ("cmo.upper: {uniform: [0.4, 0.5]}\n", [], ["--trials: expected a number of trials"]),
         ("cmo.upper: {uniform: [0.4, 0.5]}\n", ["--search", "grid"], ["found uniform"]),
         ("seed: [1, 2]\n", ["--metric", "eval.other.accuracy"], ["one of the held-out sets (heldout, unseen_pairs)"]),
+        ("seed: [1, 2]\n", ["--metric", "eval.heldout.acuracy"], ["one of num_questions, accuracy,"]),
         ("seed: [1, 2]\nsweep: {asha: {grace_steps: 5, metric: eval.heldout.accuracy}}\n", [], ["while a stage runs"]),
         ("seed: [1, 2]\n", ["--compare", "dpa,vanilla"], ["found both"]),
         ("seed: [1, 2]\n", ["stages.instruct.lrr=1"], ["did you mean lr?"]),
         ("seed: [1, 2]\n", ["--name", "a/b"], ["--name: expected letters"]),
         ("- 1\n", [], ["expected a mapping"]),
         (None, ["--compare", "dap"], ["'dap'"]),
+        (None, ["--compare", "vanilla,cal,dpa", "cmo.upper=0.3"], ["lower 1.0 > upper 0.3", "of cal in --compare"]),
         (None, ["--space", "/nowhere.yaml"], ["/nowhere.yaml"]),
     ],
 )
@@ -62,6 +65,17 @@ def test_wrong_input_exits_2_and_starts_nothing(
     error = capsys.readouterr().err
     assert [part for part in told if part not in error] == [], error
     assert list(tmp_path.glob("store/*/*")) == [], "nothing was written"
+
+
+def test_no_password_is_shown(
+    command: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*args: object) -> None:
+        raise UserError("no answer from https://me:secret@host/x")
+
+    monkeypatch.setattr("dpa_ray.sweep.main.run", fail)
+    assert command.main(["tiny"]) == 1
+    assert capsys.readouterr().err == "error: no answer from https://***@host/x\n"
 
 
 @pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--trials", "x"], ["--search", "best"]])
@@ -78,13 +92,24 @@ def test_options_count_before_the_files_settings(space: Callable[[str], Path]) -
     )
     plan = make_plan_of(recipe, Options(space=file))
     assert isinstance(plan.search, Random)
-    assert (plan.name, plan.search.num_trials, plan.search.seed) == ("tiny-space", 3, 5)
+    assert (plan.name, plan.search.num_trials, plan.search.seed) == ("tiny-space-random", 3, 5)
     assert (plan.what["metric"], plan.what["mode"]) == ("instruct.nll_mean", "min")
     plan = make_plan_of(
         recipe, Options(space=file, search="optuna", trials=7, metric="eval.heldout.accuracy", name="n")
     )
     assert isinstance(plan.search, Optuna)
     assert (plan.name, plan.search.num_trials, plan.search.mode) == ("n", 7, "max")
+
+
+def test_other_searches_and_comparisons_have_other_names(space: Callable[[str], Path]) -> None:
+    recipe, file = load("tiny"), space("cmo.upper: [0.4, 0.5]\n")
+    options = [
+        Options(space=file), Options(space=file, search="optuna", trials=3), Options(compare=("vanilla", "dpa"), seeds=2),
+        Options(compare=("vanilla", "cal"), seeds=2), Options(),
+    ]  # fmt: skip
+    names = [make_plan_of(recipe, each).name for each in options]
+    assert names[:2] == ["tiny-space", "tiny-space-optuna"]
+    assert len(set(names)) == len(names)
 
 
 def test_without_a_space_it_is_three_ranks_by_three_bounds() -> None:
@@ -94,22 +119,32 @@ def test_without_a_space_it_is_three_ranks_by_three_bounds() -> None:
     assert isinstance(plan.search, Grid)
     assert plan.search.num_trials == 9
     assert make_plan_of(recipe, Options(trials=4)).search.num_trials == 4
-    for method in ("cal", "vanilla"):
-        assert make_plan_of(load("tiny", [f"method={method}"]), Options()).search.num_trials == 9
+    rank, upper = "stages.proxy_llm.lora.rank", "cmo.upper"
+    assert default_space(load("tiny", ["method=pmo"])) == {rank: [8, 16, 32]}
+    assert default_space(load("tiny", ["method=cal"])) == {upper: [2.5, 5.0, 10.0]}
+    equal = load("tiny", ["cmo.lower=0.5", "cmo.upper=0.5", f"{rank}=1"])
+    assert default_space(equal) == {rank: [1, 2], upper: [0.5, 1.0]}
+    assert make_plan_of(equal, Options()).search.num_trials == 4
+    with pytest.raises(RecipeError, match="method vanilla uses neither"):
+        make_plan_of(load("tiny", ["method=vanilla"]), Options())
     with pytest.raises(RecipeError):
         make_plan_of(recipe, Options(compare=("dpa",), search="random", trials=3))
 
 
 def test_trials_at_once_are_as_many_as_have_room() -> None:
-    """Each a driver (0.1 CPU), its workers and a data task."""
+    """Each a driver (0.1 CPU), its workers and a data task, and each worker whole on a node."""
     from dpa_ray.sweep.tuner import needed_cpus, room
 
     cpu = ClusterSection(workers=2, gpus_per_worker=0, cpus_per_worker=0.5)
     assert needed_cpus(cpu) == pytest.approx(2.1)
-    assert room(cpu, {"CPU": 8.4}, None) == 4
-    assert room(cpu, {"CPU": 8.3}, None) == 3
-    assert room(cpu, {"CPU": 8.4}, 2) == 2
-    assert room(cpu, {"CPU": 1.0}, None) == 1, "it then waits, or says what is missing"
+    assert room(cpu, [{"CPU": 8.4}], 9) == 4
+    assert room(cpu, [{"CPU": 8.3}], 9) == 3
+    assert room(cpu, [{"CPU": 8.4}], 2) == 2
+    assert room(cpu, [{"CPU": 1.0}], 9) == 1, "it then waits, or says what is missing"
     gpu = ClusterSection(workers=4, gpus_per_worker=1)
-    assert room(gpu, {"CPU": 64.0, "GPU": 11.0}, None) == 2
-    assert room(gpu, {"CPU": 5.0, "GPU": 11.0}, None) == 1
+    assert room(gpu, [{"CPU": 64.0, "GPU": 11.0}], 9) == 2
+    assert room(gpu, [{"CPU": 5.0, "GPU": 11.0}], 9) == 1
+    assert room(gpu, [{"CPU": 16.0, "GPU": 4.0}] * 3, 9) == 3
+    wide = ClusterSection(workers=2, gpus_per_worker=0, cpus_per_worker=3)
+    assert room(wide, [{"CPU": 4.0}] * 4, 9) == 2, "one worker a node, though 16 CPUs would hold 2.3 trials"
+    assert room(wide, [{"CPU": 5.0}] * 6, 9) == 3, "of 30 CPUs, which would hold 4.2"

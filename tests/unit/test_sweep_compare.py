@@ -100,6 +100,21 @@ def test_every_variant_runs_at_every_seed_from_the_recipes_on() -> None:
     assert Grid(space).points[3] == {"method": "dpa", "stages.proxy_mllm.weights": "uniform", "seed": 8}
 
 
+def test_further_seeds_come_behind_the_others_and_each_point_has_its_own_label() -> None:
+    recipe = load("tiny").to_dict()
+    few, many = (comparison(["vanilla", "cal", "dpa"], seeds, recipe) for seeds in (2, 5))
+    assert Grid(many).points[:6] == Grid(few).points
+    for point in Grid(many).points:
+        assert many.label(point) == {"variant": point["method"], "seed": point["seed"]}
+
+
+def test_a_variant_with_wrong_bounds_is_an_error_and_not_left_out() -> None:
+    """lower is the default of each method's weights: 0.05 of cmo and dpa, 1 of cal."""
+    with pytest.raises(RecipeError, match=r"lower 1.0 > upper 0.3 .* \(of cal in --compare\)") as err:
+        comparison(["vanilla", "cal", "dpa"], 2, load("tiny", ["cmo.upper=0.3"]).to_dict())
+    assert len(err.value.errors) == 1
+
+
 def test_wrong_names_are_told_all_at_once() -> None:
     recipe = load("tiny").to_dict()
     with pytest.raises(RecipeError) as err:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dpa_ray.errors import LeaseTaken, UserError
+from dpa_ray.errors import LeaseTaken, NoAnswer, UserError
 from dpa_ray.recipe import Recipe, RecipeError, load
 from dpa_ray.store.artifacts import commit
 from dpa_ray.store.fs import Store
@@ -134,12 +134,107 @@ def test_ends_are_told_apart_and_a_failed_one_is_tried_again(store: Store, tiny:
     ]  # fmt: skip
 
 
+def test_a_store_that_is_away_ends_no_trial_and_what_came_meanwhile_is_written_later(
+    store: Store, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpa_ray.sweep.record.AWAY_S", 0.0)
+    sweep = make_sweep(store, tiny, max_running=lambda: 1)
+    sweep.record.write()
+    with monkeypatch.context() as away:
+        for call in ("write_json", "exists", "read_json"):
+            away.setattr(Store, call, no_answer)
+        started = sweep.next()
+        assert started is not None
+        sweep.saw(started["name"], {"artifacts": {"proxy_llm": "artifacts/proxy-llm-abc"}})
+        sweep.saw(started["name"], DONE)
+        sweep.ended(started["name"])
+        with pytest.raises(NoAnswer):
+            sweep.record.write("done")  # at the end it is certain, or told
+    assert store.read_json("sweeps/s/sweep.json")["trials"][0]["status"] == "waiting"
+    assert sweep.next() is not None
+    trials = store.read_json("sweeps/s/sweep.json")["trials"]
+    assert [trial["status"] for trial in trials] == ["done", "running", "waiting", "waiting"]
+
+
+def no_answer(*args: Any, **kwargs: Any) -> None:
+    raise NoAnswer("s3://b: no answer")
+
+
+def test_what_runs_when_all_is_ended_at_once_is_interrupted(store: Store, tiny: Recipe) -> None:
+    """Tune tells nothing of trials that it ends with the time budget."""
+    lines: list[str] = []
+    sweep = make_sweep(store, tiny, max_running=lambda: 2, tell=lines.append)
+    started = [trial["name"] for trial in (sweep.next(), sweep.next()) if trial is not None]
+    sweep.saw(started[0], DONE)
+    sweep.budget_is_over = True
+    sweep.cut()
+    trials = {t["name"]: t for t in store.read_json("sweeps/s/sweep.json")["trials"]}
+    assert [trials[name]["status"] for name in started] == ["done", "interrupted"]
+    assert "the time budget is over" in trials[started[1]]["reason"]
+    assert not sweep.running
+    assert not sweep.is_over
+    assert len([line for line in lines if "interrupted" in line]) == 1
+
+
+def test_what_a_stage_that_broke_off_has_cost_is_kept_until_it_is_finished(store: Store, tiny: Recipe) -> None:
+    first = make_sweep(store, tiny)
+    started = first.next()
+    assert started is not None
+    name = started["name"]
+    first.saw(name, {"artifacts": {}})
+    first.saw(name, {"unfinished_s": 40.0, "at": ["proxy_llm", 9]})
+    again = make_sweep(store, tiny)
+    again.next()
+    told = (
+        {"artifacts": {}},
+        {"unfinished_s": 2.0},
+        {"unfinished_s": 5.0},
+        {"unfinished_s": 0.0},
+        {"unfinished_s": 3.0},
+    )
+    spent = []
+    for result in told:
+        again.saw(name, result)
+        spent.append(again.trial(name)["unfinished_s"])
+    assert spent == [40.0, 42.0, 45.0, 0.0, 3.0]
+
+
+def test_trials_beyond_what_is_wanted_now_are_not_run(store: Store, tiny: Recipe) -> None:
+    before = make_sweep(store, tiny)
+    for trial, status in zip(before.record.trials, ("done", "failed", "interrupted", "waiting"), strict=True):
+        trial["status"] = status
+    before.record.write()
+    space = parse_space({"cmo.upper": [0.4, 0.6], "stages.proxy_llm.lora.rank": [4, 8]}, tiny)[0]
+    record = Record(store, "s", tiny, WHAT)
+    record.take_up()
+    fewer = Sweep(record, Grid(space, 2), space.recipe)
+    started = fewer.next()
+    assert started is not None
+    assert started["number"] == 1, "the failed one is tried again"
+    fewer.saw(started["name"], DONE)
+    fewer.ended(started["name"])
+    assert fewer.next() is None
+    assert fewer.is_over
+
+
+def test_a_new_sweep_takes_no_names_of_runs_that_exist(store: Store, tiny: Recipe) -> None:
+    record = Record(store, "s", tiny, WHAT)
+    store.write_json("runs/s-0004/run.json", {})
+    store.write_json("runs/s-0001/lease/1.json", {})  # no run
+    record.check_names(4)
+    with pytest.raises(RecipeError, match=r"found 1, the first s-0004.*delete .*runs/s-\*"):
+        record.check_names(5)
+
+
 def test_a_name_belongs_to_one_sweep(store: Store, tiny: Recipe) -> None:
     Record(store, "s", tiny, WHAT).write()
     for recipe, what in ((tiny, {**WHAT, "seed": 1}), (load("tiny", ["seed=4"]), WHAT)):
         with pytest.raises(RecipeError, match="another recipe, space, search or seed"):
             Record(store, "s", recipe, what).take_up()
     assert Record(store, "s", load("tiny", ["cluster.workers=2"]), WHAT).take_up(), "how it is done may change"
+    few, many = ({**WHAT, "space": {"compare": ["dpa", "cal"], "seeds": seeds}} for seeds in (2, 5))
+    Record(store, "c", tiny, few).write()
+    assert Record(store, "c", tiny, many).take_up(), "further seeds only add trials"
     store.write_bytes("sweeps/s/sweep.json", b"[]")
     with pytest.raises(UserError, match="found something else"):
         Record(store, "s", tiny, WHAT).take_up()
@@ -176,7 +271,14 @@ def test_metrics_have_names_that_are_checked(tiny: Recipe) -> None:
     assert [default_mode(m) for m in ("eval.heldout.accuracy", "instruct.nll_mean")] == ["max", "min"]
     for name in ("eval.heldout.accuracy", "eval.unseen_pairs.shuffled", "proxy_mllm.nll_mean_visual"):
         assert problem(name, tiny) is None
-    for name in ("accuracy", "eval.other.accuracy", "eval.accuracy", "stage3.loss", "instruct."):
+    for name in (
+        "accuracy",
+        "eval.other.accuracy",
+        "eval.accuracy",
+        "eval.heldout.acuracy",
+        "stage3.loss",
+        "instruct.",
+    ):
         assert problem(name, tiny) is not None
 
 

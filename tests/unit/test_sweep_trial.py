@@ -37,6 +37,16 @@ def test_numbers_are_told_with_their_step_while_the_stage_runs() -> None:
     assert last == {"unfinished_s": 0.0}
 
 
+def test_a_stage_that_begins_anew_after_a_failure_has_cost_what_it_did_before() -> None:
+    told: list[dict[str, Any]] = []
+    watch = Watch(told.append)
+    for numbers in (range(1, 5), range(3, 9)):
+        watch.observe("stage_started", {"stage": "instruct", "num_steps": 200})
+        for number in numbers:
+            watch.observe("step", step(number))
+    assert [values["unfinished_s"] for values in told] == [2.0, 3.0, 5.0]
+
+
 def test_tensorboards_files_are_in_the_runs_folder_and_the_sweeps(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     recipe = load("tiny", name="s-0000")
@@ -62,4 +72,5 @@ def test_a_reason_is_one_line() -> None:
     assert one_line(UserError("a\n  b")) == "a b"
     assert one_line(RecipeError([("cmo", "wrong"), ("", "bad")])) == "cmo: wrong; bad"
     assert one_line(ValueError()) == "ValueError"
+    assert one_line(UserError("no answer from http://me:secret@host/x")) == "no answer from http://***@host/x"
     assert len(one_line(UserError("x" * 5000))) == 600

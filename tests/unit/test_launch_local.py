@@ -1,0 +1,57 @@
+"""Does a run wait for resources that may come, and not for such as never will?"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from dpa_ray.engine import launch
+from dpa_ray.errors import UserError
+from dpa_ray.recipe import ClusterSection
+
+CLUSTER = ClusterSection(workers=2, gpus_per_worker=0, cpus_per_worker=1)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What `connect` asks of Ray, which does not start, and whose resources come when it is asked for the third time."""
+    asked: dict[str, Any] = {"times": 0}
+
+    def resources() -> dict[str, float]:
+        asked["times"] += 1
+        return {"CPU": 1.0 if asked["times"] < 3 else 2.0}
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **values: asked.update(values))
+    monkeypatch.setattr(ray, "cluster_resources", resources)
+    for name in (launch.LOCAL, "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in launch.DRIVER_ENVIRONMENT.items():  # `connect` sets them for good
+        monkeypatch.setenv(name, value)
+    return asked
+
+
+@pytest.mark.parametrize("in_trial", [False, True])
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+def test_a_cluster_is_waited_for_and_a_local_ray_is_not(
+    address: str | None, in_trial: bool, started: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial's driver is an actor: it has the runtime environment that the sweep's driver gave, and no RAY_ADDRESS."""
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    launch.connect(CLUSTER)
+    actor = "0123" if in_trial else None
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_actor_id=lambda: actor))
+    if in_trial:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        for name, value in started["runtime_env"]["env_vars"].items():
+            monkeypatch.setenv(name, value)
+    if address is not None:
+        launch.wait_for_resources(CLUSTER, poll_s=0.0)
+        assert started["times"] == 3
+        return
+    with pytest.raises(UserError, match="cannot place 2 workers: expected 2 CPU, found 1 CPU"):
+        launch.wait_for_resources(CLUSTER, poll_s=0.0)
