@@ -4,8 +4,8 @@
                           [--gpu-memory GIB] [--samples N]
 
 RECIPE is a YAML file or the name of one in jobs/recipes (default: tiny). It looks at the recipe, the store (a probe is
-written and deleted), models, data, batches, memory and the cluster that RAY_ADDRESS names. Exit code 0: all is well; 1:
-something will fail or is at risk; 2: the recipe or the arguments are wrong.
+written and deleted), trackers, models, data, batches, memory and the cluster that RAY_ADDRESS names. Exit code 0: all is
+well; 1: something will fail or is at risk; 2: the recipe or the arguments are wrong.
 """
 
 from __future__ import annotations
@@ -29,7 +29,17 @@ def main(argv: list[str] | None = None) -> int:
     from dpa_ray.report.quiet import quiet_libraries
 
     quiet_libraries()
+    from dpa_ray.credentials import without_credentials
+    from dpa_ray.errors import UserError
     from dpa_ray.recipe import RecipeError, load
+
+    def wrong(name: str, err: Exception) -> int:
+        text = without_credentials(str(err))
+        if arguments.json:
+            found = {"name": name, "status": "fail", "detail": text}
+            print(json.dumps({"checks": [found], "stages": []}, indent=1, ensure_ascii=False))
+        print(f"error: {text}", file=sys.stderr)
+        return 2
 
     try:
         recipe = load(recipe_name, overrides, name=arguments.name, store=arguments.store)
@@ -38,19 +48,27 @@ def main(argv: list[str] | None = None) -> int:
 
         stages = examine.training_stages(recipe)
         given = given_step_times(arguments.step_time, stages)
+        options = examine.Options(given, int(arguments.gpu_memory * 2**30), arguments.samples)
     except (RecipeError, ValueError) as err:
-        if arguments.json:
-            wrong = {"name": "recipe", "status": "fail", "detail": str(err)}
-            print(json.dumps({"checks": [wrong], "stages": []}, indent=1, ensure_ascii=False))
-        print(f"error: {err}", file=sys.stderr)
-        return 2
-    gpu_bytes = int(arguments.gpu_memory * 2**30)
-    findings = examine.examine(recipe, examine.Options(given, gpu_bytes, arguments.samples))
+        return wrong("recipe", err)
+    except KeyboardInterrupt:
+        return _interrupted()
+    try:
+        findings = examine.examine(recipe, options)
+    except UserError as err:  # no check leaves one: the store cannot be opened at all
+        return wrong("store", err)
+    except KeyboardInterrupt:
+        return _interrupted()
     if arguments.json:
         print(json.dumps(findings.to_dict(), indent=1, ensure_ascii=False))
     else:
         screen.show(findings)
     return findings.exit_code
+
+
+def _interrupted() -> int:
+    print("interrupted: nothing was started", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:

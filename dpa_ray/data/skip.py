@@ -8,7 +8,7 @@ several times is one sample: all its numbers are meant.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,6 +45,11 @@ class Found:
 def entry_of(digest: str, row: int) -> str:
     """The entry that names one row."""
     return f"{digest[:DIGITS]}:{row}"
+
+
+def rows_named(entries: Iterable[str], digest: str) -> list[str]:
+    """Those of `entries` that name a row of the data `digest`, whether it has one or not."""
+    return [text for text in entries if (named := _ROW.fullmatch(text)) and digest.startswith(named[1])]
 
 
 def find(store: StoreLike, sets: Mapping[str, Prepared], entries: Sequence[str]) -> Found:

@@ -117,6 +117,11 @@ def written_bytes(recipe: Recipe, counts: Mapping[str, Counts], llm: int, data: 
     return written
 
 
+def may_reuse(store: Store) -> bool:
+    """Is there anything in the store that a run could take instead of making it, or go on from?"""
+    return any(store.list_dirs(folder) for folder in ("artifacts", "checkpoints"))
+
+
 def free_bytes(store: Store) -> int | None:
     """Of a local store's disk; None for S3."""
     if not store.is_local:

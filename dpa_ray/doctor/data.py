@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpa_ray.batch import Encoded
+from dpa_ray.data import skip
 from dpa_ray.data.catalog import Piece, digest, pieces
 from dpa_ray.data.encode import Encoder
 from dpa_ray.data.images import decode
@@ -21,9 +22,10 @@ from dpa_ray.data.prepared import Prepared, find_prepared
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.shards import size_bytes
 from dpa_ray.data.sources import Rejected
-from dpa_ray.doctor.findings import Check
+from dpa_ray.doctor.findings import Check, number
 from dpa_ray.errors import UserError
-from dpa_ray.recipe import SourceSection
+from dpa_ray.recipe import Recipe, SourceSection
+from dpa_ray.stages import skips
 from dpa_ray.stages.supervision import sampled_rows
 from dpa_ray.store.fs import Store
 
@@ -57,20 +59,24 @@ def look(store: Store | None, section: SourceSection, skip_ids: Collection[str] 
     """Some samples of `section`: of the shards where `store` has them, else straight from the source, which is gone through
     without its images, as a run does. Nothing is written, and an S3 server that is away is not waited for.
 
-    Samples with an id of `skip_ids` are left out. Raises: UserError where it cannot be read.
+    Samples that `skip_ids` names are left out: by id, and, as rows have their numbers there, in shards by DIGEST:ROW.
+    Raises: UserError where it cannot be read.
     """
     found = pieces(section) if store is None else pieces(section, Known(store, write=False))
     prepared = None if store is None else find_prepared(store, digest(found))
-    looked = _from_sources(found) if store is None or prepared is None else _from_shards(store, prepared)
+    looked = _from_sources(found) if store is None or prepared is None else _from_shards(store, prepared, skip_ids)
     looked.samples = [sample for sample in looked.samples if sample.id not in skip_ids]
     return looked
 
 
-def _from_shards(store: Store, prepared: Prepared) -> Looked:
+def _from_shards(store: Store, prepared: Prepared, skip_ids: Collection[str]) -> Looked:
     loader = Loader(store, prepared, None, None, 0)  # type: ignore[arg-type]  # nothing is encoded by it
     rows = sampled_rows(prepared.row_groups)
     spread = np.unique(np.linspace(0, len(rows) - 1, NUM_PARTS * ROWS_PER_PART).round().astype(int))
-    samples = [loader.samples([rows[i]])[0] for i in spread]
+    named = skip.rows_named(skip_ids, prepared.digest)
+    found = skip.find(store, {"": prepared}, named) if named else skip.Found()  # its errors are another check's
+    skipped = {each.row for each in found.skipped.get("", ())}
+    samples = [loader.samples([rows[i]])[0] for i in spread if rows[i] not in skipped]
     return Looked(
         prepared.digest, prepared.num_rows, True, samples, num_quarantined=prepared.num_quarantined,
         size_bytes=sum(prepared.sizes_bytes),
@@ -95,6 +101,24 @@ def _from_sources(found: list[Piece]) -> Looked:
     mean = sum(map(size_bytes, looked.samples)) / max(1, len(looked.samples))
     looked.size_bytes = int(mean * sum(piece.scan.num_rows for piece in found))
     return looked
+
+
+def look_up_skipped(recipe: Recipe, store: Store | None, looked: Mapping[str, Looked], check: Check) -> None:
+    """What do the entries of `data.skip_ids` mean, where all data that is trained on is prepared? `looked`: by set.
+
+    Raises: RecipeError with every entry that means no sample; UserError where a shard cannot be read.
+    """
+    found = {}
+    if store is not None and all(name in looked for name in skips.SETS):
+        data = {name: (getattr(recipe.data, name), looked[name].digest) for name in skips.SETS}
+        found = skips.find(recipe, store, data, make=False, report=check.note)
+    if found:  # else data is not prepared: an entry without a sample is an error
+        check.note(", ".join(f"{number(len(rows), 'row')} of data.{name}" for name, rows in found.items()))
+        return
+    check.skip(
+        f"entries not looked up: {len(recipe.data.skip_ids)}. That takes prepared data; a run prepares it first, and ends where "
+        "an entry means no sample"
+    )
 
 
 def judge_unusable(looked: Looked, max_fraction: float, check: Check) -> None:

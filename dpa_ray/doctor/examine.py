@@ -1,4 +1,4 @@
-"""In which order is a recipe looked at? Store, models, data, batches, memory, cluster, cost: each whatever became of the others."""
+"""In which order is a recipe looked at? Trackers, store, models, data, batches, memory, cluster, cost: each whatever became of the others."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dpa_ray.model.export import processor_for
 from dpa_ray.model.tower import TowerSpec, tower_spec
 from dpa_ray.model.vlm import ModelRef, load_llm_config, quiet_loading
 from dpa_ray.recipe import PROXY_METHODS, Recipe, SourceSection
+from dpa_ray.report import trackers
 from dpa_ray.report.console import duration
 from dpa_ray.stages import arithmetic, build, preflight, supervision
 from dpa_ray.stages.runs import Run
@@ -45,7 +46,10 @@ def training_stages(recipe: Recipe) -> tuple[str, ...]:
 
 
 def examine(recipe: Recipe, options: Options) -> Findings:
-    """Make every check. Nothing is started, and nothing stays in the store."""
+    """Make every check. Nothing is started, and nothing stays in the store.
+
+    Raises: UserError where the recipe's store has an address, or AWS_ENDPOINT_URL names a server, that cannot be one.
+    """
     findings = Findings()
     with ExitStack() as stack:
         stack.enter_context(quiet_loading())
@@ -53,6 +57,9 @@ def examine(recipe: Recipe, options: Options) -> Findings:
         examined = _Examined(recipe, options, Store(recipe.store), scratch, findings)
         with findings.check("recipe") as check:
             check.note(f"{recipe.name}: {recipe.method}, {recipe.precision}, {recipe.engine}, seed {recipe.seed}")
+        with findings.check("trackers") as check:
+            trackers.check(recipe.trackers)
+            check.note(", ".join(name for name, section in recipe.trackers if section) or "none")
         examined.check_store()
         examined.check_llm()
         examined.check_vision()
@@ -173,6 +180,9 @@ class _Examined:
                 )
                 check.values["num_samples"] = looked.num_rows
                 data.judge_unusable(looked, section.max_quarantined_fraction, check)
+        if section.skip_ids:
+            with self.findings.check("data.skip_ids") as check:
+                data.look_up_skipped(self.recipe, self.store if self.is_store_there else None, self.looked, check)
 
     def check_targets(self) -> None:
         for stage in self.stages:
@@ -279,8 +289,11 @@ class _Examined:
         self.nodes = nodes
         section = self.recipe.cluster
         found = placing.place(nodes.resources, section, self.recipe.data.workers)
+        if self.options.gpu_bytes and section.gpus_per_worker and not (nodes.is_cluster or found.is_possible):
+            check.skip(f"not looked at: --gpu-memory is about other GPUs than those of {nodes.where}")
+            return
         for text in placing.problems(found, nodes.resources, section):
-            (check.warn if found.is_possible else check.fail)(text)
+            (check.warn if found.is_possible or nodes.is_cluster else check.fail)(text)
         if nodes.is_cluster and not found.is_possible:
             check.note("an autoscaler may bring nodes; a run waits for them for cluster.start_timeout_s")
         if nodes.is_cluster and len(nodes.nodes) > 1 and self.store.is_local:
@@ -355,7 +368,8 @@ class _Examined:
             check.note("if nothing is reused; data as large as the samples looked at; q, metrics and logs left out")
             free = cost.free_bytes(self.store)
             if free is not None and total > free:
-                check.fail(
+                # what is there already needs no room: how much of it this run would reuse is not asked
+                (check.warn if cost.may_reuse(self.store) else check.fail)(
                     f"{self.store.uri}: expected room for about {fitting.gib(total)}, found {fitting.gib(free)} free; free some "
                     "space, name another store, or lower checkpoint.keep"
                 )

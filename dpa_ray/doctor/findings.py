@@ -17,7 +17,8 @@ WORST_FIRST: tuple[Status, ...] = ("fail", "warn", "ok", "skipped")
 
 @dataclass
 class Check:
-    """One check. Notes are facts; what is wrong says what was expected, what was found and what to do."""
+    """One check. Notes are facts; what is wrong says what was expected, what was found and what to do. Of no text is a
+    user or password in an address kept."""
 
     name: str
     status: Status = "ok"
@@ -27,11 +28,11 @@ class Check:
     values: dict[str, Any] = field(default_factory=dict)  # plain JSON, for programs
 
     def note(self, text: str) -> None:
-        self.notes.append(text)
+        self.notes.append(without_credentials(text))
 
     def warn(self, text: str) -> None:
         """Something is at risk."""
-        self.warnings.append(text)
+        self.warnings.append(without_credentials(text))
         if self.status != "fail":
             self.status = "warn"
 
@@ -42,7 +43,7 @@ class Check:
 
     def skip(self, text: str) -> None:
         """It could not be looked at; `text` says why."""
-        self.notes.append(text)
+        self.note(text)
         self.status = "skipped"
 
     @property
@@ -75,7 +76,8 @@ class Findings:
             check.fail(f"{name}: expected no error, found one that nobody foresaw, {type(err).__name__}: {first}")
 
     def skip(self, name: str, why: str) -> None:
-        self.checks.append(Check(name, "skipped", notes=[why]))
+        self.checks.append(Check(name))
+        self.checks[-1].skip(why)
 
     def stage(self, name: str) -> dict[str, Any]:
         """The values of a stage, to be added to."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
 
+from dpa_ray.credentials import without_credentials
+from dpa_ray.data.images import ImageError
 from dpa_ray.data.ingest import Loader
 from dpa_ray.data.prepared import find_prepared
 from dpa_ray.engine import examples
 from dpa_ray.engine.evaluate import ANSWERS
-from dpa_ray.errors import UserError
+from dpa_ray.errors import NoAnswer, UserError
 from dpa_ray.model.gain import edges
 from dpa_ray.recipe import RecipeError, parse
 from dpa_ray.report import metrics
@@ -83,7 +86,7 @@ def write_report(place: Place) -> str:
 def page(places: Sequence[Place]) -> str:
     """The page of a run, of several, or of one sweep.
 
-    Raises: NotAPlace for other combinations; UserError where something that a page needs cannot be read.
+    Raises: NotAPlace for other combinations; UserError where the store does not answer, or a sweep.json cannot be read.
     """
     places = list(dict.fromkeys(places))  # who names one twice gets it once
     kinds = {place.kind for place in places}
@@ -100,31 +103,56 @@ def page(places: Sequence[Place]) -> str:
 
 
 def gather(place: Place) -> RunData:
-    """What the store has of a run. What is not there, or not to be read any more, is left out."""
+    """What the store has of a run. What is not there is left out, and so is, with its reason, what cannot be read.
+
+    Raises: NoAnswer where the store does not answer.
+    """
     store = place.store
-    info = _mapping(store, f"{place.path}/{RUN_FILE}")
+    unread: list[str] = []
+    info: dict[str, Any] = {}
+    with _left_out(RUN_FILE, unread):
+        info = _mapping(store, f"{place.path}/{RUN_FILE}")
+    records: list[metrics.Record] = []
+    with _left_out(metrics.FILE, unread):
+        records = metrics.read(store, place.path)
     artifacts = info.get("artifacts")
-    found = {
-        name: artifact
-        for name, told in (artifacts.items() if isinstance(artifacts, dict) else ())
-        if (artifact := _artifact(store, name, told)) is not None
-    }
-    answers = _lines(store, found.get("eval"), ANSWERS)
+    found = {}
+    for name, told in artifacts.items() if isinstance(artifacts, dict) else ():
+        with _left_out(f"what {name} left", unread):
+            if (artifact := _artifact(store, name, told)) is not None:
+                found[name] = artifact
+    weighed = {}
+    for stage in STAGES:
+        with _left_out(f"words of {stage}", unread):
+            if lines := _lines(store, found.get(stage.replace("_", "-")), examples.FILE):
+                weighed[stage] = lines
+    answers: list[dict[str, Any]] = []
+    with _left_out("answers to held-out questions", unread):
+        answers = _lines(store, found.get("eval"), ANSWERS)
     return RunData(
         name=place.name,
         url=place.url,
         info=info,
-        metrics=metrics.read(store, place.path),
+        metrics=records,
         recipe_text=yaml.safe_dump(info.get("recipe"), sort_keys=False, allow_unicode=True) if "recipe" in info else "",
         weightings=_weightings(info.get("recipe")),
-        examples={
-            stage: lines
-            for stage in STAGES
-            if (lines := _lines(store, found.get(stage.replace("_", "-")), examples.FILE))
-        },
+        examples=weighed,
         answers=answers,
-        pictures=_pictures(store, found["eval"], answers) if answers else {},
+        pictures=_pictures(store, found["eval"], answers, unread) if answers else {},
+        unread=unread,
     )
+
+
+@contextmanager
+def _left_out(what: str, unread: list[str]) -> Iterator[None]:
+    """Tell in `unread` what the block could not read, and why, instead of raising it."""
+    try:
+        yield
+    except NoAnswer:
+        raise
+    except (UserError, ImageError, OSError, ValueError, LookupError, TypeError) as err:
+        reason = " ".join(without_credentials(str(err)).split()) or type(err).__name__
+        unread.append(f"{what}: {reason}")
 
 
 def _mapping(store: Store, path: str) -> dict[str, Any]:
@@ -158,15 +186,18 @@ def _weightings(recipe: Any) -> dict[str, Weighting]:
     return {"proxy_llm": Weighting("uniform", 1.0, 1.0), **weighted}
 
 
-def _pictures(store: Store, artifact: Artifact, answers: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list[str]]:
+def _pictures(
+    store: Store, artifact: Artifact, answers: Sequence[dict[str, Any]], unread: list[str]
+) -> dict[tuple[str, int], list[str]]:
     """Thumbnails of the samples whose questions are shown, out of the prepared data; without data, none."""
     found: dict[tuple[str, int], list[str]] = {}
     for name, digest in artifact.manifest["inputs"].get("sets", {}).items():
-        prepared = find_prepared(store, digest)
-        if prepared is None:
-            continue
-        rows = list(dict.fromkeys(answer["sample"] for answer in answers if answer["set"] == name))[:NUM_ASKED]
-        loader = Loader(store=store, prepared=prepared, encoder=None, image_processor=None, pad_token_id=0)  # type: ignore[arg-type]
-        for row, sample in zip(rows, loader.samples(rows), strict=True):
-            found[name, row] = [examples.thumbnail(image.data) for image in sample.images]
+        with _left_out(f"pictures of {name}", unread):
+            prepared = find_prepared(store, digest)
+            if prepared is None:
+                continue
+            rows = list(dict.fromkeys(answer["sample"] for answer in answers if answer["set"] == name))[:NUM_ASKED]
+            loader = Loader(store=store, prepared=prepared, encoder=None, image_processor=None, pad_token_id=0)  # type: ignore[arg-type]
+            for row, sample in zip(rows, loader.samples(rows), strict=True):
+                found[name, row] = [examples.thumbnail(image.data) for image in sample.images]
     return found

@@ -41,6 +41,7 @@ class RunData:
     )  # by stage, see engine/examples.py
     answers: Sequence[Mapping[str, Any]] = ()  # answers.jsonl of its evaluation
     pictures: Mapping[tuple[str, int], Sequence[str]] = field(default_factory=dict)  # data URIs by (set, sample)
+    unread: Sequence[str] = ()  # what of the above is left out because it could not be read, and why
 
     def of_stage(self, stage: str) -> list[Record]:
         """The metrics of one stage."""
@@ -50,6 +51,11 @@ class RunData:
     def stages(self) -> list[str]:
         """The stages that it has metrics of."""
         return [stage for stage in STAGES if any(record["stage"] == stage for record in self.metrics)]
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """`value` where it is a mapping, else an empty one."""
+    return value if isinstance(value, dict) else {}
 
 
 def number(value: Any) -> float | None:

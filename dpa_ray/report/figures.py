@@ -45,9 +45,13 @@ class Curve:
     points: list[tuple[float, float | None]]
 
 
-def thinned(curve: Curve, most: int) -> Curve:
-    """At most about `most` points: means of x and y over equal stretches; None only where a stretch has no value."""
-    size = math.ceil(len(curve.points) / most)
+def thinned(curve: Curve, most: int, length: int = 0) -> Curve:
+    """At most about `most` points: means of x and y over equal stretches; None only where a stretch has no value.
+
+    Args:
+        length: points of the longest of several curves that are to have the same stretches, and so the same x.
+    """
+    size = math.ceil(max(length, len(curve.points)) / most)
     if size <= 1:
         return curve
     points: list[tuple[float, float | None]] = []

@@ -72,6 +72,7 @@ class Shaded:
     title: str
     pictures: Sequence[str]  # data URIs
     texts: list[tuple[str, list[Token]]]  # (name of the run, tokens)
+    num_more: int = 0  # pictures that are not shown
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Asked:
     pictures: Sequence[str]
     runs: tuple[str, ...]
     rows: list[tuple[str, str, list[tuple[str, bool]]]]
+    num_more: int = 0  # pictures that are not shown
 
 
 Block = Table | Drawing | Facts | Shaded | Asked

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpa_ray.report.content import TITLES, RunData, number
+from dpa_ray.report.content import TITLES, RunData, mapping, number
 from dpa_ray.report.figures import Curve, Figure, curves, gain_histogram, thinned, time_spent
 
 LOSSES = {
@@ -18,30 +18,30 @@ MOST_POINTS = 300
 """Of a curve: more cannot be told apart, and weigh on the page."""
 
 
-def _curve(name: str, records: Sequence[Mapping[str, Any]], key: str, most: int) -> Curve:
-    return thinned(Curve(name, [(record["step"], number(record.get(key))) for record in records]), most)
+def _curve(name: str, records: Sequence[Mapping[str, Any]], key: str, most: int, length: int = 0) -> Curve:
+    return thinned(Curve(name, [(record["step"], number(record.get(key))) for record in records]), most, length)
 
 
-def loss_figures(run: RunData) -> list[Figure]:
-    """One per stage: mean nll of all targets, of visual words and others where they are known, and what is optimised."""
+def loss_figures(run: RunData, most: int = MOST_POINTS) -> list[Figure]:
+    """One per stage: mean nll of all targets, of visual words and others where they are known, and what is optimised; each
+    curve of `most` points."""
     figures = []
     for stage in run.stages:
         records = run.of_stage(stage)
         weighting = run.weightings.get(stage)
         is_uniform = weighting is not None and weighting.kind == "uniform"
         lines = [
-            _curve(name, records, key, MOST_POINTS)
+            _curve(name, records, key, most)
             for key, name in LOSSES.items()
             if any(number(r.get(key)) is not None for r in records) and not (key == "loss" and is_uniform)
         ]
-        timing = run.info.get("timings", {}).get(stage, {})
-        marks = [(float(step), f"resumed after {step}") for step in timing.get("resumed_from", [])]
+        marks = [(float(step), f"resumed after {step}") for step in resumed_from(run, stage)]
         notes = ["Mean negative log-likelihood per target token, in nats."]
         if not is_uniform:
             notes.append("The weighted loss is what is optimised: sum of w · nll over sum of w.")
         if any(record.get("reused") for record in records):
             notes.append("This stage was reused from an earlier run.")
-        if len(records) > MOST_POINTS:
+        if len(records) > most:
             notes.append(f"{len(records)} steps, shown as means of neighbours.")
         figures.append(
             curves(f"loss-{stage}", TITLES[stage], lines, x="step", y="nll", marks=marks, note=" ".join(notes))
@@ -49,12 +49,20 @@ def loss_figures(run: RunData) -> list[Figure]:
     return figures
 
 
+def resumed_from(run: RunData, stage: str) -> list[int]:
+    """The steps after which a stage was taken up again."""
+    steps = mapping(mapping(run.info.get("timings")).get(stage)).get("resumed_from")
+    return [step for step in steps if isinstance(step, int)] if isinstance(steps, list) else []
+
+
 def overlaid_losses(runs: Sequence[RunData]) -> list[Figure]:
-    """One per stage that any of `runs` has: mean nll of all targets, a line a run."""
+    """One per stage that any of `runs` has: mean nll of all targets, a line a run, all at the same steps."""
     most = max(40, 1500 // len(runs))
     figures = []
     for stage, title in TITLES.items():
-        lines = [_curve(run.name, run.of_stage(stage), "nll_mean", most) for run in runs if stage in run.stages]
+        found = [(run.name, run.of_stage(stage)) for run in runs if stage in run.stages]
+        longest = max((len(records) for _, records in found), default=0)
+        lines = [_curve(name, records, "nll_mean", most, longest) for name, records in found]
         if lines:
             note = "Mean negative log-likelihood per target token, in nats, of all targets whatever their weight."
             figures.append(curves(f"losses-{stage}", title, lines, x="step", y="nll", note=note))
@@ -101,8 +109,8 @@ def time_figure(run: RunData) -> Figure | None:
         if (share := number(goodput.get("goodput"))) is not None:
             note = f"Goodput {share:.1%}: the share of the wall time that was training. {note}"
     else:
-        timings = run.info.get("timings") or {stage: {} for stage in run.stages}  # it failed before any were written
-        parts = {stage: _measured(run, stage, timing) for stage, timing in timings.items()}
+        timings = mapping(run.info.get("timings")) or dict.fromkeys(run.stages)  # it failed before any were written
+        parts = {stage: _measured(run, stage, mapping(timing)) for stage, timing in timings.items()}
         note = "What each stage measured of itself; parts are added up, not shown when they happened. "
         note += "A reused stage took no time of this run."
     if not any(sum(found.values()) > 0 for found in parts.values()):

@@ -7,19 +7,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dpa_ray.report.content import STAGES, RunData, Weighting, last_mean, number
+from dpa_ray.report.content import STAGES, RunData, Weighting, last_mean, mapping, number
 from dpa_ray.report.figures import Cell
 from dpa_ray.report.page import Asked, Block, Drawing, Facts, Section, Shaded, Table, Token, render
-from dpa_ray.report.run_figures import gain_figures, loss_figures, overlaid_losses, time_figure
+from dpa_ray.report.run_figures import (
+    MOST_POINTS,
+    gain_figures,
+    loss_figures,
+    overlaid_losses,
+    resumed_from,
+    time_figure,
+)
 
 NUM_EXAMPLES = 6
 """Samples of a stage that are shown with the weights of their tokens, in a report of one run."""
 
-NUM_ASKED = 8
-"""Samples of a held-out set whose questions are shown."""
+NUM_ASKED, MOST_ASKED = 8, 48
+"""Samples of a held-out set whose questions are shown, and of all sets together."""
 
-MAX_TOKENS = 250
-"""Of a sample: with a table of them beside it, more make the page too large to send around."""
+MAX_TOKENS, MAX_PICTURES = 250, 4
+"""Of a sample: with a table of the tokens beside it, more make the page too large to send around."""
+
+MOST_IN_FULL = 6
+"""Runs side by side that are shown with figures of their own, and with the weights of their tokens; for the same reason."""
 
 
 def run_page(run: RunData, edges: Sequence[float]) -> str:
@@ -47,7 +57,7 @@ def runs_page(runs: Sequence[RunData], edges: Sequence[float]) -> str:
         _words(runs),
         _questions(runs),
     ]
-    sections += [_of_one_among_several(run, place, edges) for place, run in enumerate(runs, 1)]
+    sections += [_of_one_among_several(run, place, edges, len(runs)) for place, run in enumerate(runs, 1)]
     return render(f"{len(runs)} runs", ", ".join(run.name for run in runs), sections)
 
 
@@ -55,11 +65,7 @@ def runs_page(runs: Sequence[RunData], edges: Sequence[float]) -> str:
 
 
 def _recipe(run: RunData, key: str) -> Any:
-    return _mapping(run.info.get("recipe")).get(key, "–")
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
+    return mapping(run.info.get("recipe")).get(key, "–")
 
 
 def _status(run: RunData) -> str:
@@ -67,14 +73,15 @@ def _status(run: RunData) -> str:
 
 
 def _facts(run: RunData) -> Facts:
-    info, recipe = run.info, _mapping(run.info.get("recipe"))
-    model, data = _mapping(recipe.get("model")), _mapping(recipe.get("data"))
+    info, recipe = run.info, mapping(run.info.get("recipe"))
+    model, data = mapping(recipe.get("model")), mapping(recipe.get("data"))
     rows = [("status", _status(run))]
     if info.get("error"):
         rows.append(("error", str(info["error"])))
+    rows += [("left out", text) for text in run.unread]
     warnings = info.get("warnings")
     for warned in warnings if isinstance(warnings, list) else []:
-        rows.append(("warning", str(_mapping(warned).get("text", warned))))
+        rows.append(("warning", str(mapping(warned).get("text", warned))))
     rows += [("method", str(info.get("method", "–"))), ("seed", str(recipe.get("seed", "–")))]
     rows += [(name, _weights_told(w)) for name, w in run.weightings.items()]
     rows += [("LLM", str(model.get("llm", "–"))), ("vision tower", str(model.get("vision", "–")))]
@@ -102,7 +109,7 @@ def _weights_told(weighting: Weighting) -> str:
 
 
 def _source(section: Mapping[str, Any]) -> str:
-    source, options = section.get("source"), _mapping(section.get("options"))
+    source, options = section.get("source"), mapping(section.get("options"))
     told = [str(source if not isinstance(source, list) else f"a mixture of {len(source)} sources")]
     return ", ".join(told + [f"{k} {v}" for k, v in options.items() if v is not None])
 
@@ -111,7 +118,7 @@ def _source(section: Mapping[str, Any]) -> str:
 
 
 def _scores(runs: Sequence[RunData]) -> Section:
-    sets = list(dict.fromkeys(name for run in runs for name in _mapping(run.info.get("eval"))))
+    sets = list(dict.fromkeys(name for run in runs for name in mapping(run.info.get("eval"))))
     columns = ["run", "method", "seed", "status"]
     for name in sets:
         columns += [f"{name}: exact match, %", f"{name}: majority, %", f"{name}: shuffled, %", f"{name}: lead, points"]
@@ -120,7 +127,7 @@ def _scores(runs: Sequence[RunData]) -> Section:
     for run in runs:
         row: list[Cell] = [run.name, str(run.info.get("method", "–")), _cell(_recipe(run, "seed")), _status(run)]
         for name in sets:
-            row += _accuracy(_mapping(_mapping(run.info.get("eval")).get(name)))
+            row += _accuracy(mapping(mapping(run.info.get("eval")).get(name)))
         row += [last_mean(run.of_stage(stage), "nll_mean") for stage in STAGES if any(stage in r.stages for r in runs)]
         rows.append(tuple(row))
     note = (
@@ -164,13 +171,14 @@ def _time(run: RunData) -> Section:
 def _faults(run: RunData, place: int) -> list[Block]:
     """What became of each stage: made or reused, and where it was taken up again."""
     rows: list[tuple[Cell, ...]] = []
-    for stage, timing in _mapping(run.info.get("timings")).items():
-        again = ", ".join(f"after step {step}" for step in timing.get("resumed_from", [])) or "–"
+    for stage, told in mapping(run.info.get("timings")).items():
+        timing = mapping(told)
+        again = ", ".join(f"after step {step}" for step in resumed_from(run, stage)) or "–"
         how = "reused" if timing.get("reused") else "made"
         wall_s = None if timing.get("reused") else number(timing.get("wall_time_s"))
         rows.append((stage, how, _cell(timing.get("num_steps")), wall_s, again))
     blocks: list[Block] = []
-    goodput = _mapping(run.info.get("goodput"))
+    goodput = mapping(run.info.get("goodput"))
     if goodput:
         facts = [("goodput", f"{share:.1%}")] if (share := number(goodput.get("goodput"))) is not None else []
         names = {
@@ -186,9 +194,12 @@ def _faults(run: RunData, place: int) -> list[Block]:
     return blocks
 
 
-def _of_one_among_several(run: RunData, place: int, edges: Sequence[float]) -> Section:
+def _of_one_among_several(run: RunData, place: int, edges: Sequence[float], num_runs: int) -> Section:
     """What only this run has, with names of its own in the page."""
-    figures = [*loss_figures(run), *gain_figures(run, edges)]
+    if num_runs > MOST_IN_FULL:
+        note = f"Its own figures are left out, as there are more than {MOST_IN_FULL} runs; its own report has them."
+        return Section(f"run-{place}", f"Run {run.name}", [_facts(run), *_faults(run, place)], note)
+    figures = [*loss_figures(run, MOST_POINTS // num_runs), *gain_figures(run, edges)]
     if (time := time_figure(run)) is not None:
         figures.append(time)
     drawings = [Drawing(replace(figure, name=f"run-{place}-{figure.name}")) for figure in figures]
@@ -210,6 +221,8 @@ def _words(runs: Sequence[RunData]) -> Section:
         "where all weigh the same, its p − q. Grey text is given, not learnt. Words that the image is known to show are "
         "underlined. Samples are taken evenly from the training data."
     )
+    if len(runs) > MOST_IN_FULL:
+        note += f" Of each sample, the first {MOST_IN_FULL} runs that have it."
     return Section("words", "Which words the image explains", blocks, note)
 
 
@@ -219,8 +232,16 @@ def _of_stage(runs: Sequence[RunData], stage: str, most: int) -> Iterator[Block]
         for example in run.examples.get(stage, ()):
             by_place.setdefault(str(example["place"]), []).append((run, example))
     for place, found in list(by_place.items())[:most]:
-        texts = [(run.name, _tokens(example["tokens"], run.weightings.get(stage))) for run, example in found]
-        yield Shaded(f"{stage}: {place}", found[0][1]["images"], texts)
+        texts = [
+            (run.name, _tokens(example["tokens"], run.weightings.get(stage))) for run, example in found[:MOST_IN_FULL]
+        ]
+        pictures, num_more = _few(found[0][1]["images"])
+        yield Shaded(f"{stage}: {place}", pictures, texts, num_more)
+
+
+def _few(pictures: Sequence[str]) -> tuple[Sequence[str], int]:
+    """Those that are shown, and how many are not."""
+    return pictures[:MAX_PICTURES], max(0, len(pictures) - MAX_PICTURES)
 
 
 def _tokens(tokens: Sequence[Sequence[Any]], weighting: Weighting | None) -> list[Token]:
@@ -249,13 +270,17 @@ def _questions(runs: Sequence[RunData]) -> Section:
             asked.setdefault(key, {})[run.name] = str(answer["answer"]), bool(answer["right"])
     names = tuple(run.name for run in runs if run.answers)
     blocks: list[Block] = []
-    for held_out in dict.fromkeys(name for name, _ in found):
-        for sample in [sample for name, sample in found if name == held_out][:NUM_ASKED]:
-            pictures = next((r.pictures[held_out, sample] for r in runs if (held_out, sample) in r.pictures), ())
+    sets = list(dict.fromkeys(name for name, _ in found))
+    most = min(NUM_ASKED, max(1, MOST_ASKED // max(1, len(sets))))
+    for held_out in sets:
+        for sample in [sample for name, sample in found if name == held_out][:most]:
+            pictures, num_more = _few(
+                next((r.pictures[held_out, sample] for r in runs if (held_out, sample) in r.pictures), ())
+            )
             rows = [
                 (question, truth, [answers.get(name, ("–", False)) for name in names])
                 for (question, truth), answers in found[held_out, sample].items()
             ]
-            blocks.append(Asked(f"{held_out}, sample {sample}", pictures, names, rows))
-    note = f"The first {NUM_ASKED} samples of each held-out set." if blocks else "No held-out questions were answered."
+            blocks.append(Asked(f"{held_out}, sample {sample}", pictures, names, rows, num_more))
+    note = f"The first {most} samples of each held-out set." if blocks else "No held-out questions were answered."
     return Section("questions", "Held-out questions", blocks, note)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpa_ray.report.content import number
+from dpa_ray.report.content import mapping, number
 from dpa_ray.report.figures import Cell, Figure, Interval, heat_map, intervals, parallel_coordinates
 from dpa_ray.report.page import Block, Drawing, Facts, Section, Table, render
 
@@ -14,8 +14,14 @@ TRIALS = ("trials-table", "the table of trials")
 MAX_AXES = 8
 """Of the parallel coordinates: more are not told apart."""
 
-MOST_DRAWN = 500
-"""Trials in a figure; the table has all."""
+MOST_DRAWN, MOST_LISTED = 500, 2500
+"""Trials in a figure, and in the table."""
+
+MOST_SCORES = 20_000
+"""In the table: beyond them, of a trial only what it is judged by and what came of held-out questions is shown."""
+
+MAX_REASON = 300
+"""Characters of why a trial ended; sweep.json has all."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,8 @@ class Trial:
     def of(cls, values: Mapping[str, Any], place: int) -> Trial:
         variant = values.get("variant")
         return cls(
-            str(values.get("name", place)), str(values.get("status", "unknown")), _mapping(values.get("overrides")),
-            _mapping(values.get("metrics")), str(values.get("reason") or ""), None if variant is None else str(variant),
+            str(values.get("name", place)), str(values.get("status", "unknown")), mapping(values.get("overrides")),
+            mapping(values.get("metrics")), str(values.get("reason") or ""), None if variant is None else str(variant),
             number(values.get("wall_time_s")),
         )  # fmt: skip
 
@@ -53,20 +59,17 @@ def sweep_page(name: str, url: str, sweep: Mapping[str, Any]) -> str:
     goal = sweep.get("metric")
     if isinstance(goal, str) and goal in scores:  # what trials are judged by comes first
         scores = [goal, *(key for key in scores if key != goal)]
+    shown = _shown(scores, goal, min(len(trials), MOST_LISTED))
     states = [trial.status for trial in trials]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "none yet"
     sections = [
         Section("what", "What was tried", [_facts(sweep, trials, url)]),
-        *_compared(_mapping(sweep.get("compare"))),
-        _table(trials, settings, scores),
-        _figures(trials, settings, scores),
+        *_compared(mapping(sweep.get("compare"))),
+        _table(trials, settings, shown, len(scores)),
+        _figures(trials, settings, shown),
         _savings(sweep),
     ]
     return render(f"Sweep {name}", f"{len(trials)} trials: {counts}.", sections)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _cell(value: Any) -> Cell:
@@ -96,9 +99,22 @@ def _facts(sweep: Mapping[str, Any], trials: Sequence[Trial], url: str) -> Facts
     return Facts([*rows, ("folder", url)])
 
 
-def _table(trials: Sequence[Trial], settings: Sequence[str], scores: Sequence[str]) -> Section:
-    if not trials:
+def _shown(scores: list[str], goal: Any, num_trials: int) -> list[str]:
+    """Of the scores, those that a page of so many trials has room for."""
+    if num_trials * len(scores) <= MOST_SCORES:
+        return scores
+    few = [key for key in scores if key == goal or key.startswith("eval.")] or scores
+    return few[: max(1, MOST_SCORES // num_trials)]
+
+
+def _table(every: Sequence[Trial], settings: Sequence[str], scores: Sequence[str], num_scores: int) -> Section:
+    if not every:
         return Section("trials", "Trials", [], "There are no trials yet.")
+    trials, notes = every[:MOST_LISTED], []
+    if len(every) > len(trials):
+        notes.append(f"The first {len(trials):,} of {len(every):,} trials; sweep.json has all.")
+    if num_scores > len(scores):
+        notes.append(f"{len(scores)} of {num_scores} metrics; sweep.json has all.")
     columns: dict[str, list[Cell]] = {"trial": [t.name for t in trials], "status": [t.status for t in trials]}
     if any(trial.variant for trial in trials):
         columns["variant"] = [trial.variant for trial in trials]
@@ -107,15 +123,19 @@ def _table(trials: Sequence[Trial], settings: Sequence[str], scores: Sequence[st
     if any(trial.wall_time_s is not None for trial in trials):
         columns["wall time, s"] = [trial.wall_time_s for trial in trials]
     if any(trial.reason for trial in trials):
-        columns["reason"] = [trial.reason for trial in trials]
+        columns["reason"] = [_shortened(trial.reason) for trial in trials]
     rows = list(zip(*columns.values(), strict=True))
     table = Table(TRIALS[0], "Trials; the buttons in the head sort by a column", tuple(columns), rows)
-    return Section("trials", "Trials", [table])
+    return Section("trials", "Trials", [table], " ".join(notes))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]} …"
 
 
 def _figures(trials: Sequence[Trial], settings: Sequence[str], scores: Sequence[str]) -> Section:
     """Of trials that came to their end: the scores of others are not those of the same step."""
-    done = [trial for trial in trials if trial.status == "done"]
+    done = [trial for trial in trials[:MOST_LISTED] if trial.status == "done"]
     drawn = done[:MOST_DRAWN]
     varied = [key for key in settings if len({str(trial.setting(key)) for trial in drawn}) > 1]
     numeric = [key for key in varied if all(number(trial.setting(key)) is not None for trial in drawn)]
@@ -145,7 +165,7 @@ def _figures(trials: Sequence[Trial], settings: Sequence[str], scores: Sequence[
 def _savings(sweep: Mapping[str, Any]) -> Section:
     rows: list[tuple[Cell, ...]] = [
         (stage, *(_cell(counts.get(key)) for key in ("asked", "made", "reused")))
-        for stage, counts in _mapping(sweep.get("stages")).items()
+        for stage, counts in mapping(sweep.get("stages")).items()
         if isinstance(counts, dict)
     ]
     blocks: list[Block] = []
@@ -153,7 +173,7 @@ def _savings(sweep: Mapping[str, Any]) -> Section:
         blocks.append(
             Table("savings-table", "Stages by artifact", ("stage", "asked for", "made", "reused"), rows, False)
         )
-    cost = _mapping(sweep.get("gpu_s"))
+    cost = mapping(sweep.get("gpu_s"))
     spent, naive = number(cost.get("spent")), number(cost.get("naive"))
     if spent is not None and naive is not None:
         unit = "GPU" if sweep.get("device") == "gpu" else "worker"
@@ -167,7 +187,7 @@ def _savings(sweep: Mapping[str, Any]) -> Section:
 def _compared(compare: Mapping[str, Any]) -> list[Section]:
     """Variants side by side over the same seeds, with the paired differences to the baseline, by metric."""
     blocks: list[Block] = []
-    for place, (metric, found) in enumerate(_mapping(compare.get("metrics")).items()):
+    for place, (metric, found) in enumerate(mapping(compare.get("metrics")).items()):
         rows = [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
         if rows:
             blocks += _compared_by(metric, rows, str(compare.get("baseline", "the baseline")), place)
@@ -183,7 +203,7 @@ def _compared_by(metric: str, rows: Sequence[Mapping[str, Any]], baseline: str, 
     cells: list[tuple[Cell, ...]] = []
     drawn: list[Interval] = []
     for row in rows:
-        name, difference = str(row.get("variant", "?")), _mapping(row.get("difference"))
+        name, difference = str(row.get("variant", "?")), mapping(row.get("difference"))
         mean, low, high = (number(difference.get(key)) for key in ("mean", "low", "high"))
         if mean is not None and low is not None and high is not None:
             drawn.append(Interval(name, mean, low, high))

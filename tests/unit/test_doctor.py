@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 
 from dpa_ray.data.prepare import prepare
-from dpa_ray.doctor import data, screen
+from dpa_ray.doctor import cost, data, screen
+from dpa_ray.doctor.cluster import Node, Nodes
 from dpa_ray.doctor.cost import StepTime
-from dpa_ray.doctor.examine import Options, examine
+from dpa_ray.doctor.examine import Options, _Examined, examine
 from dpa_ray.doctor.findings import Check, Findings
 from dpa_ray.engine import job
 from dpa_ray.errors import UserError
-from dpa_ray.recipe import Recipe, SourceSection, parse
+from dpa_ray.recipe import Recipe, RecipeError, SourceSection, parse
 from dpa_ray.report.console import terminal
 from dpa_ray.stages.pipeline import make_plan
 from dpa_ray.store.fs import Store
@@ -75,24 +76,61 @@ def test_a_recipe_that_is_well(recipe: Callable[..., Recipe]) -> None:
     json.dumps(found.to_dict(), allow_nan=False)
 
 
-def test_everything_wrong_is_told_at_once(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_everything_wrong_is_told_at_once(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # makes the import fail, as if it were not there
     store_is_a_file = tmp_path / "file"
     store_is_a_file.write_text("")
     made = recipe(
         "model.llm=/no/such/llm", "model.vision_layer=-9", "data.instruct={source: /no/such.json}",
-        "cluster.gpus_per_worker=1", f"store={store_is_a_file}",
+        "cluster.gpus_per_worker=1", "trackers.wandb.project=small", "data.skip_ids=[no-such-sample]",
+        f"store={store_is_a_file}",
     )  # fmt: skip
     found = examine(made, Options())
     assert found.exit_code == 1
     statuses = status(found)
     assert {name for name, value in statuses.items() if value == "fail"} == {
-        "store", "LLM", "vision tower", "data.instruct", "cluster",
+        "trackers", "store", "LLM", "vision tower", "data.instruct", "cluster",
     }  # fmt: skip
     for name, word in (("store", "expected a folder"), ("LLM", "/no/such/llm"), ("vision tower", "-9"),
-                       ("data.instruct", "/no/such.json"), ("cluster", "room for 1 worker")):  # fmt: skip
+                       ("data.instruct", "/no/such.json"), ("cluster", "room for 1 worker"),
+                       ("trackers", "trackers.wandb: expected the package wandb"), ("data.skip_ids", "prepares it first")):  # fmt: skip
         assert word in detail(found, name)
     assert statuses["data.pretrain"] == "ok", "read from the source"
-    assert statuses["tokenizer"] == statuses["memory"] == statuses["targets of proxy_llm"] == "skipped"
+    skipped = ("data.skip_ids", "tokenizer", "memory", "targets of proxy_llm")
+    assert {statuses[name] for name in skipped} == {"skipped"}
+
+
+@pytest.mark.parametrize("store", ["s3://a", "s3://bucket/dpa"], ids=["bucket", "endpoint"])
+def test_a_store_that_cannot_be_opened_at_all_is_the_users_error(
+    store: str, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "minio.example:9000")
+    with pytest.raises(UserError, match=r"expected .* found '(s3://a|minio.example:9000)'"):
+        examine(recipe(f"store={store}"), Options())
+
+
+def test_too_few_nodes_are_a_risk_where_a_cluster_may_grow(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    examined = _Examined(recipe("cluster.workers=4"), Options(), Store(str(tmp_path)), tmp_path, Findings())
+    one = (Node({"CPU": 1.0}),)
+    for nodes, expected in ((Nodes("a cluster", True, one), "warn"), (Nodes("a laptop", False, one), "fail")):
+        check = Check("cluster")
+        examined.check_placing(nodes, check)
+        assert check.status == expected
+        assert "expected room for 4 workers" in check.detail
+
+
+def test_bytes_that_may_be_there_already_are_a_risk_and_others_a_failure(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "free_bytes", lambda store: 99)
+    for folder, expected in (("runs", "fail"), ("artifacts/instruct-0", "warn")):
+        (tmp_path / folder).mkdir(parents=True)
+        examined = _Examined(recipe(), Options(), Store(str(tmp_path)), tmp_path, Findings())
+        examined.looked["instruct"] = data.Looked("d", 1, False, size_bytes=100)
+        examined.check_cost()
+        assert status(examined.findings)["bytes written"] == expected
 
 
 def test_a_folder_with_a_config_alone_is_checked_but_for_its_weights(
@@ -166,6 +204,7 @@ def test_memory_is_compared_with_the_gpus_that_will_be_there(
 ) -> None:
     found = examine(recipe("cluster.gpus_per_worker=1"), Options(gpu_bytes=int(gib * 2**30)))
     assert status(found)["memory"] == expected
+    assert status(found)["cluster"] in ("skipped", "ok"), "not this machine's GPUs are meant"
     if expected == "fail":
         assert "lower stages.instruct.micro_batch_size" in detail(found, "memory")
         assert "set cmo.blind=live" in detail(found, "memory")
@@ -189,6 +228,33 @@ def test_samples_come_from_the_source_or_the_shards_and_are_the_same(source: Lla
     assert data.look(None, section(source), ["c0", "c7"]).samples == [
         before.samples[i] for i in range(40) if i not in (0, 7)
     ]
+
+
+def test_samples_that_are_passed_over_are_looked_up_where_data_is_prepared(
+    source: LlavaData, recipe: Callable[..., Recipe]
+) -> None:
+    captions = f"{{source: {source.file}, images: {source.images}}}"
+    made = recipe(f"data.pretrain={captions}")
+    store = Store(made.store)
+
+    def looked_up(*entries: str) -> Check:
+        check = Check("data.skip_ids")
+        changed = made.model_copy(update={"data": made.data.model_copy(update={"skip_ids": list(entries)})})
+        sets = {name: data.look(store, getattr(made.data, name), entries) for name in ("pretrain", "instruct")}
+        data.look_up_skipped(changed, store, sets, check)
+        return check
+
+    assert looked_up("c3", "no-such-sample").status == "skipped"
+    digests = [
+        prepare(store, getattr(made.data, name), max_quarantined_fraction=0).digest for name in ("pretrain", "instruct")
+    ]
+    assert looked_up("c3", f"{digests[0][:8]}:5").detail == "2 rows of data.pretrain"
+    with pytest.raises(RecipeError, match=r"skip_ids.1: expected the id of a sample.*'no-such-sample', which none has"):
+        looked_up("c3", "no-such-sample")
+    every = {sample.id for sample in data.look(store, made.data.pretrain).samples}
+    named = next(i for i in range(40) if f"c{i}" in every)
+    left = data.look(store, made.data.pretrain, [f"{digests[0][:8]}:{named}", f"{digests[1][:8]}:{named}"]).samples
+    assert {sample.id for sample in left} == every - {f"c{named}"}
 
 
 def test_a_file_with_windows_line_ends_and_missing_images(source: LlavaData, tmp_path: Path) -> None:
@@ -320,8 +386,8 @@ def test_the_command_on_the_embedded_default(tmp_path: Path) -> None:
 @pytest.mark.ci
 def test_wrong_recipes_and_arguments_exit_2(tmp_path: Path) -> None:
     for arguments in (["tiny", "stages.instruct.lrr=1", "method=dbo"], ["tiny", "--step-time", "fast"], ["no-such-recipe"],
-                      ["tiny", "--gpu-memory", "-1"]):  # fmt: skip
-        done = doctor(*arguments, "--json", "--store", str(tmp_path / "store"))
+                      ["tiny", "--gpu-memory", "-1"], ["tiny", "--store", "s3://a"]):  # fmt: skip
+        done = doctor("--json", "--store", str(tmp_path / "store"), *arguments)
         assert done.returncode == 2, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         if "--gpu-memory" not in arguments:

@@ -157,6 +157,16 @@ def test_checks_go_on_whatever_one_raises() -> None:
     json.dumps(findings.to_dict(), allow_nan=False)
 
 
+def test_no_password_is_kept_in_what_a_check_says() -> None:
+    findings = Findings()
+    with findings.check("a") as check:
+        for say in (check.note, check.warn, check.fail, check.skip):
+            say("see https://me:secret@host/path")
+    findings.skip("b", "see https://me:secret@host/path")
+    assert "secret" not in json.dumps(findings.to_dict())
+    assert "https://***@host/path" in findings.checks[0].detail
+
+
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("skipped", 0), ("warn", 1), ("fail", 1)])
 def test_what_is_at_risk_is_an_exit_code(status: str, code: int) -> None:
     findings = Findings()

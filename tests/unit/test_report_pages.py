@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from base64 import b64encode
 from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
@@ -120,6 +122,92 @@ def test_long_runs_stay_small() -> None:
     assert len(text.encode()) < 1.3e6
     many = runs_page([replace(run, name=f"run-{n}") for n in range(12)], EDGES)
     assert len(many.encode()) < 5e6
+
+
+def photo() -> str:
+    """As heavy as a thumbnail of a photo."""
+    return "data:image/jpeg;base64," + b64encode(os.urandom(9000)).decode()
+
+
+def heavy(name: str, num_images: int, num_steps: int = 400) -> RunData:
+    """A run of long samples of many photos, with two held-out sets."""
+    images = [photo() for _ in range(num_images)]
+    tokens = [[" token", 0.1234, 0.5678, True]] * 400
+    shown = [{"id": str(n), "place": f"a.json#{n}", "images": images, "tokens": tokens} for n in range(8)]
+    run = run_data(name, num_steps=num_steps)
+    samples = [(held_out, sample) for held_out in ("heldout", "unseen") for sample in range(8)]
+    answers = [{**a, "set": s, "sample": n, "question": f"q{q}"} for s, n in samples for q, a in enumerate(run.answers)]
+    return replace(run, examples=dict.fromkeys(run.stages, shown), answers=answers, pictures=dict.fromkeys(samples, images),
+                   recipe_text="key: value\n" * 400)  # fmt: skip
+
+
+def test_many_images_are_counted_and_few_shown() -> None:
+    text = run_page(heavy("one", 32), EDGES)
+    assert len(text.encode()) < 5e6
+    page = Page(text)
+    images = [a for tag, a in page.elements if tag == "img"]
+    assert len(images) == 4 * (3 * 6 + 2 * 8)
+    assert images[0]["alt"] == "What the text speaks of, image 1 of 32"
+    assert page.text.count("and 28 more images") == 3 * 6 + 2 * 8
+
+
+def test_many_runs_stay_small() -> None:
+    first = heavy("run-0", 16)
+    runs = [
+        first,
+        *(replace(heavy(f"run-{n}", 0, 300 + n), examples=first.examples, pictures={}) for n in range(1, 25)),
+    ]
+    text = runs_page(runs, EDGES)
+    assert len(text.encode()) < 5e6
+    specs = json.loads(next(s for s in Page(text).scripts if s.startswith("{")))
+    assert sorted(specs) == [f"losses-{stage}" for stage in ("instruct", "proxy_llm", "proxy_mllm")]
+    assert {line["series"] for line in specs["losses-instruct"]["layer"][0]["data"]["values"]} == {
+        run.name for run in runs
+    }
+    page = Page(text)
+    assert page.text.count("Its own figures are left out, as there are more than 6 runs") == 25
+    assert "Of each sample, the first 6 runs that have it." in page.text
+    few = Page(runs_page(runs[:6], EDGES))
+    specs = json.loads(next(s for s in few.scripts if s.startswith("{")))
+    assert len(specs["run-6-loss-instruct"]["layer"][0]["data"]["values"]) <= 4 * 300 // 6
+    assert "are left out" not in few.text
+
+
+def test_curves_side_by_side_have_the_same_steps() -> None:
+    (figure, *_) = overlaid_losses([run_data("long", num_steps=6000), run_data("short", num_steps=401)])
+    assert len(figure.rows) == 750 + 1, "stretches of 8 steps; the last one of a run may be its own"
+    assert sum(short is not None for _, _, short in figure.rows) == 51
+
+
+def test_a_large_sweep_stays_small() -> None:
+    def trial(number: int) -> dict[str, Any]:
+        metrics = {f"instruct.metric_{n}": number / (n + 3) for n in range(33)}
+        metrics |= {"eval.heldout.accuracy": number / 7000, "proxy_llm.nll_mean": number / 7}
+        overrides = {f"stages.instruct.key_{n}": number % (n + 2) / 7 for n in range(6)}
+        return {"name": f"large-{number:04}", "status": "done", "overrides": overrides, "metrics": metrics,
+                "wall_time_s": 31.4159, "reason": "why " * 500}  # fmt: skip
+
+    values = {"trials": [trial(number) for number in range(2000)], "metric": "proxy_llm.nll_mean", "mode": "min"}
+    text = sweep_page("large", "/store/sweeps/large", values)
+    assert len(text.encode()) < 5e6
+    page = Page(text)
+    assert "2 of 35 metrics; sweep.json has all." in page.text
+    assert "key_5 proxy_llm.nll_mean eval.heldout.accuracy wall time, s" in page.text
+    assert "large-1999 done" in page.text
+    values["trials"] *= 2
+    text = sweep_page("large", "/store/sweeps/large", values)
+    assert len(text.encode()) < 5e6
+    assert "The first 2,500 of 4,000 trials; sweep.json has all." in Page(text).text
+    small = sweep_page("small", "/store/sweeps/small", {**values, "trials": values["trials"][:20]})
+    assert "instruct.metric_32" in small, "where there is room, all is shown"
+
+
+def test_timings_that_are_not_there_yet_are_none() -> None:
+    run = run_data()
+    for timings in (None, [], {"instruct": None}, {"instruct": {"resumed_from": None}}):
+        text = run_page(replace(run, info={**run.info, "timings": timings}), EDGES)
+        assert "Stage 3, instruct" in text
+        assert "resumed after" not in text
 
 
 def test_the_histogram_is_in_shares_with_the_clamp_where_it_can_be_drawn() -> None:
