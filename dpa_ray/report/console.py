@@ -20,7 +20,6 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from dpa_ray.recipe import Recipe
-from dpa_ray.report.goodput import PARTS
 
 PLAIN_FRACTION = 0.1
 PLAIN_EVERY_S = 10.0
@@ -149,18 +148,26 @@ def accuracy_table(rows: Sequence[AccuracyRow], to: Console | None = None) -> No
     console.print(table)
 
 
+_PART_HEADS = {
+    "training": "train", "data_wait": "data", "saving": "save", "starting": "start", "lost": "lost", "tasks": "tasks",
+    "preparing": "prep.", "other": "other",
+}  # fmt: skip
+"""What a column of wall time is called: all of them fit beside each other in 80 characters."""
+
+
 def goodput_table(entries: Mapping[str, Any], to: Console | None = None) -> None:
     """Where the wall time went (`Ledger.entries`): a row a stage, a row for what belongs to none, and the whole.
 
     Parts that nothing was spent on have no column.
     """
-    stages = {**entries["stages"], "outside of stages": entries["outside_stages"], "in all": entries}
-    columns = {f"{part}_s": part.replace("_", " ") for part in PARTS if entries[f"{part}_s"] > 0}
-    table = plain_table("wall time", *(f">{name}" for name in columns.values()), ">sum")
+    stages = {**entries["stages"], "outside": entries["outside_stages"], "in all": entries}
+    columns = {f"{part}_s": head for part, head in _PART_HEADS.items() if entries[f"{part}_s"] > 0}
+    table = plain_table("wall, s", *(f">{head}" for head in columns.values()), ">sum")
+    table.columns[0].no_wrap = True
     for name, parts in stages.items():
         times = [parts[key] for key in columns]
         if sum(times) > 0:
-            table.add_row(name, *map(duration, times), duration(sum(times)))
+            table.add_row(name, *map(_seconds, times), _seconds(sum(times)))
     console = to or terminal()
     console.print()
     console.print(table)
@@ -299,6 +306,13 @@ def duration(time_s: float) -> str:
     if minutes < 60:
         return f"{minutes} min {seconds:02} s"
     return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _seconds(time_s: float) -> str:
+    """At most five characters up to 999 hours: 0.4, 27, 4321, 3.4 h."""
+    if time_s >= 9999.5:
+        return f"{time_s / 3600:.1f} h" if time_s < 359_820 else f"{time_s / 3600:.0f} h"
+    return f"{time_s:.1f}" if time_s < 9.95 else f"{time_s:.0f}"
 
 
 def plain_table(*columns: str) -> Table:

@@ -214,7 +214,7 @@ def test_the_table_shows_what_was_spent_by_stage_and_says_goodput() -> None:
     file = io.StringIO()
     console.goodput_table(run.entries(), console.terminal(file, 80))
     lines = [line.split() for line in file.getvalue().splitlines() if line]
-    assert lines[0] == ["wall", "time", "training", "data", "wait", "starting", "lost", "preparing", "sum"]
-    assert lines[1] == ["proxy_mllm", "6.0", "s", "2.0", "s", "0.0", "s", "23", "s", "0.0", "s", "31", "s"]
-    assert lines[2][:3] == ["outside", "of", "stages"]
+    assert lines[0] == ["wall,", "s", "train", "data", "start", "lost", "prep.", "sum"]
+    assert lines[1] == ["proxy_mllm", "6.0", "2.0", "0.0", "23", "0.0", "31"]
+    assert lines[2][0] == "outside"
     assert " ".join(lines[-1]) == "goodput: 9.1 % of 1 min 06 s, workers replaced 1 time"
