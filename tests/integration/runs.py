@@ -191,6 +191,13 @@ class Running:
                 continue
         return sorted(found)
 
+    def wait_for_end_of(self, title: str, timeout_s: float = 60) -> None:
+        """Until no process of this command has `title` in its command line: what was told to end needs a moment."""
+        until = time.monotonic() + timeout_s
+        while left := self.processes(title):
+            assert time.monotonic() < until, f"{title} still there after {timeout_s} s: {left}"
+            time.sleep(0.1)
+
     def kill_worker(self, number: int = 0) -> None:
         """SIGKILL to one training worker."""
         os.kill(self.processes("ray::RayTrainWorker")[number], signal.SIGKILL)

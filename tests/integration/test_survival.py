@@ -241,7 +241,7 @@ def test_ctrl_c_ends_the_run_with_its_workers_and_the_same_command_goes_on(tmp_p
     interrupted = running.finished(120)
     assert interrupted.returncode == 1, interrupted.output
     assert "interrupted" in interrupted.stderr
-    assert not running.processes("ray::RayTrainWorker")
+    running.wait_for_end_of("ray::RayTrainWorker")
     assert interrupted.info()["status"] == "failed"
     run = start_dpa(made, tmp_path / "store", "run").finished()
     assert run.returncode == 0, run.output

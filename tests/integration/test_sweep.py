@@ -138,7 +138,7 @@ def test_a_sweep_that_was_killed_goes_on_and_makes_nothing_finished_twice(tmp_pa
     until = time.monotonic() + 60
     while running.processes("ray::") and time.monotonic() < until:
         time.sleep(0.1)
-    assert not running.processes("ray::")
+    running.wait_for_end_of("ray::")
     between = manifests(tmp_path)
     assert {name: between[name] for name in before} == before, "not made again"
 
