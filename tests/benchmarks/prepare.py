@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -53,6 +52,13 @@ def measure(num: int, *mode: str) -> dict[str, float]:
         return result
 
 
+def highest_rss(process: int | str = "self") -> int:
+    """In bytes, of a process's own memory (getrusage's begins with what the process had that started it)."""
+    status = Path(f"/proc/{process}/status").read_text()
+    mark = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(mark.split()[1]) * 1024
+
+
 class LargestWorker:
     """The highest RSS of any of Ray's worker processes below this one; a process's own mark is read, so that nothing
     between two looks is missed but what a process does in its last INTERVAL_S."""
@@ -74,9 +80,7 @@ class LargestWorker:
             with contextlib.suppress(psutil.Error, OSError):
                 if not "".join(process.cmdline()).startswith("ray::"):
                     continue
-                status = Path(f"/proc/{process.pid}/status").read_text()
-                mark = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-                self.peak_bytes = max(self.peak_bytes, int(mark.split()[1]) * 1024)
+                self.peak_bytes = max(self.peak_bytes, highest_rss(process.pid))
                 self.pids.add(process.pid)
 
     def stop(self) -> None:
@@ -104,8 +108,7 @@ def _one(source: str, store: str, *mode: str) -> None:
     )  # fmt: skip
     seconds = time.perf_counter() - start
     rates = sum("/s" in line for line in said)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    result = {"rows_per_s": made.num_rows / seconds, "peak_bytes": peak, "rates_shown": rates}
+    result = {"rows_per_s": made.num_rows / seconds, "peak_bytes": highest_rss(), "rates_shown": rates}
     if with_ray:
         largest.stop()
         result |= {"worker_peak_bytes": largest.peak_bytes, "num_workers": len(largest.pids)}
