@@ -233,7 +233,7 @@ def test_a_worker_that_dies_each_time_ends_the_run_and_keeps_what_was_saved(tmp_
 
 @pytest.mark.ci
 def test_ctrl_c_ends_the_run_with_its_workers_and_the_same_command_goes_on(tmp_path: Path, recipe: Callable) -> None:
-    made, num_steps = recipe(), 300  # some seconds more than it takes to end a run
+    made, num_steps = recipe(), 120  # some seconds more than it takes to end a run
     made["stages"]["proxy_mllm"] |= {"epochs": 60, "max_steps": num_steps}
     running = start_dpa(made, tmp_path / "store", "run")
     running.wait_for("proxy_mllm", 5)
