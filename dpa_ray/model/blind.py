@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dpa_ray.batch import NO_SAMPLE
+from dpa_ray.model.last_layer import only_read
 from dpa_ray.model.packed import by_layer_type, takes_one_row
 from dpa_ray.model.score import TargetScorer
 from dpa_ray.pack import pack
@@ -179,15 +180,15 @@ def packed_scores(
     several = any(len(row) > 1 for row in places)
     ids_RS, positions_RS, number_RS = (torch.from_numpy(x).to(device) for x in (ids, positions, number))
     text = TextRows(ids_RS, positions_RS, number_RS, several)
-    embeds = llm.get_input_embeddings()(text.input_ids)
-    hidden = llm.base_model(
-        inputs_embeds=embeds, attention_mask=attention_argument(text, config, embeds.dtype),
-        position_ids=text.position_ids, use_cache=False,
-    ).last_hidden_state  # fmt: skip
-
     known = [(n, int(t)) for n, sample in enumerate(samples) for t in sample.targets if t > 0]
     row_N = torch.tensor([row_of[n] for n, _ in known], dtype=torch.long, device=device)
     column_N = torch.tensor([start_of[n] + t for n, t in known], dtype=torch.long, device=device)
+    embeds = llm.get_input_embeddings()(text.input_ids)
+    with only_read(llm.base_model, row_N, column_N - 1, shape):
+        hidden = llm.base_model(
+            inputs_embeds=embeds, attention_mask=attention_argument(text, config, embeds.dtype),
+            position_ids=text.position_ids, use_cache=False,
+        ).last_hidden_state  # fmt: skip
     scorer = TargetScorer(llm.get_output_embeddings(), softcap=softcap, num_rows=num_rows)
     found = scorer.score(hidden[row_N, column_N - 1], text.input_ids[row_N, column_N])
     scores = torch.stack([found.log_prob, found.logit]).cpu()

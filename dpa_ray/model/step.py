@@ -16,6 +16,7 @@ from dpa_ray.batch import IGNORE_INDEX, Batch
 from dpa_ray.model.blind import attention_argument, drop_images, layout_of, starts, text_before
 from dpa_ray.model.cmo import TargetScores, Weighting, probability_gain, raw_weights, smooth_within_turn
 from dpa_ray.model.gain import BINS, counted
+from dpa_ray.model.last_layer import only_read
 from dpa_ray.model.packed import apart, block_masks, in_one_row, num_slots, positions_of, takes_one_row
 from dpa_ray.model.score import TargetScorer
 
@@ -115,12 +116,14 @@ class StepModule(nn.Module):
         target = batch.labels[row, column]
         embeds = self._embed(batch)
         positions = positions_of(batch)
-        hidden = self.decoder(
-            inputs_embeds=embeds,
-            attention_mask=block_masks(batch, self.decoder.config, embeds.dtype) if packed else batch.attention_mask,
-            position_ids=positions,
-            use_cache=False,
-        ).last_hidden_state
+        mask = block_masks(batch, self.decoder.config, embeds.dtype) if packed else batch.attention_mask
+        with only_read(self.decoder, row, column - 1, batch.labels.shape):
+            hidden = self.decoder(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=False,
+            ).last_hidden_state
         seen = self.scorer.score(hidden[row, column - 1], target)  # the first of a sample is no target
 
         gains = torch.zeros(2, BINS, dtype=torch.float64, device=hidden.device)
@@ -196,14 +199,16 @@ class StepModule(nn.Module):
             layout = layout_of(lengths, self.decoder.config)
             text = drop_images(ids, mask, image, lengths=lengths, layout=layout)
             embeds = self.model.get_input_embeddings()(text.input_ids)
-            hidden = self.decoder(
-                inputs_embeds=embeds,
-                attention_mask=attention_argument(text, self.decoder.config, embeds.dtype),
-                position_ids=text.position_ids,
-                use_cache=False,
-            ).last_hidden_state
             row, start = (torch.tensor(x, device=ids.device)[sample] for x in starts(layout, lengths))
-            scores = self.scorer.score(hidden[row, start + (before - 1).clamp(min=0)], target)
+            column = start + (before - 1).clamp(min=0)
+            with only_read(self.decoder, row, column, text.input_ids.shape):
+                hidden = self.decoder(
+                    inputs_embeds=embeds,
+                    attention_mask=attention_argument(text, self.decoder.config, embeds.dtype),
+                    position_ids=text.position_ids,
+                    use_cache=False,
+                ).last_hidden_state
+            scores = self.scorer.score(hidden[row, column], target)
         finally:
             self.train(training)
         return scores, before > 0

@@ -175,8 +175,10 @@ def num_flops(variant: str, stage: int, config: Any) -> float:
     head = 2 * width * vocabulary
     if variant == "released":
         return trunk + weights + attention + head * length * (products + 1)
-    blind = sum(forward(text)) + head * answer if variant == "live" else 0
-    return trunk + head * answer * products + blind
+    by_position = 2 * (2 * width * width + 3 * width * config.intermediate_size)  # of the last layer, where it is read
+    unread = by_position * (length - answer) * products
+    blind = sum(forward(text)) - by_position * (text - answer) + head * answer if variant == "live" else 0
+    return trunk - unread + head * answer * products + blind
 
 
 @dataclass

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,6 +35,8 @@ from tests.s3 import S3, environment, free_port, fresh_bucket, rclone_process
 NUM_STEPS = 60
 FAULT_AT = 7
 AUTH = {"RAY_AUTH_MODE": "disabled"}
+MARK = "DPA_TEST_MATRIX"
+"""Variable that tells the cluster's processes from others of this machine."""
 
 
 @dataclass
@@ -122,11 +125,11 @@ class Scene:
 
 
 def processes(title: str) -> list[int]:
-    """All of this machine's with `title` in their command line (a cluster's own processes carry no run's mark)."""
-    found = []
+    """The cluster's with `title` in their command line: they have what this process was given (MARK)."""
+    mark, found = f"{MARK}={os.environ[MARK]}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if title.encode() in (folder / "cmdline").read_bytes():
+            if title.encode() in (folder / "cmdline").read_bytes() and mark in (folder / "environ").read_bytes():
                 found.append(int(folder.name))
         except OSError:
             continue
@@ -253,7 +256,7 @@ def main() -> None:
     parser.add_argument("--faults", nargs="+", default=list(FAULTS), choices=list(FAULTS), metavar="FAULT")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    os.environ |= AUTH
+    os.environ |= AUTH | {MARK: uuid.uuid4().hex}
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="dpa-matrix-") as temporary:
         folder = Path(temporary)

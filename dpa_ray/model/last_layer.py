@@ -1,0 +1,69 @@
+"""Which positions of the last decoder layer does anybody read? What it would compute of the others is left out.
+
+The loss reads the last layer's output where a target is predicted; of every other position only key and value are used.
+Query, attention output and MLP are functions of one position each, so that they are computed on the positions that are
+read, and 0 stands in the place of the others: their output is wrong and never looked at. What remains is exact.
+Shape letters: B rows, T positions, K positions that are read, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WORTH_WHILE = 0.75
+"""Where more than this part of all positions is read, picking them costs more than it saves."""
+
+
+@contextmanager
+def only_read(decoder: Any, row_N: Tensor, column_N: Tensor, shape: Sequence[int]) -> Iterator[None]:
+    """Within, a call of `decoder` computes its last layer where it is read, and not elsewhere.
+
+    Args:
+        decoder: a transformers decoder; one whose layers are of an unknown form, or compiled, computes all.
+        row_N, column_N: (N,) int64 each: what is read of its output, in any order, repetitions allowed.
+        shape: (B, T) of its output.
+    """
+    parts = _parts_by_position(decoder)
+    # Position 0 is always computed: no part may be called with nothing, as other ranks may wait for it (ZeRO-3).
+    index_K = torch.unique(torch.cat([row_N.new_zeros(1), row_N * shape[1] + column_N]))
+    if not parts or len(index_K) > WORTH_WHILE * shape[0] * shape[1]:
+        yield
+        return
+    # Recomputing the layer in its backward would free nothing: it is the first whose activations are asked for.
+    decoder.layers[-1].gradient_checkpointing = False
+    hooks = []
+    for part in parts:
+        hooks.append(part.register_forward_pre_hook(lambda _, args: _picked(index_K, *args)))
+        hooks.append(part.register_forward_hook(lambda _, __, output: _put_back(output, index_K, shape)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _parts_by_position(decoder: Any) -> list[nn.Module]:
+    """The modules of the last layer whose output at a position depends on that position alone."""
+    layers = getattr(decoder, "layers", None)
+    last = layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
+    if last is None or last._compiled_call_impl is not None:
+        return []
+    attention, mlp = getattr(last, "self_attn", None), getattr(last, "mlp", None)
+    parts = [getattr(attention, "q_proj", None), getattr(attention, "o_proj", None)]
+    if hasattr(mlp, "down_proj") and not hasattr(mlp, "experts"):
+        parts.append(mlp)
+    return [part for part in parts if isinstance(part, nn.Module)]
+
+
+def _picked(index_K: Tensor, hidden_BTD: Tensor, *others: Any) -> tuple[Any, ...]:
+    return hidden_BTD.flatten(0, 1)[index_K].unsqueeze(0), *others
+
+
+def _put_back(output_1KD: Tensor, index_K: Tensor, shape: Sequence[int]) -> Tensor:
+    whole = output_1KD.new_zeros(shape[0] * shape[1], output_1KD.shape[-1])
+    return whole.index_copy(0, index_K, output_1KD[0]).unflatten(0, shape)
