@@ -95,7 +95,7 @@ def test_frozen_llm_is_the_base_llm_and_a_poisoned_proxy_changes_nothing(measure
 @pytest.mark.parametrize(
     ("llm", "sealed"),
     [
-        pytest.param("full", True, marks=pytest.mark.ci, id="full-vouched-for"),
+        pytest.param("full", True, marks=pytest.mark.full, id="full-vouched-for"),
         pytest.param("full", False, marks=pytest.mark.full, id="full-corrupt"),
         pytest.param("lora", True, marks=pytest.mark.full, id="lora-vouched-for"),
         pytest.param("lora", False, marks=pytest.mark.full, id="lora-corrupt"),

@@ -102,7 +102,7 @@ def test_a_sweep_makes_shared_stages_once_and_nothing_again(tmp_path: Path, reci
     assert "4 of 4 trials are finished" in again.stdout
 
 
-@pytest.mark.ci
+@pytest.mark.full
 def test_a_trial_that_fails_in_the_third_stage_is_told_and_the_rest_goes_on(tmp_path: Path, recipe: Callable) -> None:
     """At a learning rate of 1e30 the weights overflow: the stage stops at the first loss that is not finite."""
     run = start(recipe(), tmp_path, {"stages.instruct.lr": [1.0e30, 5.0e-4]}).finished()

@@ -114,7 +114,8 @@ def test_layout_does_not_change_losses(engine: str, layout: dict[str, Any], trai
     check_same(train(**layout, **options), train(**ONE, engine="torch"))
 
 
-@pytest.mark.parametrize("zero_stage", [pytest.param(2, marks=pytest.mark.full), pytest.param(3, marks=pytest.mark.ci)])
+@pytest.mark.full
+@pytest.mark.parametrize("zero_stage", [2, 3])
 def test_uneven_shares_do_not_change_losses(zero_stage: int, train: Callable[..., Run]) -> None:
     """A global batch of 7 on two workers: 4 and 3 samples, with passes of 2 that is a filler on the second; the last
     batch of an epoch has 3."""

@@ -125,11 +125,11 @@ MATRIX: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
 }
 
 
-IN_CI = {("qwen2", "dpa", False), ("gemma2", "vanilla", True), ("mistral", "dpa", True), ("llama", "dpa", False)}
+IN_CI = {("gemma2", "vanilla", True), ("mistral", "dpa", True), ("llama", "dpa", False)}
 
 
 def _matrix() -> list[Any]:
-    """Every family, dpa and vanilla, with and without BOS; .ci/run takes each family once."""
+    """Every family, dpa and vanilla, with and without BOS; .ci/run takes few of them."""
     cases = [(case, method, bos) for case in MATRIX for method in ("dpa", "vanilla") for bos in (True, False)]
     return [
         pytest.param(
