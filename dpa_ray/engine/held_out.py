@@ -14,7 +14,7 @@ import torch
 from dpa_ray.batch import Batch
 from dpa_ray.data.cursor import shares
 from dpa_ray.data.ingest import Loader
-from dpa_ray.engine.protocol import all_sum, rank, world_size
+from dpa_ray.engine.protocol import all_sum, barrier, rank, world_size
 from dpa_ray.eval.held_out import PREFIX, TIME, VISUAL_GAIN, HeldOutNll, held_out_nll
 from dpa_ray.model.held_out import SUMS_SHAPE, nll_sums
 from dpa_ray.model.step import StepModule
@@ -42,6 +42,7 @@ class HeldOut:
         total = torch.zeros(SUMS_SHAPE, dtype=torch.float64, device=self.device)
         for batch in self._batches():
             total += nll_sums(self.module, batch.to(self.device), VISUAL_GAIN)
+        barrier()  # reading may take one worker longer than a collective may
         return held_out_nll(all_sum(total).tolist())
 
     def _batches(self) -> Iterator[Batch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,8 @@ what it is judged by."""
 
 @dataclass(frozen=True)
 class HeldOutNll:
-    """Means over the targets of a held-out set, in nats; None where there is nothing to take a mean of.
+    """Means over the targets of a held-out set, in nats; None where there is nothing to take a mean of, or no
+    number.
 
     Visual targets are the visually grounded words where the set knows them (builtin:shapes); else the targets whose
     probability the image raised by more than VISUAL_GAIN in this very model, so that another model's are others, and
@@ -51,4 +53,4 @@ def held_out_nll(sums: Sequence[Sequence[float]]) -> HeldOutNll:
 
 
 def _mean(total: float, count: float) -> float | None:
-    return total / count if count else None
+    return total / count if count and math.isfinite(total) else None

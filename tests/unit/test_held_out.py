@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -91,6 +92,7 @@ def test_means_by_hand() -> None:
     every, known, helped = [4, 6.0, 2, 5.0], [1, 3.0, 1, 4.0], [2, 1.0, 2, 2.0]
     assert held_out_nll([every, known, helped]) == HeldOutNll(4, 1.5, 2.5, 1, 3.0, 4.0)
     assert held_out_nll([every, [0] * 4, helped]) == HeldOutNll(4, 1.5, 2.5, 2, 0.5, 1.0)
+    assert held_out_nll([[4, math.inf, 2, math.nan], known, helped]).nll is None
     assert held_out_nll([[0] * 4] * 3) == HeldOutNll(0, None, None, 0, None, None)
 
 
