@@ -251,6 +251,8 @@ class View:
         elif kind == "step":
             values.pop("saving_s")
             self.progress.step(values)
+            if (line := console.held_out_line(values)) is not None:
+                self.progress.note(line)
             self._watch(values)
             if self.trackers is not None:
                 self.trackers.log(values["stage"], values["step"], values)

@@ -164,6 +164,18 @@ def nll_table(scores: Mapping[str, Mapping[str, Any]], to: Console | None = None
     console.print(table)
 
 
+def held_out_line(record: Mapping[str, Any]) -> str | None:
+    """What a step's metrics say of held-out data, for people; None where the step was not evaluated."""
+    if record.get("eval_nll") is None:
+        return None
+    told = []
+    for what, key in (("nll", "eval_nll"), ("visual words", "eval_visual_nll")):
+        seen, blind = record.get(key), record.get(f"{key}_blind")
+        if seen is not None:
+            told.append(f"{what} {seen:.3f}" + ("" if blind is None else f" (without the image {blind:.3f})"))
+    return f"{record['stage']} step {record['step']}, held out: {', '.join(told)}"
+
+
 _PART_HEADS = {
     "training": "train", "data_wait": "data", "saving": "save", "starting": "start", "lost": "lost", "tasks": "tasks",
     "preparing": "prep.", "other": "other",

@@ -197,6 +197,14 @@ def test_held_out_nll_stands_beside_that_without_the_image(screen: Screen) -> No
     assert max(map(len, screen.lines)) <= 80
 
 
+def test_an_evaluation_is_a_line_of_what_was_read() -> None:
+    record = {"stage": "instruct", "step": 8, "eval_nll": 1.25, "eval_nll_blind": 2.5, "eval_visual_nll": None}
+    assert console.held_out_line(record) == "instruct step 8, held out: nll 1.250 (without the image 2.500)"
+    blind = {"stage": "proxy_llm", "step": 8, "eval_nll": 1.25, "eval_visual_nll": 3.0}
+    assert console.held_out_line(blind) == "proxy_llm step 8, held out: nll 1.250, visual words 3.000"
+    assert console.held_out_line({"stage": "instruct", "step": 9}) is None
+
+
 def test_words_in_brackets_are_printed_as_they_are(screen: Screen) -> None:
     console.closing_table([stage_row(trained="[red]x[/red] :smile:", artifact="/a/[b]")], to=screen.console)
     text = screen.file.getvalue()
