@@ -51,7 +51,7 @@ that one is done."""
 HELD_OUT = "heldout"
 """Name of `data.eval` among the held-out sets; the others have their names in the recipe."""
 
-BESIDE_THE_MODEL = ("metrics.jsonl", "examples.jsonl")
+BESIDE_THE_MODEL = ("metrics.jsonl", "examples.jsonl", "words.parquet")
 """In an artifact of `instruct`: what is told of it, and is no part of the model."""
 
 STAGE_ARTIFACTS = {"proxy_llm": "proxy-llm", "proxy_mllm": "proxy-mllm", "instruct": "instruct"}
@@ -312,6 +312,7 @@ class Pipeline:
                 **common, base=base, connector=connector, tower=plan.tower, data=data,
                 blind=plan.refs.get("blind_instruct"), num_steps=num_steps(recipe, name, data),
                 skipped=plan.skipped.get("instruct", ()),
+                held_out=self._prepared(HELD_OUT) if HELD_OUT in plan.data else None,
             )  # fmt: skip
         sets = {held_out: self._prepared(held_out) for held_out in plan.inputs["eval"]["sets"]}
         return EvalTask(**common, model=plan.refs["instruct"], sets=sets)

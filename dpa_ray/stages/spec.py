@@ -164,6 +164,7 @@ class InstructTask(Task):
     stage: str = "instruct"
     blind: ArtifactRef | None = None  # q of its samples, where its LLM is frozen and it was computed beforehand
     skipped: tuple[Skipped, ...] = ()
+    held_out: Prepared | None = None  # data.eval, for what is told of the result and does not change it
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, BaseLlm) or not isinstance(self.connector, Connector):
