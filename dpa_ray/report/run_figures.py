@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ LOSSES = {
 }
 MOST_POINTS = 300
 """Of a curve: more cannot be told apart, and weigh on the page."""
+
+ALL_POINTS, LEAST_POINTS = 1500, 24
+"""Of all curves of a figure together, and of one that is among many."""
 
 
 def _curve(name: str, records: Sequence[Mapping[str, Any]], key: str, most: int, length: int = 0) -> Curve:
@@ -42,7 +46,9 @@ def loss_figures(run: RunData, most: int = MOST_POINTS) -> list[Figure]:
         if any(record.get("reused") for record in records):
             notes.append("This stage was reused from an earlier run.")
         if len(records) > most:
-            notes.append(f"{len(records)} steps, shown as means of neighbours.")
+            notes.append(
+                f"{len(records)} steps, shown as means of neighbours, with the highest and the lowest as they are."
+            )
         figures.append(
             curves(f"loss-{stage}", TITLES[stage], lines, x="step", y="nll", marks=marks, note=" ".join(notes))
         )
@@ -57,7 +63,7 @@ def resumed_from(run: RunData, stage: str) -> list[int]:
 
 def overlaid_losses(runs: Sequence[RunData]) -> list[Figure]:
     """One per stage that any of `runs` has: mean nll of all targets, a line a run, all at the same steps."""
-    most = max(40, 1500 // len(runs))
+    most = max(LEAST_POINTS, ALL_POINTS // len(runs))
     figures = []
     for stage, title in TITLES.items():
         found = [(run.name, run.of_stage(stage)) for run in runs if stage in run.stages]
@@ -65,6 +71,8 @@ def overlaid_losses(runs: Sequence[RunData]) -> list[Figure]:
         lines = [_curve(name, records, "nll_mean", most, longest) for name, records in found]
         if lines:
             note = "Mean negative log-likelihood per target token, in nats, of all targets whatever their weight."
+            if longest > most:
+                note += f" Means over {math.ceil(longest / most)} steps, with each run's highest and lowest step as they are."
             figures.append(curves(f"losses-{stage}", title, lines, x="step", y="nll", note=note))
     return figures
 
