@@ -200,9 +200,11 @@ def _words_of_trials(store: Store, sweep: dict[str, Any]) -> dict[str, dict[str,
     found: dict[str, dict[str, WordLosses]] = {}
     trials = sweep.get("trials")
     for trial in trials if isinstance(trials, list) else []:
-        made = trial.get("artifacts") if isinstance(trial, dict) and trial.get("status") == "done" else None
-        for stage in STAGES if isinstance(made, dict) and len(found) < MOST_TRIALS else ():
-            path = str(made.get(stage))
+        if not isinstance(trial, dict) or trial.get("status") != "done" or len(found) == MOST_TRIALS:
+            continue
+        made = trial.get("artifacts")
+        paths = {stage: str(made[stage]) for stage in STAGES if stage in made} if isinstance(made, dict) else {}
+        for stage, path in paths.items():
             name, _, key = path.removeprefix("artifacts/").rpartition("-")
             if path not in read and name:
                 read[path] = None

@@ -105,7 +105,7 @@ def curves(
         }
     ]
     if marks:
-        layers.append(rules([{"x": at, "text": text} for at, text in marks]))
+        layers.append(_rules([{"x": at, "text": text} for at, text in marks]))
     by_x: dict[float, dict[str, float | None]] = {}
     for line in lines:
         for at, value in line.points:
@@ -152,7 +152,7 @@ def gain_histogram(
             layers.append({"data": {"values": values}, "mark": line, "encoding": encoding})
     if bounds is not None:
         marks = [{"x": bounds[0], "text": f"lower {bounds[0]:g}"}, {"x": bounds[1], "text": f"upper {bounds[1]:g}"}]
-        layers.append(rules(marks, x_scale))
+        layers.append(_rules(marks, x_scale))
     return Figure(name, title, whole(layers), ("p − q", *order), rows, note)
 
 
@@ -371,8 +371,7 @@ def whole(layers: list[Spec], height: int = HEIGHT) -> Spec:
     return {"$schema": SCHEMA, "width": "container", "height": height, "autosize": AUTOSIZE, "layer": layers}
 
 
-def rules(marks: list[Spec], scale: Spec | None = None) -> Spec:
-    """Upright rules at `x` with their `text`."""
+def _rules(marks: list[Spec], scale: Spec | None = None) -> Spec:
     x: Spec = {"field": "x", "type": "quantitative"} | ({"scale": scale} if scale else {})
     return {
         "data": {"values": marks},

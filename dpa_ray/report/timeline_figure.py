@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpa_ray.report.content import RunData, mapping, number
-from dpa_ray.report.figures import ROW, TICKS, Cell, Figure, Spec, rules, whole
+from dpa_ray.report.figures import ROW, TICKS, Cell, Figure, Spec, whole
 from dpa_ray.report.goodput import PARTS, WAITING
 from dpa_ray.report.timeline import ATTEMPT, RESTART, SAVED, Event, Span, together
 
@@ -16,7 +16,7 @@ KINDS = {
     "saving": "saving",
     "starting": "starting",
     "lost": "lost to failures",
-    "tasks": "merging, q, evaluation",
+    "tasks": "merging, q, eval",
     "preparing": "preparing",
     WAITING: "waiting for another job",
     "other": "other",
@@ -24,8 +24,9 @@ KINDS = {
 assert set(KINDS) == {*PARTS, WAITING}
 
 EVENTS = {RESTART: "workers lost or replaced", SAVED: "checkpoint saved", "reused": "reused, not made"}
-SHAPES = {RESTART: "triangle-down", SAVED: "stroke", "reused": "diamond"}
+SHAPES = {RESTART: "triangle-down", SAVED: "M0,-1L0,1", "reused": "diamond"}
 OUTSIDE = "outside of stages"
+ORDER = (OUTSIDE, "proxy_llm", "proxy_merged", "blind", "proxy_mllm", "blind_instruct", "instruct", "eval")
 
 FINEST = 300
 """Parts of the whole that can be told apart in a drawing; what is shorter is drawn with its neighbours."""
@@ -45,23 +46,24 @@ def timeline_figure(run: RunData) -> Figure | None:
     reused = [name for name, made in mapping(run.info.get("artifacts")).items() if mapping(made).get("reused")]
     events += [Event(clock.last_start_s, "reused", str(name).replace("-", "_")) for name in reused]
     scale, unit = next((scale, name) for least, scale, name in UNITS if clock.length_s >= least)
-    bars = [
+    bars: list[Spec] = [
         {
             "stage": _row(span.stage), "kind": KINDS.get(span.kind, span.kind), "x": _short(clock(span.start_s) / scale),
             "x2": _short((clock(span.start_s) + span.length_s) / scale), "seconds": _short(span.length_s),
         }
         for span in shown
     ]  # fmt: skip
-    points = [
+    points: list[Spec] = [
         {
             "stage": _row(event.stage), "x": _short(clock(event.at_s) / scale), "event": EVENTS[event.kind],
             "step": event.step,
         }
         for event in events if event.kind in EVENTS
     ]  # fmt: skip
-    starts = [(clock(at_s) / scale, f"attempt {n}") for n, at_s in enumerate(clock.starts_s, 1)][1:]
-    stages = list(dict.fromkeys([*(bar["stage"] for bar in bars), *(point["stage"] for point in points)]))
-    note = "Attempts follow each other, without the time between them." if starts else ""
+    starts = [{"x": clock(at_s) / scale, "attempt": n} for n, at_s in enumerate(clock.starts_s, 1)][1:]
+    named = dict.fromkeys([*(bar["stage"] for bar in bars), *(point["stage"] for point in points)])
+    stages = [*(stage for stage in ORDER if stage in named), *(stage for stage in named if stage not in ORDER)]
+    note = "At a dashed line another attempt begins; the time between them is left out." if starts else ""
     if shown != spans:
         note += f" What took less than {clock.length_s / FINEST:.2g} s is drawn with what was beside it."
     rows = _rows(shown, events, clock)
@@ -136,16 +138,14 @@ def _rows(spans: Sequence[Span], events: Sequence[Event], clock: _Clock) -> list
     return sorted(rows, key=lambda row: float(row[0] or 0))
 
 
-def _spec(
-    bars: list[Spec], points: list[Spec], starts: Sequence[tuple[float, str]], stages: Sequence[str], x: str
-) -> Spec:
+def _spec(bars: list[Spec], points: list[Spec], starts: list[Spec], stages: Sequence[str], x: str) -> Spec:
     kinds = [name for name in KINDS.values() if any(bar["kind"] == name for bar in bars)]
     names = [EVENTS[kind] for kind in EVENTS if any(point["event"] == EVENTS[kind] for point in points)]
     row = {"field": "stage", "type": "nominal", "sort": list(stages), "title": None}
     layers: list[Spec] = [
         {
             "data": {"values": bars},
-            "mark": {"type": "bar", "tooltip": True, "cornerRadius": 0},
+            "mark": {"type": "bar", "tooltip": True, "cornerRadius": 0, "height": {"band": 0.55}},
             "encoding": {
                 "y": row,
                 "x": {"field": "x", "type": "quantitative", "title": x, "axis": TICKS, "scale": {"nice": False}},
@@ -159,15 +159,19 @@ def _spec(
         layers.append(
             {
                 "data": {"values": points},
-                "mark": {"type": "point", "filled": True, "size": 90, "opacity": 1, "tooltip": True, "dy": -8},
+                "mark": {"type": "point", "filled": False, "size": 60, "strokeWidth": 2, "opacity": 1, "tooltip": True},
                 "encoding": {
                     "y": row,
+                    "yOffset": {"value": ROW * 0.1},  # above the bars
                     "x": {"field": "x", "type": "quantitative"},
                     "shape": {"field": "event", "type": "nominal", "title": None, "sort": names,
-                              "scale": {"domain": names, "range": shapes}},
+                              "scale": {"domain": names, "range": shapes}, "legend": {"orient": "top"}},
                 },
             }
         )  # fmt: skip
     if starts:
-        layers.append(rules([{"x": at, "text": text} for at, text in starts]))
+        dashed = {"type": "rule", "strokeDash": [5, 3], "tooltip": True}
+        layers.append(
+            {"data": {"values": starts}, "mark": dashed, "encoding": {"x": {"field": "x", "type": "quantitative"}}}
+        )
     return whole(layers, height=ROW * len(stages))

@@ -28,7 +28,8 @@ MOST_LISTED = 200
 MOST_SERIES = 8
 """Runs side by side under their own names, as many as there are colours; more are shown as means by method."""
 
-GROUPS = ("visual words", "other words")
+GROUPS = ("visual", "other")
+DUMBBELL = "From the loss before to the dot, the loss after."
 ROW, GROUP_ROW = 22, 30
 """Pixels."""
 
@@ -64,7 +65,7 @@ def word_section(runs: Sequence[tuple[str, RunData]], notes: Sequence[str] = ())
         for name, run in runs:
             if (told := run.words.get(stage)) is not None and (words := _words(told)):
                 found.setdefault(name, []).append(words)
-                sources.add(f"{told.samples}, {told.num_samples} samples")
+                sources.add(f"{told.num_samples} {told.samples} samples")
         series = {name: _mean(each) for name, each in found.items()}
         series = {name: words for name, words in series.items() if words}
         if series:
@@ -119,7 +120,7 @@ def _blocks(stage: str, series: Mapping[str, Words]) -> list[Block]:
     visual = _visual(list(series.values()))
     is_known = any(found.visual > 0 for words in series.values() for found in words.values())
     split = "known to be shown by the image" if is_known else f"with p − q above {VISUAL_GAIN:g} on average"
-    blocks: list[Block] = [Drawing(_groups(stage, series, visual, f"Visual words are those {split}."))]
+    blocks: list[Block] = [Drawing(_groups(stage, series, visual, f"{DUMBBELL} Visual words are those {split}."))]
     if len(series) == 1:
         (words,) = series.values()
         blocks += [Drawing(_before_and_after(stage, words, visual)), _list(stage, words, visual)]
@@ -143,7 +144,7 @@ def _groups(stage: str, series: Mapping[str, Words], visual: set[str], note: str
                 continue
             total = sum(w.count for w in found)
             before, after = (sum(w.count * getattr(w, key) for w in found) / total for key in ("before", "after"))
-            label = group if len(series) == 1 else f"{group}, {name}"
+            label = f"{group} words" if len(series) == 1 else f"{group}, {name}"
             values.append({"row": label, "group": group, "before": _short(before), "after": _short(after)})
             rows.append((label, len(found), _short(total), _short(before), _short(after), _short(after - before)))
     columns = ("group", "words", "in the samples", "nll before", "nll after", "change")
@@ -161,7 +162,7 @@ def _before_and_after(stage: str, words: Words, visual: set[str]) -> Figure:
         for word in shown
     ]  # fmt: skip
     rows = [_row(word, words[word], visual) for word in shown]
-    note = "What fell most at the top, what fell least or rose at the bottom."
+    note = f"{DUMBBELL} What fell most at the top, what fell least or rose at the bottom."
     title = f"{TITLES[stage]}: the words that changed most, and least"
     return Figure(f"words-{stage}", title, _dumbbells(values, shown, ROW), COLUMNS, rows, note)
 
@@ -178,7 +179,9 @@ def _list(stage: str, words: Words, visual: set[str]) -> Table:
     most = sorted(words, key=lambda word: -words[word].count)[:MOST_LISTED]
     caption = f"{TITLES[stage]}: words"
     caption += f", the {MOST_LISTED} most frequent of {len(words):,}" if len(words) > len(most) else ""
-    return Table(f"word-table-{stage}", caption, COLUMNS, [_row(word, words[word], visual) for word in most])
+    return Table(
+        f"word-table-{stage}", caption, COLUMNS, [_row(word, words[word], visual) for word in most], is_folded=True
+    )
 
 
 def _often(words: Words) -> list[str]:
@@ -192,7 +195,8 @@ def _changes(stage: str, series: Mapping[str, Words], visual: set[str]) -> Figur
     common = [w for w in _often(series[baseline]) if all(w in series[name] for name in others)]
 
     def ahead(word: str) -> float:
-        return fmean(series[name][word].change for name in others) - series[baseline][word].change
+        difference = fmean(series[name][word].change for name in others) - series[baseline][word].change
+        return round(difference, 6)  # words that do not differ keep their order
 
     order = sorted(common, key=ahead)
     shown = list(dict.fromkeys([*order[:NUM_WORDS], *order[-NUM_WORDS:]]))
@@ -203,10 +207,10 @@ def _changes(stage: str, series: Mapping[str, Words], visual: set[str]) -> Figur
         for word in shown
         for name in names
     ]
-    numbers = (
-        (word, _group(word, visual), *(_short(getattr(series[name][word], key)) for name in names for key in ("before", "after")))
-        for word in shown
-    )  # fmt: skip
+    rows: list[tuple[Cell, ...]] = []
+    for word in shown:
+        both = (getattr(series[name][word], key) for name in names for key in ("before", "after"))
+        rows.append((word, _group(word, visual), *map(_short, both)))
     heads = (f"{name}: nll {when}" for name in names for when in ("before", "after"))
     y = _rows_axis([labels[word] for word in shown])
     told = {"field": "series", "type": "nominal", "sort": names, "title": None}
@@ -233,7 +237,7 @@ def _changes(stage: str, series: Mapping[str, Words], visual: set[str]) -> Figur
     )
     title = f"{TITLES[stage]}: change of nll by word"
     spec = whole(layers, ROW * max(3, len(shown)))
-    return Figure(f"words-{stage}", title, spec, ("word", "group", *heads), list(numbers), note)
+    return Figure(f"words-{stage}", title, spec, ("word", "group", *heads), rows, note)
 
 
 def _baseline_first(series: Mapping[str, Any]) -> list[str]:
@@ -251,8 +255,6 @@ def _dumbbells(values: list[Spec], order: Sequence[str], height: int) -> Spec:
     }
     y = _rows_axis(order)
     x = {"type": "quantitative", "title": "nll of the word, in nats", "axis": TICKS}
-    ends = [{**value, "when": when, "x": value[when]} for value in values for when in ("before", "after")]
-    when = {"field": "when", "type": "nominal", "sort": ["before", "after"], "title": None}
     layers: list[Spec] = [
         {
             "data": {"values": values},
@@ -260,12 +262,14 @@ def _dumbbells(values: list[Spec], order: Sequence[str], height: int) -> Spec:
             "encoding": {"y": y, "x": {"field": "before", **x}, "x2": {"field": "after"}, "color": colour},
         },
         {
-            "data": {"values": ends},
-            "mark": {"type": "point", "filled": True, "size": 80, "opacity": 1, "tooltip": True},
-            "encoding": {
-                "y": y, "x": {"field": "x", **x}, "color": colour,
-                "shape": {**when, "scale": {"domain": ["before", "after"], "range": ["stroke", "circle"]}},
-            },
+            "data": {"values": values},
+            "mark": {"type": "tick", "thickness": 2, "size": 10, "opacity": 1},
+            "encoding": {"y": y, "x": {"field": "before", **x}, "color": colour},
+        },
+        {
+            "data": {"values": values},
+            "mark": {"type": "point", "filled": True, "size": 90, "opacity": 1, "tooltip": True},
+            "encoding": {"y": y, "x": {"field": "after", **x}, "color": colour},
         },
     ]  # fmt: skip
     return whole(layers, height * max(2, len(order)))
