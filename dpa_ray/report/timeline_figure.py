@@ -23,7 +23,7 @@ KINDS = {
 }
 assert set(KINDS) == {*PARTS, WAITING}
 
-EVENTS = {RESTART: "workers lost or replaced", SAVED: "checkpoint saved", "reused": "reused, not made"}
+EVENTS = {RESTART: "workers replaced", SAVED: "saved", "reused": "reused"}
 SHAPES = {RESTART: "triangle-down", SAVED: "M0,-1L0,1", "reused": "diamond"}
 OUTSIDE = "outside of stages"
 ORDER = (OUTSIDE, "proxy_llm", "proxy_merged", "blind", "proxy_mllm", "blind_instruct", "instruct", "eval")

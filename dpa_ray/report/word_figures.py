@@ -177,8 +177,9 @@ def _row(word: str, found: Word, visual: set[str]) -> tuple[Cell, ...]:
 
 def _list(stage: str, words: Words, visual: set[str]) -> Table:
     most = sorted(words, key=lambda word: -words[word].count)[:MOST_LISTED]
-    caption = f"{TITLES[stage]}: words"
-    caption += f", the {MOST_LISTED} most frequent of {len(words):,}" if len(words) > len(most) else ""
+    caption = f"{TITLES[stage]}: all words"
+    if len(words) > len(most):
+        caption = f"{TITLES[stage]}: the {MOST_LISTED} most frequent of {len(words):,} words"
     return Table(
         f"word-table-{stage}", caption, COLUMNS, [_row(word, words[word], visual) for word in most], is_folded=True
     )

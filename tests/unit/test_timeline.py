@@ -133,10 +133,10 @@ def test_the_figure_leaves_out_the_time_between_attempts() -> None:
     assert [bar["kind"] for bar in bars][-1] == "merging, q, eval"
     assert figure.columns == ("at, s", "for, s", "stage", "what")
     assert (55.0, 12.0, "proxy_mllm", "lost to failures") in figure.rows
-    assert (55.0, None, "proxy_mllm", "workers lost or replaced") in figure.rows
+    assert (55.0, None, "proxy_mllm", "workers replaced") in figure.rows
     assert (70.0, None, "outside of stages", "attempt 2 begins") in figure.rows
-    assert (70.0, None, "proxy_llm", "reused, not made") in figure.rows
-    assert (100.0, None, "instruct", "checkpoint saved, step 60") in figure.rows
+    assert (70.0, None, "proxy_llm", "reused") in figure.rows
+    assert (100.0, None, "instruct", "saved, step 60") in figure.rows
     assert "the time between them is left out" in figure.note
     assert figure.rows == sorted(figure.rows, key=lambda row: row[0])
 
