@@ -66,6 +66,9 @@ class DataSection(Section):
     instruct: SourceSection
     eval: SourceSection | None = None
     eval_extra: dict[str, SourceSection] = Field(default_factory=dict, description="further held-out sets, by name")
+    eval_captions: SourceSection | None = Field(
+        None, description="held-out captions, for the nll of stages 1 and 2 while they run (eval.every_steps)"
+    )
     max_quarantined_fraction: float = Field(0.01, ge=0, le=1)
     skip_ids: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,
@@ -148,7 +151,9 @@ class StageSection(Section):
 class ProxyLlmSection(StageSection):
     lr: float = Field(4.0e-5, ge=0)
     packing: bool = Field(True, description="lay a micro-batch's samples into rows without padding; same result")
-    llm: Literal["lora"] = "lora"
+    llm: Literal["lora", "full"] = Field(
+        "lora", description="what of the proxy is trained: a LoRA, or (for an ablation) the LLM in full"
+    )
     lora: LoraSection = Field(default_factory=LoraSection)
     from_: str | None = Field(None, alias="from", description="PEFT adapter folder to take instead of training")
 
@@ -241,9 +246,13 @@ class CheckpointSection(Section):
 
 
 class EvalSection(Section):
-    max_samples: int = Field(500, gt=0, description="held-out samples answered; the rest is left out")
+    max_samples: int = Field(500, gt=0, description="held-out samples of each set; the rest is left out")
     batch_size: int = Field(50, gt=0)
     max_new_tokens: int = Field(32, gt=0)
+    every_steps: int | None = Field(
+        None, gt=0, description="held-out nll after so many steps of a stage, and after its last; null: only at the end"
+    )
+    running_samples: int = Field(64, gt=0, description="held-out samples read each time, while a stage runs")
 
 
 class WandbSection(Section):
@@ -313,6 +322,12 @@ class Recipe(Section):
             upper if self.cmo.upper is None else self.cmo.upper,
         )
 
+    def held_out(self, stage: str) -> SourceSection | None:
+        """What `stage` is evaluated on while it runs: captions in stages 1 and 2, `data.eval` in 3; None where it is not."""
+        if self.eval.every_steps is None:
+            return None
+        return self.data.eval if stage == "instruct" else self.data.eval_captions
+
     def caches_blind(self, stage: str) -> bool:
         """Is `stage` given a q that was computed beforehand? Where its LLM is frozen: always in stage 2, by recipe in 3."""
         is_frozen = not self.stages.proxy_mllm.from_ if stage == "proxy_mllm" else self.stages.instruct.llm == "frozen"
@@ -376,6 +391,9 @@ def parse(values: dict[str, Any], where: str = "recipe", extra_errors: list[tupl
             why = "is not trained" if recipe.stages.proxy_mllm.from_ else "has uniform weights, which need no q"
             found = f"expected auto or live, found cached: it is for stage 2, which {why}, and a frozen LLM in stage 3"
             errors.append(("cmo.blind", found))
+        if recipe.stages.proxy_llm.from_ and recipe.stages.proxy_llm.llm == "full":
+            found = "expected lora, as stages.proxy_llm.from is a PEFT adapter, found full"
+            errors.append(("stages.proxy_llm.llm", found))
         if recipe.model.compile and recipe.engine == "deepspeed" and recipe.deepspeed.zero_stage == 3:
             found = "expected false with deepspeed.zero_stage 3, whose parameters come and go inside layers, found true"
             errors.append(("model.compile", found))
@@ -390,13 +408,20 @@ def _ignored_in_held_out(recipe: Recipe) -> list[tuple[str, str]]:
     sets = {f"data.eval_extra.{name}": section for name, section in recipe.data.eval_extra.items()}
     if recipe.data.eval is not None:
         sets["data.eval"] = recipe.data.eval
+    if recipe.data.eval_captions is not None:
+        sets["data.eval_captions"] = recipe.data.eval_captions
     errors = []
+    if recipe.eval.every_steps is not None and not any(recipe.held_out(s) for s in ("proxy_mllm", "instruct")):
+        found = "expected data.eval (for stage 3) or data.eval_captions (for 1 and 2) to evaluate on, found neither"
+        errors.append(("eval.every_steps", found))
     for path, section in sets.items():
         if section.fraction != 1.0:
-            found = f"expected 1.0 or no such key, found {section.fraction}; eval.max_samples bounds held-out sets"
+            bound = "eval.running_samples" if path == "data.eval_captions" else "eval.max_samples"
+            found = f"expected 1.0 or no such key, found {section.fraction}; {bound} bounds held-out sets"
             errors.append((f"{path}.fraction", found))
         if section.image_aspect is not None:
-            found = f"expected no such key, found {section.image_aspect}; held-out images follow data.instruct's"
+            alike = "data.pretrain" if path == "data.eval_captions" else "data.instruct"
+            found = f"expected no such key, found {section.image_aspect}; held-out images follow {alike}'s"
             errors.append((f"{path}.image_aspect", found))
     return errors
 

@@ -28,6 +28,8 @@ from dpa_ray.engine.plain import PlainEngine
 from dpa_ray.engine.protocol import Engine, OptimizerSettings, all_sum
 from dpa_ray.engine.zero import ZeroEngine, _import_deepspeed
 from dpa_ray.errors import UserError
+from dpa_ray.eval.held_out import VISUAL_GAIN
+from dpa_ray.model.held_out import nll_sums
 from dpa_ray.model.step import StepModule, StepSums
 from dpa_ray.stages.trainable import select_trainable
 from tests.random_models import batch_of, make_step, make_vlm
@@ -45,6 +47,8 @@ LEARNING_RATES = (1e-3, 2e-3, 4e-4, 8e-4, 2e-4)
 BROKEN = 2
 """The step that in some cases has gradients that are not finite."""
 
+HELD_OUT = ("s1 I t5", "s2 t4", "I s1 g2 t3")
+
 # eps is large: with torch's 1e-8 AdamW would turn a gradient of rounding noise into a step of full size. The norm is
 # above the clip in some steps, below it in others.
 SETTINGS = OptimizerSettings((0.9, 0.95), 0.01, 4.0, eps=1e-4)
@@ -61,6 +65,7 @@ class Case:
     skipped: bool = False  # BROKEN never happens
     trained: str = "full"  # or "connector", "lora"
     tied: bool = False
+    evaluated: bool = False  # after every step
 
     @property
     def name(self) -> str:
@@ -78,6 +83,7 @@ class Outcome:
     after_broken: dict[str, Tensor] = field(default_factory=dict)
     final: dict[str, Tensor] = field(default_factory=dict)
     num_batches: int = 0
+    evaluations: list[Tensor] = field(default_factory=list)  # nll_sums over HELD_OUT and all ranks, after each step
 
 
 def cases(world_size: int) -> list[Case]:
@@ -91,6 +97,7 @@ def cases(world_size: int) -> list[Case]:
         Case(stage, bf16=True, skipped=True) for stage in some
     ]
     found += [Case(stage, passes=2) for stage in some]
+    found += [Case(stage, evaluated=True) for stage in some]
     return found + [Case(2, trained="connector"), Case(3, trained="lora"), Case(2, tied=True), Case(3, tied=True)]
 
 
@@ -163,6 +170,9 @@ def run(case: Case, rank: int, world_size: int) -> Outcome:
         outcome.losses.append(float(sum_of["loss"] / sum_of["weight"]))
         outcome.weights.append(float(sum_of["weight"]))
         outcome.norms.append(norm)
+        if case.evaluated:
+            (batch,) = share(HELD_OUT, rank, world_size, 1)
+            outcome.evaluations.append(all_sum(nll_sums(module, batch, VISUAL_GAIN)))
         if case.broken and step == BROKEN:
             outcome.after_broken = engine.gather(names)
     outcome.final = engine.gather(names)

@@ -170,6 +170,8 @@ class _Examined:
         if section.eval is not None:
             sets["eval"] = section.eval
         sets |= {f"eval_extra.{name}": extra for name, extra in section.eval_extra.items()}
+        if (captions := self.recipe.held_out("proxy_mllm")) is not None:
+            sets["eval_captions"] = captions
         for name, source in sets.items():
             with self.findings.check(f"data.{name}") as check:
                 looked = data.look(self.store if self.is_store_there else None, source, section.skip_ids)

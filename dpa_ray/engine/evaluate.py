@@ -1,4 +1,4 @@
-"""The evaluation task: every worker loads the finished model as any user would, and answers its share."""
+"""The evaluation task: every worker loads the finished model as any user would, answers its share and reads its share."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ from dpa_ray.data.encode import Encoder
 from dpa_ray.data.images import decode
 from dpa_ray.data.ingest import Loader
 from dpa_ray.data.pixels import pixels
+from dpa_ray.engine.held_out import HeldOut
 from dpa_ray.engine.protocol import barrier, rank, world_size
 from dpa_ray.eval.exact_match import Answering, ExactMatch, Question, matches, score, with_shuffled_images
+from dpa_ray.eval.held_out import HeldOutNll
+from dpa_ray.model import vlm
+from dpa_ray.model.cmo import Weighting
 from dpa_ray.model.export import load_exported
+from dpa_ray.model.step import StepModule
+from dpa_ray.stages import build
 from dpa_ray.stages.spec import EvalTask
 from dpa_ray.store.fs import Store
 
+UNIFORM = Weighting("uniform", 1.0, 1.0, 1)
 RESULT = "eval.json"
 ANSWERS = "answers.jsonl"
 
@@ -30,16 +37,18 @@ class EvalResult:
     """Scores by held-out set, and every answer."""
 
     scores: dict[str, ExactMatch]
+    nlls: dict[str, HeldOutNll]
     answers: list[dict[str, Any]]
 
     def write(self, folder: Path) -> None:
-        (folder / RESULT).write_text(json.dumps({name: asdict(s) for name, s in self.scores.items()}, indent=1))
+        scores = {name: asdict(score) | asdict(self.nlls[name]) for name, score in self.scores.items()}
+        (folder / RESULT).write_text(json.dumps(scores, indent=1))
         lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in self.answers)
         (folder / ANSWERS).write_text("".join(lines), encoding="utf-8")
 
 
 def evaluate(task: EvalTask, store: Store, device: torch.device) -> EvalResult | None:
-    """Answer all held-out sets with the artifact `task.model`; the result on rank 0, None elsewhere."""
+    """Answer and read all held-out sets with the artifact `task.model`; the result on rank 0, None elsewhere."""
     section = task.recipe.eval
     model, processor = load_exported(task.model.fetched(store))
     model = model.to(device)
@@ -47,7 +56,11 @@ def evaluate(task: EvalTask, store: Store, device: torch.device) -> EvalResult |
         tokenizer=processor.tokenizer, template="chat", max_length=task.recipe.stages.instruct.max_length,
         num_image_tokens=model.config.image_seq_length, image_token_id=model.config.image_token_id, template_date=None,
     )  # fmt: skip
+    row = build.vocabulary(task.base.weights.located(store), task.recipe).row
+    softcap = vlm.softcap_of(model.config.text_config)
+    module = StepModule(model, UNIFORM, softcap=softcap, num_softmax_rows=row.num_softmax_rows)
     scores: dict[str, ExactMatch] = {}
+    nlls: dict[str, HeldOutNll] = {}
     answers: list[dict[str, Any]] = []
     for name, prepared in task.sets.items():
         loader = Loader(
@@ -61,6 +74,8 @@ def evaluate(task: EvalTask, store: Store, device: torch.device) -> EvalResult |
         )  # fmt: skip
         seen = _shared(answer, questions)
         shuffled = _shared(answer, with_shuffled_images(questions))
+        read = HeldOut(module, loader, section.max_samples, section.batch_size, device, keep=False)
+        nlls[name] = read.nll()
         if rank() == 0:
             scores[name] = score(questions, seen, shuffled)
             answers += [
@@ -68,7 +83,7 @@ def evaluate(task: EvalTask, store: Store, device: torch.device) -> EvalResult |
                  "right": matches(a, q.answer)}
                 for q, a, s in zip(questions, seen, shuffled, strict=True)
             ]  # fmt: skip
-    return EvalResult(scores, answers) if rank() == 0 else None
+    return EvalResult(scores, nlls, answers) if rank() == 0 else None
 
 
 def collect(loader: Loader, encoder: Encoder, num_samples: int) -> list[Question]:

@@ -254,6 +254,8 @@ class View:
         elif kind == "step":
             values.pop("saving_s")
             self.progress.step(values)
+            if (line := console.held_out_line(values)) is not None:
+                self.progress.note(line)
             self._watch(values)
             if self.trackers is not None:
                 self.trackers.log(values["stage"], values["step"], values)
@@ -268,7 +270,7 @@ class View:
         elif kind == "blind_finished":
             self.progress.stage_finished()
         elif kind == "task_started":
-            texts = {"proxy_merged": "merging the proxy's LoRA", "eval": "answering held-out questions"}
+            texts = {"proxy_merged": "putting the proxy together", "eval": "answering and reading held-out questions"}
             if values["stage"] in texts:
                 self.progress.note(texts[values["stage"]])
 
@@ -349,6 +351,7 @@ def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run, ledg
     console.goodput_table(ledger.entries(time.time()))
     if scores:
         order = sorted(scores, key=lambda name: name != HELD_OUT)
+        console.nll_table({name: scores[name] for name in order})
         console.accuracy_table(
             [
                 console.AccuracyRow(
@@ -405,6 +408,8 @@ def ignored_sections(recipe: Recipe) -> list[str]:
     ignored = []
     if recipe.method not in ("dpa", "pmo"):
         ignored.append("stages.proxy_llm")
+    elif recipe.stages.proxy_llm.llm != "lora":
+        ignored.append("stages.proxy_llm.lora")
     if all(recipe.weights(stage) == "uniform" for stage in ("proxy_mllm", "instruct")):
         ignored.append("cmo")
     if recipe.stages.instruct.llm != "lora":

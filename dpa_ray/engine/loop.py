@@ -110,6 +110,7 @@ def train(
     device: torch.device,
     record: Callable[[dict[str, Any], list[Batch]], None],
     saver: Saver | None = None,
+    evaluate: Callable[[int], dict[str, Any]] = lambda step: {},
     explain: Callable[[Finding], str] = describe,
 ) -> None:
     """Run the steps of `plan`.
@@ -123,6 +124,7 @@ def train(
             be saved.
         record: called on every rank with the step's metrics and this rank's batches.
         saver: is asked for its votes in each step, and told after it what all ranks voted.
+        evaluate: further metrics after a step, by its number; called on all ranks, and outside of the step's time.
         explain: what to tell the user of a step whose loss or gradient is not finite; called on all ranks.
     Raises: UserError with that, where a loss or gradient is not finite; nothing was updated in that step.
     """
@@ -161,6 +163,7 @@ def train(
         seconds = time.perf_counter() - start
         if saver:
             saver.before_telling()
+        evaluated = evaluate(step)
         record(
             {
                 "stage": stage, "step": step, "epoch": epoch, "num_samples": num_samples, "num_tokens": num_tokens,
@@ -168,7 +171,7 @@ def train(
                 **ratios(StepSums.of_detached(total.cpu()), num_targets, step), "lr": lr,
                 "grad_norm": norm if weight_sum else 0.0, "updated": bool(weight_sum), "step_time_s": seconds,
                 "data_wait_s": waited, "tokens_per_s": num_tokens / seconds,
-                "packing_efficiency": num_tokens / max(1, num_slots),
+                "packing_efficiency": num_tokens / max(1, num_slots), **evaluated,
             },
             mine,
         )  # fmt: skip

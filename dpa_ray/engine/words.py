@@ -23,8 +23,8 @@ from dpa_ray.data.prepared import Prepared
 from dpa_ray.data.words import join, pieces, runs
 from dpa_ray.engine.protocol import gathered, rank, world_size
 from dpa_ray.errors import UserError
+from dpa_ray.model.held_out import both_scores
 from dpa_ray.model.step import StepModule
-from dpa_ray.model.words import target_losses
 
 FILE = "words.parquet"
 """In a stage's artifact: a row for each word, see SCHEMA; in its metadata `samples` (HELD_OUT or TRAINING), `num_samples`
@@ -87,12 +87,12 @@ class Words:
 
     def look_before(self) -> None:
         """With the model that the stage begins with."""
-        self.before = self._look(with_gain=False)
+        self.before = self._look()
 
     def look_after(self) -> None:
         """With the model that it ends with."""
         if self.before is not None:
-            self.after = self._look(with_gain=True)
+            self.after = self._look()
 
     def write(self, folder: Path) -> None:
         """FILE in `folder`, where both looks were made."""
@@ -102,7 +102,7 @@ class Words:
             made = made.replace_schema_metadata({key: str(value) for key, value in about.items()})
             pq.write_table(made, folder / FILE, compression="zstd")
 
-    def _look(self, *, with_gain: bool) -> list[SampleLosses] | None:
+    def _look(self) -> list[SampleLosses] | None:
         batches: list[Batch] = []
         problem = None
         try:
@@ -114,22 +114,26 @@ class Words:
             if rank() == 0:
                 self.note(f"the report will show no losses by word: {problems[0]}")
             return None
-        found = [sample for batch in batches for sample in self._samples(batch, with_gain)]
+        found = [sample for batch in batches for sample in self._samples(batch)]
         return sorted((sample for part in gathered(found) for sample in part), key=lambda sample: sample.row)
 
-    def _samples(self, batch: Batch, with_gain: bool) -> list[SampleLosses]:
-        found = target_losses(self.module, batch.to(self.device), with_gain=with_gain)
+    def _samples(self, batch: Batch) -> list[SampleLosses]:
+        found = both_scores(self.module, batch.to(self.device))
+        gain = (
+            found.gain if self.module.is_vlm else torch.zeros_like(found.gain)
+        )  # where no image is seen, it adds nothing
+        rows, columns, nll, gain = (x.cpu() for x in (found.row, found.column, -found.seen.log_prob, gain))
         samples = []
         for place, (_, row) in enumerate(batch.rows):
-            mine = found.row == place
-            column = found.column[mine]
+            mine = rows == place
+            column = columns[mine]
             ids, turns = batch.labels[place, column].tolist(), batch.turn[place, column].tolist()
             words = [
                 (word, slice(run.start + tokens.start, run.start + tokens.stop))
                 for run in runs(column.tolist(), turns)
                 for word, tokens in join(pieces(self.loader.encoder.tokenizer, ids[run]))
             ]
-            numbers = (batch.grounded[place, column], found.nll[mine], found.gain[mine])
+            numbers = (batch.grounded[place, column], nll[mine], gain[mine])
             samples.append(SampleLosses(row, words, *(values.numpy() for values in numbers)))
         return samples
 

@@ -29,6 +29,7 @@ from dpa_ray.engine.blind_job import compute_blind
 from dpa_ray.engine.checkpointing import Checkpointer, candidates, restore
 from dpa_ray.engine.evaluate import evaluate
 from dpa_ray.engine.feed import Feed
+from dpa_ray.engine.held_out import while_running
 from dpa_ray.engine.logs import Before, Recorder
 from dpa_ray.engine.loop import Plan, Schedule, train
 from dpa_ray.engine.messages import STARTED, Orders
@@ -213,7 +214,7 @@ class Worker:
         loader.check()
         whole = Plan(cursor, task.num_steps, rank(), world_size(), section.micro_batch_size)
         words = Words(
-            built.module, loader, getattr(task, "held_out", None), section.micro_batch_size, self.device,
+            built.module, loader, task.held_out, section.micro_batch_size, self.device,
             note=lambda text: self.note(f"{stage}: {text}"),
         )  # fmt: skip
         engine, batches, plan, before = self._begin(task, built, loader, whole, words)
@@ -227,6 +228,7 @@ class Worker:
         train(
             engine, batches, plan, Schedule(task.num_steps, section.lr, section.warmup_fraction),
             stage=stage, seed=recipe.seed, device=self.device, record=recorder.record, saver=saver,
+            evaluate=while_running(task, built.module, loader, self.device),
             explain=Postmortem(self.store, task, recorder.lines),
         )  # fmt: skip
         saver.close()

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpa_ray.batch import IGNORE_INDEX, Batch
-from dpa_ray.model.cmo import probability_gain, raw_weights, smooth_within_turn
-from dpa_ray.model.packed import positions_of
+from dpa_ray.batch import Batch
+from dpa_ray.model.cmo import raw_weights, smooth_within_turn
+from dpa_ray.model.held_out import both_scores
 from dpa_ray.model.step import StepModule
 
 
@@ -28,33 +28,11 @@ def token_weights(module: StepModule, batch: Batch) -> TokenWeights:
 
     Under ZeRO-3 every rank has to call it, with a batch of its own.
     """
-    assert batch.sample is None, "packed"
     assert len(batch.input_ids) == 1, "several samples"
-    training = module.training
-    module.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):  # a few samples are not worth compiling layers again
-            return _token_weights(module, batch)
-    finally:
-        module.train(training)
-
-
-def _token_weights(module: StepModule, batch: Batch) -> TokenWeights:
-    row, column = (batch.labels != IGNORE_INDEX).nonzero(as_tuple=True)
-    target, positions = batch.labels[row, column], positions_of(batch)
-    hidden = module.decoder(
-        inputs_embeds=module._embed(batch),
-        attention_mask=batch.attention_mask,
-        position_ids=positions,
-        use_cache=False,
-    ).last_hidden_state
-    seen = module.scorer.score(hidden[row, column - 1], target)
-    blind, has_blind = module._blind(batch, row, positions[row, column], target)
-    if not batch.image_mask.any():  # p and q are the same number, as in the loss
-        blind = seen
-    gain = probability_gain(seen, blind, has_blind)
+    found = both_scores(module, batch)
+    gain = found.gain
     weight = torch.ones_like(gain)
     if module.weighting.kind != "uniform":
-        raw = raw_weights(seen, blind, has_blind, module.weighting)
-        weight = smooth_within_turn(raw, batch.turn[row, column], module.weighting.window)
-    return TokenWeights(column.cpu(), weight.cpu(), gain.cpu())
+        raw = raw_weights(found.seen, found.blind, found.has_blind, module.weighting)
+        weight = smooth_within_turn(raw, batch.turn[found.row, found.column], module.weighting.window)
+    return TokenWeights(found.column.cpu(), weight.cpu(), gain.cpu())

@@ -136,7 +136,7 @@ class StepModule(nn.Module):
                 has_blind = blind.log_prob > -torch.inf
             else:
                 asked = [values[pictured] for values in (sample, positions[row, column], target)]
-                blind, has_blind = _spread(*self._blind(batch, *asked), pictured)
+                blind, has_blind = spread(*self._blind(batch, *asked), pictured)
             # Without an image p and q are the same number: the weight is the clamp of 0, not of rounding noise.
             blind.log_prob = torch.where(pictured, blind.log_prob, seen.log_prob.detach())
             blind.logit = torch.where(pictured, blind.logit, seen.logit.detach())
@@ -209,7 +209,7 @@ class StepModule(nn.Module):
         return scores, before > 0
 
 
-def _spread(scores: TargetScores, has_N: Tensor, asked_N: Tensor) -> tuple[TargetScores, Tensor]:
+def spread(scores: TargetScores, has_N: Tensor, asked_N: Tensor) -> tuple[TargetScores, Tensor]:
     """Scores of the targets that were asked for, (N,) among all: 0 and True of the others."""
     spread = (torch.zeros(asked_N.shape, dtype=x.dtype, device=x.device) for x in (scores.log_prob, scores.logit))
     log_prob, logit = (

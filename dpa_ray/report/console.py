@@ -148,6 +148,34 @@ def accuracy_table(rows: Sequence[AccuracyRow], to: Console | None = None) -> No
     console.print(table)
 
 
+def nll_table(scores: Mapping[str, Mapping[str, Any]], to: Console | None = None) -> None:
+    """Held-out nll by split (`HeldOutNll` as a mapping), with the image and without: of all targets, of the visual ones."""
+    table = plain_table(
+        "held-out split", ">targets", ">nll", ">no image", ">visual", ">nll", ">no image"
+    )  # fmt: skip
+    for split, score in scores.items():
+        row = [split]
+        for names in (("num_targets", "nll", "nll_blind"), ("num_visual", "visual_nll", "visual_nll_blind")):
+            count, *means = (score.get(name) for name in names)
+            row += ["-" if count is None else f"{count:,}", *("-" if mean is None else f"{mean:.3f}" for mean in means)]
+        table.add_row(*row)
+    console = to or terminal()
+    console.print()
+    console.print(table)
+
+
+def held_out_line(record: Mapping[str, Any]) -> str | None:
+    """What a step's metrics say of held-out data, for people; None where the step was not evaluated."""
+    if record.get("eval_nll") is None:
+        return None
+    told = []
+    for what, key in (("nll", "eval_nll"), ("visual words", "eval_visual_nll")):
+        seen, blind = record.get(key), record.get(f"{key}_blind")
+        if seen is not None:
+            told.append(f"{what} {seen:.3f}" + ("" if blind is None else f" (without the image {blind:.3f})"))
+    return f"{record['stage']} step {record['step']}, held out: {', '.join(told)}"
+
+
 _PART_HEADS = {
     "training": "train", "data_wait": "data", "saving": "save", "starting": "start", "lost": "lost", "tasks": "tasks",
     "preparing": "prep.", "other": "other",

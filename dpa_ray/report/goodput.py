@@ -116,7 +116,8 @@ class Ledger:
         }  # fmt: skip
 
     def _step(self, values: Mapping[str, Any], now_s: float) -> None:
-        """A step is made: its own time, what training stood for a checkpoint before it, and what is left."""
+        """A step is made: its own time, what training stood for a checkpoint before it and for an evaluation behind it,
+        and what is left."""
         stage, step = values["stage"], int(values["step"])
         is_new = step > self.reached.get(stage, 0)
         if is_new:
@@ -130,11 +131,16 @@ class Ledger:
             return
         way_back, self.recovering = self.recovering, False
         waited_s = float(values["data_wait_s"])
-        parts = ((DATA, waited_s), (TRAINING, float(values["step_time_s"]) - waited_s), (SAVING, saving_s))
+        training_s, evaluating_s = float(values["step_time_s"]) - waited_s, float(values.get("eval_time_s", 0.0))
+        parts = ((DATA, waited_s), (TRAINING, training_s), (SAVING, saving_s), (TASKS, evaluating_s))
+        taken_s, left_s = {}, max(0.0, now_s - self.mark_s)
         for part, time_s in parts:
-            taken_s = min(max(0.0, time_s), max(0.0, now_s - self.mark_s))
-            self._close(part if is_new else LOST, self.mark_s + taken_s)
-        self._close(LOST if way_back else STARTING if first else OTHER, now_s)
+            taken_s[part] = min(max(0.0, time_s), left_s)
+            left_s -= taken_s[part]
+        self._close(LOST if way_back else STARTING if first else OTHER, self.mark_s + left_s)
+        for part in (SAVING, DATA, TRAINING, TASKS):  # as they followed each other
+            self._close(part if is_new else LOST, self.mark_s + taken_s[part])
+        self.mark_s = max(self.mark_s, now_s)
 
     def _close(self, part: str, now_s: float) -> None:
         """The time from the last mark until now was `part`; on the way back from a failure it is lost, whatever it was."""

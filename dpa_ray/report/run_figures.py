@@ -15,6 +15,9 @@ LOSSES = {
     "nll_mean_style": "other words",
     "loss": "weighted loss",
 }
+HELD_OUT = {"eval_nll": "held out", "eval_visual_nll": "held out, visual"}
+"""The same of held-out data, in the steps after which the stage was evaluated."""
+
 MOST_POINTS = 300
 """Of a curve: more cannot be told apart, and weigh on the page."""
 
@@ -27,8 +30,8 @@ def _curve(name: str, records: Sequence[Mapping[str, Any]], key: str, most: int,
 
 
 def loss_figures(run: RunData, most: int = MOST_POINTS) -> list[Figure]:
-    """One per stage: mean nll of all targets, of visual words and others where they are known, and what is optimised; each
-    curve of `most` points."""
+    """One per stage: mean nll of all targets, of visual words and others where they are known, what is optimised, and the nll
+    of held-out data; each curve of `most` points."""
     figures = []
     for stage in run.stages:
         records = run.of_stage(stage)
@@ -39,6 +42,9 @@ def loss_figures(run: RunData, most: int = MOST_POINTS) -> list[Figure]:
             for key, name in LOSSES.items()
             if any(number(r.get(key)) is not None for r in records) and not (key == "loss" and is_uniform)
         ]
+        for key, name in HELD_OUT.items():
+            if evaluated := [record for record in records if number(record.get(key)) is not None]:
+                lines.append(_curve(name, evaluated, key, most))
         marks = [(float(step), f"resumed after {step}") for step in resumed_from(run, stage)]
         notes = ["Mean negative log-likelihood per target token, in nats."]
         if not is_uniform:

@@ -124,17 +124,26 @@ def _source(section: Mapping[str, Any]) -> str:
 # -- scores
 
 
+NLL = {
+    "nll": "nll", "nll_blind": "nll, no image", "visual_nll": "visual words: nll",
+    "visual_nll_blind": "visual words: nll, no image",
+}  # fmt: skip
+"""Of a held-out set, in run.json's `eval`."""
+
+
 def _scores(runs: Sequence[RunData]) -> Section:
     sets = list(dict.fromkeys(name for run in runs for name in mapping(run.info.get("eval"))))
     columns = ["run", "method", "seed", "status"]
     for name in sets:
         columns += [f"{name}: exact match, %", f"{name}: majority, %", f"{name}: shuffled, %", f"{name}: lead, points"]
+        columns += [f"{name}: {text}" for text in NLL.values()]
     columns += [f"{stage}: nll at the end" for stage in STAGES if any(stage in run.stages for run in runs)]
     rows: list[tuple[Cell, ...]] = []
     for run in runs:
         row: list[Cell] = [run.name, str(run.info.get("method", "–")), _cell(_recipe(run, "seed")), _status(run)]
         for name in sets:
-            row += _accuracy(mapping(mapping(run.info.get("eval")).get(name)))
+            score = mapping(mapping(run.info.get("eval")).get(name))
+            row += [*_accuracy(score), *(number(score.get(key)) for key in NLL)]
         row += [last_mean(run.of_stage(stage), "nll_mean") for stage in STAGES if any(stage in r.stages for r in runs)]
         rows.append(tuple(row))
     note = (

@@ -55,11 +55,7 @@ class Timeline:
         """Time from `start_s` to `end_s` was of this kind; spans come in the order of time."""
         if end_s <= start_s:
             return
-        last = self.spans[-1] if self.spans else None
-        if last and (last.stage, last.kind) == (stage, kind) and start_s - last.end_s < SHORTEST_S:
-            last.length_s = end_s - last.start_s
-            return
-        self.spans.append(Span(stage, kind, start_s, end_s - start_s))
+        _append(self.spans, Span(stage, kind, start_s, end_s - start_s))
         if len(self.spans) > 2 * MOST_SPANS:
             shortest_s = SHORTEST_S
             while len(self.spans) > MOST_SPANS and shortest_s < self.spans[-1].end_s - self.spans[0].start_s:
@@ -90,7 +86,7 @@ class Timeline:
 
 def together(spans: list[Span], shortest_s: float, apart: tuple[str, ...] = ()) -> list[Span]:
     """The same time in fewer spans: those shorter than `shortest_s` that follow each other in a stage become one, of the
-    kind that most of its time is of. Nothing gets longer or lost."""
+    kind that most of its time is of; where they are short even so, they are put to the span before them."""
     found: list[Span] = []
     group: list[Span] = []
 
@@ -100,12 +96,16 @@ def together(spans: list[Span], shortest_s: float, apart: tuple[str, ...] = ()) 
             for span in group:
                 spent[span.kind] = spent.get(span.kind, 0.0) + span.length_s
             first, kind = group[0], max(spent, key=lambda kind: spent[kind])
-            _append(found, Span(first.stage, kind, first.start_s, group[-1].end_s - first.start_s))
+            whole = Span(first.stage, kind, first.start_s, group[-1].end_s - first.start_s)
+            last = found[-1] if found else None
+            if last and whole.length_s < shortest_s and last.kind not in apart and _follows(last, whole):
+                whole.kind = last.kind
+            _append(found, whole)
             group.clear()
 
     for span in spans:
         is_short = span.length_s < shortest_s and span.kind not in apart
-        if group and (not is_short or group[0].stage != span.stage or span.start_s - group[-1].end_s >= SHORTEST_S):
+        if group and (not is_short or not _follows(group[-1], span)):
             close()
         if not is_short:
             _append(found, span)
@@ -117,9 +117,14 @@ def together(spans: list[Span], shortest_s: float, apart: tuple[str, ...] = ()) 
     return found
 
 
+def _follows(last: Span, span: Span) -> bool:
+    """Is it of the same stage, and no time between them?"""
+    return last.stage == span.stage and span.start_s - last.end_s < SHORTEST_S
+
+
 def _append(spans: list[Span], span: Span) -> None:
     last = spans[-1] if spans else None
-    if last and (last.stage, last.kind) == (span.stage, span.kind) and span.start_s - last.end_s < SHORTEST_S:
+    if last and last.kind == span.kind and _follows(last, span):
         spans[-1] = Span(last.stage, last.kind, last.start_s, span.end_s - last.start_s)
     else:
         spans.append(span)

@@ -121,10 +121,11 @@ class Watch:
 
     def _of_stage_1(self, rise: Rise) -> str:
         section = self.recipe.stages.proxy_llm
+        other = f"stages.proxy_llm.lora.rank ({section.lora.rank})" if section.llm == "lora" else "train a LoRA instead"
         return (
             f"the loss {_course(rise)}. A proxy whose loss does that is no good stand-in for the captions' language; it is "
             f"what training in full does instead of a LoRA. The run goes on; if it stays so, lower stages.proxy_llm.lr "
-            f"({section.lr:.3g}) or stages.proxy_llm.lora.rank ({section.lora.rank})"
+            f"({section.lr:.3g}) or {other}"
         )
 
     def _of_stage_3(self, rise: Rise, fell: tuple[float, float], known: bool) -> str:

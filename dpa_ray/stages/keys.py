@@ -12,7 +12,8 @@ from dpa_ray.stages.spec import BLIND, Weights
 NOT_IN_KEYS = ("micro_batch_size", "packing", "gradient_checkpointing", "weights", "from")
 """Of a stage's section: how it is computed, not what; weights are in the key as what they resolve to."""
 
-MERGE_VERSION = EVAL_VERSION = 1
+MERGE_VERSION = 1
+EVAL_VERSION = 2
 FORMAT = 1
 """Raise to make every artifact anew."""
 
@@ -23,7 +24,7 @@ Skipped = Sequence[int | str]
 def _section(recipe: Recipe, stage: str) -> dict[str, Any]:
     section = recipe.to_dict()["stages"][stage]
     kept = {k: v for k, v in section.items() if k not in NOT_IN_KEYS}
-    if stage == "instruct" and kept["llm"] != "lora":
+    if kept.get("llm", "lora") != "lora":
         kept.pop("lora")
     return kept
 
@@ -62,7 +63,7 @@ def proxy_llm_inputs(recipe: Recipe, llm: Weights, data_digest: str, skipped: Sk
 
 
 def merged_inputs(recipe: Recipe, llm: Weights, adapter_key: str) -> dict[str, Any]:
-    """The merge of stage 1's adapter."""
+    """The merge of stage 1's result, whose key is `adapter_key`."""
     return {"format": FORMAT, "version": MERGE_VERSION, "stage": "proxy_merged", "llm": llm.digest, "adapter": adapter_key,
             "precision": recipe.precision}  # fmt: skip
 

@@ -29,6 +29,7 @@ from dpa_ray.stages.spec import (
     BlindTask,
     Connector,
     EvalTask,
+    FullProxy,
     InstructTask,
     MergedProxy,
     MergeTask,
@@ -48,8 +49,8 @@ Claim = Callable[[Sequence[Task]], int]
 """Says how many of the leading tasks are this run's to do now; waits where another run does the first, and says 0 when
 that one is done."""
 
-HELD_OUT = "heldout"
-"""Name of `data.eval` among the held-out sets; the others have their names in the recipe."""
+HELD_OUT, HELD_OUT_CAPTIONS = "heldout", "heldout_captions"
+"""Names of `data.eval` and `data.eval_captions` among the data; further held-out sets have their names in the recipe."""
 
 BESIDE_THE_MODEL = ("metrics.jsonl", "examples.jsonl", "words.parquet")
 """In an artifact of `instruct`: what is told of it, and is no part of the model."""
@@ -87,7 +88,9 @@ class Plan:
 
     @property
     def held_out(self) -> dict[str, tuple[SourceSection, str]]:
-        return {name: value for name, value in self.data.items() if name not in ("pretrain", "instruct")}
+        """What the finished model is asked about."""
+        others = ("pretrain", "instruct", HELD_OUT_CAPTIONS)
+        return {name: value for name, value in self.data.items() if name not in others}
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -130,6 +133,8 @@ def make_plan(recipe: Recipe, store: Store, *, make: bool, report: Report) -> Pl
     sections = {"pretrain": recipe.data.pretrain, "instruct": recipe.data.instruct, **recipe.data.eval_extra}
     if recipe.data.eval is not None:
         sections[HELD_OUT] = recipe.data.eval
+    if (captions := recipe.held_out("proxy_mllm")) is not None:
+        sections[HELD_OUT_CAPTIONS] = captions
     known = Known(BridgedStore(store), write=make)
     with bridging(recipe.data.retry_s):
         data = {name: (section, source_digest(section, known)) for name, section in sections.items()}
@@ -289,10 +294,11 @@ class Pipeline:
             data = self._prepared("pretrain")
             return ProxyLlmTask(
                 **common, base=base, data=data, num_steps=num_steps(recipe, name, data),
-                skipped=plan.skipped.get("pretrain", ()),
+                skipped=plan.skipped.get("pretrain", ()), held_out=self._held_out(name),
             )  # fmt: skip
         if name == "proxy_merged":
-            return MergeTask(**common, base=base, adapter=ProxyAdapter(plan.refs["proxy_llm"]))
+            kind = FullProxy if recipe.stages.proxy_llm.llm == "full" else ProxyAdapter
+            return MergeTask(**common, base=base, adapter=kind(plan.refs["proxy_llm"]))
         if name in BLIND.values():
             reader = self._task("proxy_mllm" if name == "blind" else "instruct")
             assert isinstance(reader, ProxyMllmTask | InstructTask)
@@ -305,17 +311,22 @@ class Pipeline:
             return ProxyMllmTask(
                 **common, llm=llm, tokenizer=base, tower=plan.tower, data=data, blind=plan.refs.get("blind"),
                 num_steps=num_steps(recipe, name, data), skipped=plan.skipped.get("pretrain", ()),
+                held_out=self._held_out(name),
             )  # fmt: skip
         if name == "instruct":
             data, connector = self._prepared("instruct"), Connector(plan.refs["proxy_mllm"])
             return InstructTask(
                 **common, base=base, connector=connector, tower=plan.tower, data=data,
                 blind=plan.refs.get("blind_instruct"), num_steps=num_steps(recipe, name, data),
-                skipped=plan.skipped.get("instruct", ()),
-                held_out=self._prepared(HELD_OUT) if HELD_OUT in plan.data else None,
+                skipped=plan.skipped.get("instruct", ()), held_out=self._held_out(name),
             )  # fmt: skip
         sets = {held_out: self._prepared(held_out) for held_out in plan.inputs["eval"]["sets"]}
-        return EvalTask(**common, model=plan.refs["instruct"], sets=sets)
+        return EvalTask(**common, base=base, model=plan.refs["instruct"], sets=sets)
+
+    def _held_out(self, stage: str) -> Prepared | None:
+        """What `stage` is evaluated on while it runs, and the losses of words are of."""
+        name = HELD_OUT if stage == "instruct" else HELD_OUT_CAPTIONS
+        return self._prepared(name) if name in self.plan.data else None
 
     def _prepared(self, name: str) -> Prepared:
         section, digest = self.plan.data[name]

@@ -82,8 +82,8 @@ def trainables(recipe: Recipe, llm: ModelRef, tower: ModelRef, stages: tuple[str
 
 def llm_mode(recipe: Recipe, stage: str) -> str:
     """Is the LLM full, lora or frozen in `stage`?"""
-    fixed = {"proxy_llm": "lora", "proxy_mllm": "frozen"}.get(stage)
-    return fixed or recipe.stages.instruct.llm
+    mode: str = "frozen" if stage == "proxy_mllm" else getattr(recipe.stages, stage).llm
+    return mode
 
 
 def config_only(recipe: Recipe, llm: ModelRef, checked: Checked, stage: str) -> tuple[Any, TrainableSet]:

@@ -18,8 +18,11 @@ RUN_FILE = "run.json"
 HOW_ONLY = ("name", "store", "cluster", "engine", "deepspeed", "checkpoint", "trackers", "debug")
 """Sections that say how a run is done, not what it is: the same name may go on with others."""
 
-DATA_HOW_ONLY = ("prefetch_batches", "workers", "retry_s", "stall_timeout_s", "check_supervision")
+DATA_HOW_ONLY = ("prefetch_batches", "workers", "retry_s", "stall_timeout_s", "check_supervision", "eval_captions")
 """The same of `data`."""
+
+EVAL_HOW_ONLY = ("every_steps", "running_samples")
+"""The same of `eval`: looking at a stage while it runs changes nothing of it."""
 
 
 def identity(recipe: Recipe) -> str:
@@ -28,6 +31,7 @@ def identity(recipe: Recipe) -> str:
     content["model"] = {k: v for k, v in content["model"].items() if k not in ("attention", "compile")}
     content["cmo"] = {k: v for k, v in content["cmo"].items() if k != "blind"}
     content["data"] = {k: v for k, v in content["data"].items() if k not in DATA_HOW_ONLY}
+    content["eval"] = {k: v for k, v in content["eval"].items() if k not in EVAL_HOW_ONLY}
     if not content["data"]["skip_ids"]:
         del content["data"]["skip_ids"]
     content["stages"] = {

@@ -103,8 +103,15 @@ class ProxyAdapter:
 
 
 @dataclass(frozen=True)
+class FullProxy:
+    """Stage 1's result where the proxy is trained in full: all parameters of the LLM."""
+
+    artifact: ArtifactRef
+
+
+@dataclass(frozen=True)
 class MergedProxy:
-    """The base LLM with stage 1's adapter merged; stage 2's LLM in the methods that have a proxy."""
+    """The base LLM with stage 1's result in it; stage 2's LLM in the methods that have a proxy."""
 
     artifact: ArtifactRef
 
@@ -133,12 +140,13 @@ class ProxyLlmTask(Task):
     num_steps: int
     stage: str = "proxy_llm"
     skipped: tuple[Skipped, ...] = ()
+    held_out: Prepared | None = None  # for what is told of it, and changes nothing: held-out nll, losses of words
 
 
 @dataclass(frozen=True)
 class MergeTask(Task):
     base: BaseLlm
-    adapter: ProxyAdapter
+    adapter: ProxyAdapter | FullProxy
     stage: str = "proxy_merged"
 
 
@@ -152,6 +160,7 @@ class ProxyMllmTask(Task):
     stage: str = "proxy_mllm"
     blind: ArtifactRef | None = None  # q of its samples, where it was computed beforehand
     skipped: tuple[Skipped, ...] = ()
+    held_out: Prepared | None = None  # for what is told of it, and changes nothing: held-out nll, losses of words
 
 
 @dataclass(frozen=True)
@@ -164,7 +173,7 @@ class InstructTask(Task):
     stage: str = "instruct"
     blind: ArtifactRef | None = None  # q of its samples, where its LLM is frozen and it was computed beforehand
     skipped: tuple[Skipped, ...] = ()
-    held_out: Prepared | None = None  # data.eval, for what is told of the result and does not change it
+    held_out: Prepared | None = None  # for what is told of it, and changes nothing: held-out nll, losses of words
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, BaseLlm) or not isinstance(self.connector, Connector):
@@ -182,6 +191,7 @@ class BlindTask(Task):
 
 @dataclass(frozen=True)
 class EvalTask(Task):
+    base: BaseLlm  # whose rows of the vocabulary are in the softmax
     model: ArtifactRef  # an instruct artifact
     sets: dict[str, Prepared]  # held-out sets by name
     stage: str = "eval"

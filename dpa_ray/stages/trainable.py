@@ -21,6 +21,7 @@ class TrainableSet:
 
 DESCRIPTIONS = {
     ("proxy_llm", "lora"): "LoRA of the LLM",
+    ("proxy_llm", "full"): "LLM",
     ("proxy_mllm", "frozen"): "connector",
     ("instruct", "full"): "connector + LLM",
     ("instruct", "lora"): "connector + LoRA of the LLM",
@@ -32,7 +33,7 @@ def is_trained(name: str, stage: str, llm: str) -> bool:
     """Is the parameter `name` trained in `stage`, with the LLM `full`, `lora` or `frozen`? The tower never is."""
     name = f".{name}"
     if stage == "proxy_llm":
-        return LORA in name
+        return llm == "full" or LORA in name
     if CONNECTOR in name:
         return True
     if stage == "proxy_mllm" or llm == "frozen" or TOWER in name:

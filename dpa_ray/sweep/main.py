@@ -27,6 +27,9 @@ from dpa_ray.sweep.search import Grid, Optuna, Random, Search
 from dpa_ray.sweep.sharing import chain
 from dpa_ray.sweep.space import SETTINGS, SettingsSection, Space, laid_over, load_space, parse_space
 
+COMPARED = (".accuracy", ".nll", ".visual_nll")
+"""Held-out numbers that --compare tells of besides its metric."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -133,7 +136,8 @@ def _check(recipe: Recipe, settings: SettingsSection, metric: str) -> None:
         problem = measures.problem(settings.asha.metric, recipe)
         if problem is None and not measures.comes_while_running(settings.asha.metric):
             problem = (
-                f"expected a metric that is told while a stage runs, as instruct.nll_mean, found {settings.asha.metric}"
+                "expected a metric that is told while a stage runs, as instruct.nll_mean, or instruct.eval_nll with "
+                f"eval.every_steps, found {settings.asha.metric}"
             )
         if problem is not None:
             errors.append((f"{SETTINGS}.asha.metric", problem))
@@ -267,7 +271,8 @@ def _close(plan: Plan, record: Record, where: str, budget_is_over: bool) -> int:
     has_failed = bool(trials) and all(trial["status"] == "failed" for trial in trials)
     values: dict[str, Any] = {}
     if plan.space.labels:
-        held_out = {name for trial in trials for name in trial["metrics"] if name.endswith(".accuracy")}
+        named = {name for trial in trials for name in trial["metrics"]}
+        held_out = {name for name in named if name.startswith("eval.") and name.endswith(COMPARED)}
         metrics = [record.values["metric"], *sorted(held_out - {record.values["metric"]})]
         values["compare"] = compared(trials, metrics)
     record.write("failed" if has_failed else "done" if is_whole else "interrupted", **values)

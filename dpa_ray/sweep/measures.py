@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any, Literal
 
 from dpa_ray.eval.exact_match import ExactMatch
+from dpa_ray.eval.held_out import PREFIX, TIME, HeldOutNll
 from dpa_ray.recipe import Recipe
 from dpa_ray.stages.pipeline import HELD_OUT
 from dpa_ray.stages.spec import TRAINING_STAGES
@@ -20,10 +21,10 @@ WINDOW_STEPS = 5
 REPORTS = 50
 """How often a stage's numbers are told while it runs, at most: each time asks the sweep's driver whether to stop."""
 
-SKIPPED = ("step", "epoch", "lr", "step_time_s", "data_wait_s", "saving_s", "packing_efficiency")
-"""Numbers of metrics.jsonl that say how a step was made, as do those that begin with num_."""
+SKIPPED = ("step", "epoch", "lr", "step_time_s", "data_wait_s", "saving_s", "packing_efficiency", TIME)
+"""Numbers of metrics.jsonl that say how a step was made, as do those that begin with num_ or eval_num_."""
 
-EVAL_KEYS = tuple(field.name for field in fields(ExactMatch))
+EVAL_KEYS = tuple(field.name for kind in (ExactMatch, HeldOutNll) for field in fields(kind))
 """What is told of each held-out set."""
 
 
@@ -38,25 +39,33 @@ class Running:
     def __init__(self, stage: str, num_steps: int):
         self.stage, self.num_steps = stage, num_steps
         self.last: deque[Mapping[str, Any]] = deque(maxlen=window(num_steps))
+        self.held_out: dict[str, float] = {}
 
     def add(self, record: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl."""
         self.last.append(record)
+        latest = {key: value for key, value in record.items() if key.startswith(PREFIX) and _is_number(value)}
+        self.held_out |= {f"{self.stage}.{key}": value for key, value in latest.items() if _judges(key)}
 
     def is_due(self, step: int) -> bool:
-        """Is this a step after which to tell? It depends on the step alone, so that the same is told in every attempt."""
+        """Is this a step after which to tell? It depends on the step alone, so that the same is told in every attempt; so
+        does whether the step was evaluated, after which all is told too."""
         every = max(1, self.num_steps // REPORTS)
-        return step % every == 0 or step == self.num_steps
+        return step % every == 0 or step == self.num_steps or any(key.startswith(PREFIX) for key in self.last[-1])
 
     def values(self) -> dict[str, float]:
-        """`STAGE.KEY` -> mean over the window, of every key that tells how good it is."""
+        """`STAGE.KEY` -> mean over the window, of every key that tells how good it is; of a held-out one, the latest."""
         found = {key for record in self.last for key, value in record.items() if _is_number(value)}
-        names = {name for name in found if name not in SKIPPED and not name.startswith("num_")}
-        means = {}
-        for name in sorted(names):
+        means = dict(self.held_out)
+        for name in sorted(name for name in found if _judges(name) and not name.startswith(PREFIX)):
             numbers = [record[name] for record in self.last if _is_number(record.get(name))]
             means[f"{self.stage}.{name}"] = sum(numbers) / len(numbers)
         return means
+
+
+def _judges(name: str) -> bool:
+    """Does the number say how good a step was, and not how it was made?"""
+    return name not in SKIPPED and not name.removeprefix(PREFIX).startswith("num_")
 
 
 def _is_number(value: Any) -> bool:
@@ -69,7 +78,7 @@ def final(records: Sequence[Mapping[str, Any]], scores: Mapping[str, Mapping[str
     for stage in TRAINING_STAGES:
         own = [record for record in records if record["stage"] == stage]
         running = Running(stage, len(own))
-        for record in own[-window(len(own)) :]:
+        for record in own:
             running.add(record)
         found |= running.values()
     return found | held_out(scores)
@@ -100,7 +109,8 @@ def default_mode(metric: str) -> Literal["min", "max"]:
 
 
 def comes_while_running(metric: str) -> bool:
-    """Is it known before a trial's end? (Held-out questions are answered after the last stage.)"""
+    """Is it known before a trial's end? (Held-out questions are answered after the last stage, but the nll of a held-out
+    set comes at a stage's cadence too: STAGE.eval_nll.)"""
     return not metric.startswith("eval.")
 
 
@@ -117,5 +127,8 @@ def problem(metric: str, recipe: Recipe) -> str | None:
         )
         return f"expected eval.SET.KEY with {known}, found {metric}"
     if where in TRAINING_STAGES and key and "." not in key:
+        if key.startswith(PREFIX) and recipe.held_out(where) is None:
+            needs = "data.eval" if where == "instruct" else "data.eval_captions"
+            return f"expected a recipe with eval.every_steps and {needs} for {metric}, found one without"
         return None
     return f"expected eval.SET.KEY or STAGE.KEY with one of {', '.join(TRAINING_STAGES)}, found {metric}"

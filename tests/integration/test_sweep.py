@@ -149,16 +149,22 @@ def test_a_sweep_that_was_killed_goes_on_and_makes_nothing_finished_twice(tmp_pa
 
 
 @pytest.mark.full
-def test_asha_stops_what_is_behind_and_frees_its_workers(tmp_path: Path, recipe: Callable) -> None:
+@pytest.mark.parametrize("metric", ["instruct.nll_mean", "instruct.eval_nll"])
+def test_asha_stops_what_is_behind_and_frees_its_workers(metric: str, tmp_path: Path, recipe: Callable) -> None:
     """Of two learning rates one learns nothing: at the first rung it is stopped, its workers go, and the next trial runs.
 
-    The good one comes first, so that there is something to be behind of. All share every stage but the last.
+    The good one comes first, so that there is something to be behind of. All share every stage but the last. By the loss
+    of training, or by that of held-out conversations.
     """
     made_recipe = recipe()
+    if metric == "instruct.eval_nll":
+        held_out = tiny_models.make_conversations(tmp_path / "held_out", 8, seed=9)
+        made_recipe["data"]["eval"] = {"source": str(held_out.file), "images": str(held_out.images), "format": "llava"}
+        made_recipe["eval"] = {"every_steps": 40, "running_samples": 8, "max_samples": 8}
     made_recipe["stages"]["instruct"] |= {"epochs": 100, "max_steps": 600}  # some seconds more than a stop takes
     space = {
         "stages.instruct.lr": [5.0e-3, 1.0e-9, 2.0e-9],
-        "sweep": {"metric": "instruct.nll_mean", "asha": {"grace_steps": 120, "reduction_factor": 2}},
+        "sweep": {"metric": metric, "asha": {"metric": metric, "grace_steps": 120, "reduction_factor": 2}},
     }
     running = start(made_recipe, tmp_path, space)
     wait_until(running, tmp_path, lambda values: len(values["trials"]) > 1 and values["trials"][1]["at"] is not None)

@@ -185,6 +185,26 @@ def test_accuracy_stands_beside_both_baselines_and_the_gain_is_over_the_better(s
     assert screen.line_of("pairs").split()[-1] == "-5.0"
 
 
+def test_held_out_nll_stands_beside_that_without_the_image(screen: Screen) -> None:
+    """A set without visual words has a dash for them, as has an evaluation that knew no nll; 80 columns hold it all."""
+    whole = {"num_targets": 123_456, "nll": 1.23456, "nll_blind": 12.5, "num_visual": 61_234, "visual_nll": 0.5, "visual_nll_blind": 3.0}  # fmt: skip
+    none = {**whole, "num_visual": 0, "visual_nll": None, "visual_nll_blind": None}
+    scores = {"a-split-with-quite-a-long-name": whole, "eval": none, "older": {"accuracy": 0.5}}
+    console.nll_table(scores, to=screen.console)
+    assert screen.line_of("a-split").split()[1:] == ["123,456", "1.235", "12.500", "61,234", "0.500", "3.000"]
+    assert screen.line_of("eval").split() == ["eval", "123,456", "1.235", "12.500", "0", "-", "-"]
+    assert screen.line_of("older").split() == ["older", *"------"]
+    assert max(map(len, screen.lines)) <= 80
+
+
+def test_an_evaluation_is_a_line_of_what_was_read() -> None:
+    record = {"stage": "instruct", "step": 8, "eval_nll": 1.25, "eval_nll_blind": 2.5, "eval_visual_nll": None}
+    assert console.held_out_line(record) == "instruct step 8, held out: nll 1.250 (without the image 2.500)"
+    blind = {"stage": "proxy_llm", "step": 8, "eval_nll": 1.25, "eval_visual_nll": 3.0}
+    assert console.held_out_line(blind) == "proxy_llm step 8, held out: nll 1.250, visual words 3.000"
+    assert console.held_out_line({"stage": "instruct", "step": 9}) is None
+
+
 def test_words_in_brackets_are_printed_as_they_are(screen: Screen) -> None:
     console.closing_table([stage_row(trained="[red]x[/red] :smile:", artifact="/a/[b]")], to=screen.console)
     text = screen.file.getvalue()

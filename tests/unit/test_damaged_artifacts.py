@@ -78,7 +78,7 @@ class Case:
             )
             instruct.build_stage(task, self.store)
         elif kind == "instruct":
-            evaluate(EvalTask(**common, model=ref, sets={}), self.store, torch.device("cpu"))
+            evaluate(EvalTask(**common, base=self.base, model=ref, sets={}), self.store, torch.device("cpu"))
         else:
             stage = {"proxy-mllm": "proxy_mllm"}.get(ref.stage, ref.stage)
             self.plan.refs[stage], self.plan.found[stage] = ref, ref.found(self.store)

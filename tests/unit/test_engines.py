@@ -28,10 +28,13 @@ from dpa_ray.engine.loop import Plan, Schedule, train
 from dpa_ray.engine.plain import PlainEngine
 from dpa_ray.engine.protocol import OptimizerSettings
 from dpa_ray.errors import UserError
+from dpa_ray.eval.held_out import VISUAL_GAIN
+from dpa_ray.model.held_out import nll_sums
 from dpa_ray.pack import pack
 from tests.engine_worker import (
     BROKEN,
     GUILTY,
+    HELD_OUT,
     LEARNING_RATES,
     SETTINGS,
     STEPS,
@@ -115,6 +118,25 @@ def reference(bf16: bool, trained: str, tied: bool, broken: bool) -> Outcome:
     named = module.model.named_parameters(remove_duplicate=False)
     outcome.final = {name: p.detach().clone() for name, p in named}
     return outcome
+
+
+@pytest.mark.parametrize("zero_stage", [None, 0, 2, 3])
+def test_an_evaluation_between_steps_changes_nothing_of_them(outcomes: Any, zero_stage: int | None) -> None:
+    """Bit for bit, on two ranks; and what both of them read is what one process reads of the last parameters."""
+    case, ranks = Case(zero_stage, evaluated=True), [outcomes[2, rank] for rank in (0, 1)]
+    for rank in ranks:
+        evaluated, plain = rank[case.name], rank[Case(zero_stage).name]
+        assert evaluated.losses == plain.losses
+        assert evaluated.norms == plain.norms
+        assert all(torch.equal(tensor, plain.final[name]) for name, tensor in evaluated.final.items())
+    first, second = (rank[case.name].evaluations for rank in ranks)
+    assert len(first) == len(STEPS)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "the same on both"
+    module = make_module(case)
+    module.model.load_state_dict(ranks[0][case.name].final, strict=False)
+    expected = nll_sums(module, batch_of(HELD_OUT), VISUAL_GAIN)
+    torch.testing.assert_close(first[-1], expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(first[0], expected), "the model has moved"
 
 
 def without_broken(values: list[float], case: Case) -> list[float]:

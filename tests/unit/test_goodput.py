@@ -48,6 +48,14 @@ class Clock:
         return {part: round(parts[f"{part}_s"], 6) for part in PARTS if parts[f"{part}_s"] > 1e-9}
 
 
+def test_an_evaluation_between_steps_is_a_task_of_its_stage() -> None:
+    run = Clock()
+    run.begin()
+    run.step(1)
+    run.after(4 + 1.5 + 6 + 0.5, "step", stage="proxy_mllm", step=2, step_time_s=4.0, data_wait_s=1.0, saving_s=1.5, eval_time_s=6.0)  # fmt: skip
+    assert run.seconds("proxy_mllm") == {"training": 6, "data_wait": 2, "saving": 1.5, "tasks": 6, "other": 0.5}
+
+
 def test_a_run_that_nobody_disturbs() -> None:
     run = Clock()
     run.begin()

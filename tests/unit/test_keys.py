@@ -72,6 +72,7 @@ CHANGES: dict[str, tuple[Any, str | None]] = {
     "cmo.upper": (0.7, "proxy_mllm"),
     "cmo.window": (5, "proxy_mllm"),
     "stages.proxy_llm.packing": (False, None),
+    "stages.proxy_llm.llm": ("full", "proxy_llm"),
     "stages.proxy_mllm.weights": ("logit", "proxy_mllm"),
     "stages.instruct.weights": ("logit", "instruct"),
     "stages.instruct.llm": ("lora", "instruct"),
@@ -79,6 +80,8 @@ CHANGES: dict[str, tuple[Any, str | None]] = {
     "eval.max_samples": (3, "eval"),
     "eval.batch_size": (3, None),
     "eval.max_new_tokens": (3, "eval"),
+    "eval.every_steps": (3, None),
+    "eval.running_samples": (3, None),
 }
 for _stage in ("proxy_llm", "proxy_mllm", "instruct"):
     for _key, _value in {
@@ -98,10 +101,10 @@ for _key in ("max_length", "max_steps"):  # what is read, and how much of it
 ELSEWHERE = {
     "cmo.blind": "test_where_q_comes_from_is_in_no_key_but_its_own",
     "method": "test_methods_share_what_they_have_in_common",
-    "stages.proxy_llm.llm": "it has one value",
     "stages.proxy_llm.from": "test_an_adapter_of_ones_own_takes_the_place_of_stage_one",
     "stages.proxy_mllm.from": "test_a_connector_of_ones_own_takes_the_place_of_stages_one_and_two",
     "data.eval_extra": "test_further_held_out_sets_are_in_the_key_of_eval_alone",
+    "data.eval_captions": "held-out nll while a stage runs",
     "data.eval.fraction": "held-out sets are cut by eval.max_samples",
     "data.eval.image_aspect": "the finished model's own processor",
     **{f"data.{s}.{k}": "files: what lies there is in the digest" for s in ("pretrain", "instruct", "eval") for k in ("source", "images", "format", "columns")},
@@ -280,6 +283,23 @@ def test_another_file_of_the_same_model_folder_is_another_model(
     config = tmp_path / "copy" / "tokenizer_config.json"
     config.write_text(config.read_text() + "\n")
     assert keys_of(moved) != keys_of(recipe())
+
+
+def test_a_proxy_that_is_trained_in_full_has_no_rank(recipe: Callable[..., Recipe]) -> None:
+    full = keys_of(recipe("stages.proxy_llm.llm=full"))
+    assert keys_of(recipe("stages.proxy_llm.llm=full", "stages.proxy_llm.lora.rank=7")) == full
+    assert keys_of(recipe("method=vanilla", "stages.proxy_llm.llm=full")) == keys_of(recipe("method=vanilla"))
+
+
+def test_a_method_in_one_stage_alone_shares_the_other_stages(recipe: Callable[..., Recipe]) -> None:
+    """CMO in pretraining only has DPA's connector, in tuning only PMO's; the proxy is that of all."""
+    dpa, pmo = keys_of(recipe("method=dpa")), keys_of(recipe("method=pmo"))
+    pretraining = keys_of(recipe("method=dpa", "stages.instruct.weights=uniform"))
+    tuning = keys_of(recipe("method=dpa", "stages.proxy_mllm.weights=uniform"))
+    assert pretraining["proxy_mllm"] == dpa["proxy_mllm"] != pmo["proxy_mllm"]
+    assert tuning["proxy_mllm"] == pmo["proxy_mllm"]
+    assert len({keys["proxy_llm"] for keys in (dpa, pmo, pretraining, tuning)}) == 1
+    assert len({keys["instruct"] for keys in (dpa, pmo, pretraining, tuning)}) == 4
 
 
 def test_a_dry_run_writes_nothing(recipe: Callable[..., Recipe]) -> None:

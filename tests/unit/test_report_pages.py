@@ -110,6 +110,16 @@ def test_curves_are_the_metrics() -> None:
     assert "resumed after 20" in json.dumps(third.spec)
 
 
+def test_held_out_numbers_are_curves_of_the_steps_that_have_them() -> None:
+    run = run_data(num_steps=6)
+    for record in run.of_stage("proxy_llm"):
+        if record["step"] % 3 == 0:
+            record["eval_nll"] = 10.0 - record["step"]
+    figure = loss_figures(run)[0]
+    assert figure.columns == ("step", "all targets", "held out")
+    assert [(row[0], row[2]) for row in figure.rows if row[2] is not None] == [(3, 7.0), (6, 4.0)]
+
+
 def test_thinning_takes_means_and_keeps_gaps() -> None:
     line = Curve("a", [(1, 1.0), (2, 3.0), (3, None), (4, 5.0), (5, None), (6, None), (7, 8.0)])
     assert thinned(line, 4).points == [(1.5, 1.0), (3.5, 5.0), (5.5, None), (7.0, 8.0)]

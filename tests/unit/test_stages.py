@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from dpa_ray.stages.spec import (
     ArtifactRef,
     BaseLlm,
     Connector,
+    FullProxy,
     InstructTask,
     MergedProxy,
     MergeTask,
@@ -237,6 +239,39 @@ def test_stage_one_saves_an_adapter_and_merges_it_in_the_runs_precision(
     # bf16: one rounding of the base and one of the sum, each of 2^-9 relative on weights up to 1
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 if precision == "fp32" else 2**-8)
     assert (expected - source[f"{name}.weight"]).abs().max() > 1e-3
+
+
+def test_a_proxy_trained_in_full_is_the_whole_llm_again(
+    recipe: Callable[..., Recipe], models: dict[str, str], tmp_path: Path
+) -> None:
+    """What is merged has every trained number, whatever the base LLM's were; another LLM's parameters are refused."""
+    made = recipe("stages.proxy_llm.llm=full")
+    store = Store(made.store)
+    base = BaseLlm(Weights("hub/name", "1", ref=ModelRef(made.model.llm)))
+    values = {**common(made), "result": ArtifactRef("proxy-llm", "1")}
+    del values["tower"]
+    built = proxy_llm.build_stage(ProxyLlmTask(**values, base=base), store)
+    assert from_configs(made)["proxy_llm"] == select_trainable(built.module.model, "proxy_llm", built.llm_mode)
+    tensors = trained(built.module.model, "proxy_llm", "full")
+    assert set(tensors) == {name for name, _ in vlm.load_llm(ModelRef(made.model.llm), "auto").named_parameters()}
+    (tmp_path / "full").mkdir()
+    built.save(tensors, tmp_path / "full")
+    assert [file.name for file in (tmp_path / "full").iterdir()] == [proxy_llm.FULL_FILE]
+    commit(store, "proxy-llm", "1", tmp_path / "full", inputs={}, meta={})
+    task = MergeTask(
+        result=ArtifactRef("proxy-merged", "1"), inputs={}, recipe=made, run_path="runs/x", base=base,
+        adapter=FullProxy(ArtifactRef("proxy-llm", "1")),
+    )  # fmt: skip
+    proxy_llm.merge(task, store, tmp_path / "merged")
+    merged = dict(vlm.load_llm(ModelRef(str(tmp_path / "merged")), "auto").named_parameters())
+    assert all(torch.equal(merged[name], tensor) for name, tensor in tensors.items())
+    del tensors["lm_head.weight"]
+    (tmp_path / "other").mkdir()
+    built.save(tensors, tmp_path / "other")
+    commit(store, "proxy-llm", "2", tmp_path / "other", inputs={}, meta={})
+    other = dataclasses.replace(task, adapter=FullProxy(ArtifactRef("proxy-llm", "2")))
+    with pytest.raises(UserError, match=r"found others in 1 places, the first lm_head.weight: expected \(.*found None"):
+        proxy_llm.merge(other, store, tmp_path / "never")
 
 
 def test_stage_two_trains_a_fresh_connector_on_the_merged_proxy(

@@ -124,6 +124,9 @@ def test_wrong_names_are_told_all_at_once() -> None:
         assert part in text
 
 
-def test_a_fully_trained_proxy_is_refused_as_long_as_recipes_have_none() -> None:
-    with pytest.raises(RecipeError, match=r"stages.proxy_llm.llm: expected 'lora', found string 'full'"):
-        Grid(comparison(["dpa+full-proxy"], 1, load("tiny").to_dict()))
+def test_a_fully_trained_proxy_takes_no_adapter() -> None:
+    tiny = load("tiny").to_dict()
+    assert Grid(comparison(["dpa", "dpa+full-proxy"], 1, tiny)).points[1]["stages.proxy_llm.llm"] == "full"
+    tiny["stages"]["proxy_llm"]["from"] = "/adapter"
+    with pytest.raises(RecipeError, match=r"stages.proxy_llm.llm: expected lora.*dpa\+full-proxy"):
+        comparison(["dpa+full-proxy"], 1, tiny)

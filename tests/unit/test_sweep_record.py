@@ -11,7 +11,7 @@ from dpa_ray.errors import LeaseTaken, NoAnswer, UserError
 from dpa_ray.recipe import Recipe, RecipeError, load
 from dpa_ray.store.artifacts import commit
 from dpa_ray.store.fs import Store
-from dpa_ray.sweep.measures import Running, default_metric, default_mode, final, problem
+from dpa_ray.sweep.measures import Running, comes_while_running, default_metric, default_mode, final, problem
 from dpa_ray.sweep.record import Record, account, best
 from dpa_ray.sweep.search import Grid
 from dpa_ray.sweep.space import parse_space
@@ -261,7 +261,10 @@ def test_a_stages_number_is_the_mean_of_its_last_steps() -> None:
     running.add({"stage": "instruct", "step": 11, "loss": float("inf"), "num_tokens": 7})
     assert running.values() == {"instruct.nll_mean": 8.0}, "of steps 6 to 10, which have one"
     records = [{"stage": "instruct", "step": s, "nll_mean": float(s)} for s in range(1, 61)]
-    found = final(records, {"heldout": {"accuracy": 0.5, "num_questions": 9}})
+    records[29]["eval_nll"], records[39]["eval_nll"] = 7.0, 6.0
+    found = final(records, {"heldout": {"accuracy": 0.5, "num_questions": 9, "nll": 1.5, "visual_nll": None}})
+    assert found["instruct.eval_nll"] == 6.0, "the latest, however long ago"
+    assert (found["eval.heldout.nll"], "eval.heldout.visual_nll" in found) == (1.5, False)
     assert found["instruct.nll_mean"] == 57.5
     assert found["eval.heldout.accuracy"] == 0.5
 
@@ -280,6 +283,17 @@ def test_metrics_have_names_that_are_checked(tiny: Recipe) -> None:
         "instruct.",
     ):
         assert problem(name, tiny) is not None
+
+
+def test_held_out_numbers_of_a_running_stage_need_a_recipe_that_asks_for_them(tiny: Recipe) -> None:
+    """Then ASHA may go by them; by those of the finished model it never can."""
+    assert "eval.every_steps" in str(problem("instruct.eval_nll", tiny))
+    asked = load("tiny", ["eval.every_steps=9", "data.eval_captions=null"])
+    assert problem("instruct.eval_nll", asked) is None
+    assert "data.eval_captions" in str(problem("proxy_mllm.eval_visual_nll", asked))
+    assert [comes_while_running(name) for name in ("instruct.eval_nll", "eval.heldout.nll")] == [True, False]
+    assert default_mode("instruct.eval_nll") == default_mode("eval.heldout.visual_nll") == "min"
+    assert problem("eval.heldout.visual_nll", tiny) is None
 
 
 def test_a_sweep_that_another_process_has_taken_over_is_not_written_any_more(store: Store, tiny: Recipe) -> None:

@@ -74,3 +74,17 @@ def test_a_reason_is_one_line() -> None:
     assert one_line(ValueError()) == "ValueError"
     assert one_line(UserError("no answer from http://me:secret@host/x")) == "no answer from http://***@host/x"
     assert len(one_line(UserError("x" * 5000))) == 600
+
+
+def test_held_out_numbers_are_told_when_they_come_and_as_they_are() -> None:
+    """After each evaluation at once, and the latest with every later number: it is no mean over steps."""
+    told: list[dict[str, Any]] = []
+    watch = Watch(told.append)
+    watch.observe("stage_started", {"stage": "instruct", "num_steps": 1000})  # told after every 20th step
+    for number in range(1, 101):
+        evaluated = {"eval_nll": 100.0 - number, "eval_time_s": 9.0, "eval_num_targets": 5} if number % 30 == 0 else {}
+        watch.observe("step", {**step(number), **evaluated})
+    assert [(values["step"], values.get("instruct.eval_nll")) for values in told] == [
+        (20, None), (30, 70.0), (40, 70.0), (60, 40.0), (80, 40.0), (90, 10.0), (100, 10.0),
+    ]  # fmt: skip
+    assert not any(key.startswith(("instruct.eval_time", "instruct.eval_num")) for values in told for key in values)

@@ -42,10 +42,11 @@ def test_learning_rate_of_zero_stays_zero() -> None:
 
 
 def stage_model(stage: str, mode: str) -> Any:
-    """Stage 1's is a causal LLM with LoRA; the others are LLaVA, with LoRA where the mode says so."""
+    """Stage 1's is a causal LLM, with LoRA where the mode says so; the others are LLaVA, with LoRA where the mode says so."""
     if stage == "proxy_llm":
         llm = make_llm("llama")
-        lora.attach(llm, rank=2, alpha=4, dropout=0.0, seed=0)
+        if mode == "lora":
+            lora.attach(llm, rank=2, alpha=4, dropout=0.0, seed=0)
         return llm
     return make_vlm(lora_rank=2 if mode == "lora" else None)
 
@@ -53,18 +54,17 @@ def stage_model(stage: str, mode: str) -> Any:
 def expected_names(model: Any, stage: str, mode: str) -> set[str]:
     """By what the method says, from names written out."""
     layers = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
-    root = "model.layers" if stage == "proxy_llm" else "model.language_model.layers"
+    decoder = "model" if stage == "proxy_llm" else "model.language_model"
+    root, connector = f"{decoder}.layers", set() if stage == "proxy_llm" else CONNECTOR
     adapter = {f"{root}.{i}.{name}.lora_{ab}.default.weight" for i in (0, 1) for name in layers for ab in "AB"}
-    if stage == "proxy_llm":
-        return adapter
     if mode == "lora":
-        return CONNECTOR | adapter
+        return connector | adapter
     if mode == "full":
         norms = ("input_layernorm", "post_attention_layernorm")
         return (
-            CONNECTOR
+            connector
             | {f"{root}.{i}.{name}.weight" for i in (0, 1) for name in (*layers, *norms)}
-            | {"model.language_model.embed_tokens.weight", "model.language_model.norm.weight", "lm_head.weight"}
+            | {f"{decoder}.embed_tokens.weight", f"{decoder}.norm.weight", "lm_head.weight"}
         )
     return CONNECTOR
 
@@ -72,7 +72,7 @@ def expected_names(model: Any, stage: str, mode: str) -> set[str]:
 STAGE_MODES = [("proxy_llm", "lora"), ("proxy_mllm", "frozen"), *(("instruct", m) for m in ("full", "lora", "frozen"))]
 
 
-@pytest.mark.parametrize(("stage", "mode"), STAGE_MODES)
+@pytest.mark.parametrize(("stage", "mode"), [("proxy_llm", "full"), *STAGE_MODES])
 def test_each_stage_trains_exactly_its_set(stage: str, mode: str) -> None:
     """Whatever required a gradient before."""
     for before in (True, False):

@@ -21,12 +21,10 @@ from dpa_ray.data.words import join, pieces, runs
 from dpa_ray.engine import words
 from dpa_ray.engine.words import SampleLosses, Words, table
 from dpa_ray.model.vlm import ModelRef
-from dpa_ray.model.words import target_losses
 from dpa_ray.recipe import Recipe
 from dpa_ray.stages import proxy_mllm
 from dpa_ray.stages.spec import ArtifactRef, BaseLlm, ProxyMllmTask, Weights
 from dpa_ray.store.fs import Store
-from tests.random_models import batch_of, make_step, make_vlm
 from tests.small_recipes import common
 
 
@@ -79,35 +77,6 @@ def test_a_character_of_several_tokens_is_of_one_word_with_all_of_them(tiny_llm:
 def test_no_word_reaches_from_one_answer_into_another() -> None:
     assert runs([4, 5, 6, 9, 10], [0, 0, 1, 1, 1]) == [slice(0, 2), slice(2, 3), slice(3, 5)]
     assert runs([], []) == []
-
-
-@pytest.mark.parametrize("kind", ["uniform", "prob"])
-def test_losses_of_targets_are_those_of_the_training_step(kind: str) -> None:
-    """Of several samples at once, without an image among them; their sum, whatever the mode it was in."""
-    module = make_step(make_vlm(), kind).train()
-    batch = batch_of(["s1 I t6", "s5 t4", "s3 I s4 t3 g2 s2 u9"])
-    found, sums = target_losses(module, batch, with_gain=True), module(batch)
-    assert float(found.nll.double().sum()) == pytest.approx(float(sums.nll), rel=1e-6)
-    grounded = batch.grounded[found.row, found.column]
-    assert float(found.nll[grounded].double().sum()) == pytest.approx(float(sums.grounded_nll), rel=1e-6)
-    assert found.gain[found.row == 1].tolist() == [0] * 4
-    assert found.gain[found.row == 0].abs().max() > 0.01
-    assert torch.equal(target_losses(module, batch, with_gain=False).nll, found.nll)
-    assert module.training, "it goes on as it was"
-
-
-def test_a_look_leaves_random_numbers_gradients_and_parameters_alone() -> None:
-    module = make_step(make_vlm(), "prob").train()
-    module(batch_of(["s1 I t6"])).loss.backward()
-    state = torch.get_rng_state()
-    before = {name: (p.clone(), None if p.grad is None else p.grad.clone()) for name, p in module.named_parameters()}
-    target_losses(module, batch_of(["s1 I t6"]), with_gain=True)
-    assert torch.equal(state, torch.get_rng_state())
-    for name, parameter in module.named_parameters():
-        value, grad = before[name]
-        assert torch.equal(parameter, value)
-        assert (grad is None) == (parameter.grad is None)
-        assert grad is None or torch.equal(parameter.grad, grad)
 
 
 def sample(row: int, nll: list[float], gain: list[float]) -> SampleLosses:
@@ -175,6 +144,23 @@ def test_both_looks_make_a_file_that_says_what_it_is_of(looked: tuple[Words, lis
     assert sum(row["count"] * row["nll_after"] for row in found if row["visual"]) == pytest.approx(visual, rel=1e-4)
     assert all(row["nll_before"] != row["nll_after"] for row in found)
     assert notes == []
+
+
+def test_a_look_leaves_random_numbers_gradients_and_parameters_alone(looked: tuple[Words, list[str]]) -> None:
+    made, _ = looked
+    made.module.train()
+    made.module(made.loader.load(made.passes[0], 0).to("cpu")).loss.backward()
+    state = torch.get_rng_state()
+    before = {n: (p.clone(), None if p.grad is None else p.grad.clone()) for n, p in made.module.named_parameters()}
+    made.look_before()
+    made.look_after()
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(part.training for part in made.module.modules())
+    for name, parameter in made.module.named_parameters():
+        value, grad = before[name]
+        assert torch.equal(parameter, value)
+        assert (grad is None) == (parameter.grad is None)
+        assert grad is None or parameter.grad is None or torch.equal(parameter.grad, grad)
 
 
 def test_samples_that_cannot_be_read_cost_the_table_and_not_the_stage(

@@ -1,0 +1,88 @@
+"""What does a model say of each target with the image, and without? And the sums of its nll that are added over batches.
+
+Shape letters: N targets of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpa_ray.batch import IGNORE_INDEX, Batch
+from dpa_ray.model.cmo import TargetScores, probability_gain
+from dpa_ray.model.packed import positions_of
+from dpa_ray.model.step import StepModule, spread
+
+SUMS_SHAPE = (3, 4)
+"""Of `nll_sums`: groups of targets by count, nll, count of those with a q, and their nll without the image."""
+
+
+@dataclass
+class BothScores:
+    """The targets of a micro-batch that is not packed, row by row in their order."""
+
+    row: Tensor  # (N,) int64
+    column: Tensor  # (N,) int64
+    seen: TargetScores
+    blind: TargetScores  # seen's own in a sample without an image; meaningless where has_blind is False
+    has_blind: Tensor  # (N,) bool: is there any text before the target, and can the model see at all?
+
+    @property
+    def gain(self) -> Tensor:
+        """(N,) p - q."""
+        return probability_gain(self.seen, self.blind, self.has_blind)
+
+
+@torch.no_grad()
+def both_scores(module: StepModule, batch: Batch) -> BothScores:
+    """p and q of the targets of `batch`, which is not packed, in evaluation mode; q is computed live.
+
+    The module is left in the mode that it was in. Under ZeRO-3 every rank has to call it, with a batch of its own.
+    """
+    assert batch.sample is None, "packed"
+    training = module.training
+    module.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):  # a few samples are not worth compiling layers again
+            return _both_scores(module, batch)
+    finally:
+        module.train(training)
+
+
+def _both_scores(module: StepModule, batch: Batch) -> BothScores:
+    row, column = (batch.labels != IGNORE_INDEX).nonzero(as_tuple=True)
+    target, positions = batch.labels[row, column], positions_of(batch)
+    hidden = module.decoder(
+        inputs_embeds=module._embed(batch),
+        attention_mask=batch.attention_mask,
+        position_ids=positions,
+        use_cache=False,
+    ).last_hidden_state
+    seen = module.scorer.score(hidden[row, column - 1], target)
+    if not module.is_vlm:
+        return BothScores(row, column, seen, seen, torch.zeros_like(row, dtype=torch.bool))
+    pictured = batch.image_mask.any(1)[row]
+    asked = [values[pictured] for values in (row, positions[row, column], target)]
+    blind, has_blind = spread(*module._blind(batch, *asked), pictured)
+    # Without an image p and q are the same number.
+    blind.log_prob = torch.where(pictured, blind.log_prob, seen.log_prob)
+    blind.logit = torch.where(pictured, blind.logit, seen.logit)
+    return BothScores(row, column, seen, blind, has_blind)
+
+
+@torch.no_grad()
+def nll_sums(module: StepModule, batch: Batch, threshold: float) -> Tensor:
+    """(3, 4) float64 over the targets of `batch`; addable over micro-batches and ranks.
+
+    Rows: all targets, those known to be visually grounded, those with p - q > `threshold`. Columns: see SUMS_SHAPE.
+    """
+    found = both_scores(module, batch)
+    seen, blind = -found.seen.log_prob.double(), -found.blind.log_prob.double()
+    every = torch.ones_like(found.has_blind)
+    helped = found.gain > threshold if module.is_vlm else ~every
+    groups = torch.stack([every, batch.grounded[found.row, found.column], helped])
+    with_blind = groups & found.has_blind
+    columns = (groups, torch.where(groups, seen, 0.0), with_blind, torch.where(with_blind, blind, 0.0))
+    return torch.stack([column.double().sum(1) for column in columns], 1)
