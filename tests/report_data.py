@@ -82,7 +82,7 @@ def run_data(name: str = "one", *, method: str = "dpa", shift: float = 0.0, num_
         "method": method, "seed": 3, "model": {"llm": HOSTILE, "vision": "builtin:tiny-vit"},
         "data": {"pretrain": {"source": "captions.json", "options": None}},
     }  # fmt: skip
-    parts = {"training_s": 30.0, "data_s": 5.0, "saving_s": 2.0, "lost_s": 4.0}
+    parts = {"training_s": 30.0, "data_wait_s": 5.0, "saving_s": 2.0, "lost_s": 4.0}
     return RunData(
         name=name,
         url=f"/store/runs/{name}",

@@ -156,9 +156,13 @@ def gain_histogram(
     return Figure(name, title, whole(layers), ("p − q", *order), rows, note)
 
 
-def time_spent(name: str, title: str, parts: Mapping[str, Mapping[str, float]], *, note: str) -> Figure:
-    """Seconds by part of each stage, as bars in the order of the stages, each beginning where the last one ended."""
-    kinds = list(dict.fromkeys(kind for found in parts.values() for kind, s in found.items() if s > 0))
+def time_spent(
+    name: str, title: str, parts: Mapping[str, Mapping[str, float]], *, order: Sequence[str], note: str
+) -> Figure:
+    """Seconds by part of each stage, as bars in the order of the stages, each beginning where the last one ended; the parts
+    in their `order`, others behind them."""
+    every = dict.fromkeys(kind for found in parts.values() for kind, s in found.items() if s > 0)
+    kinds = sorted(every, key=lambda kind: order.index(kind) if kind in order else len(order))
     values, at = [], 0.0
     for stage, found in parts.items():
         for kind in kinds:

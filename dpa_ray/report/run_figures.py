@@ -8,6 +8,7 @@ from typing import Any
 
 from dpa_ray.report.content import TITLES, RunData, mapping, number
 from dpa_ray.report.figures import Curve, Figure, curves, gain_histogram, thinned, time_spent
+from dpa_ray.report.timeline_figure import KINDS
 
 LOSSES = {
     "nll_mean": "all targets",
@@ -129,13 +130,14 @@ def time_figure(run: RunData) -> Figure | None:
         note += "A reused stage took no time of this run."
     if not any(sum(found.values()) > 0 for found in parts.values()):
         return None
-    return time_spent("time", "Wall time by stage", parts, note=note)
+    return time_spent("time", "Wall time by stage", parts, order=list(KINDS.values()), note=note)
 
 
 def _seconds(found: Any) -> dict[str, float]:
     if not isinstance(found, dict):
         return {}
-    parts = {k.removesuffix("_s").replace("_", " "): number(v) for k, v in found.items() if k.endswith("_s")}
+    names = {key: key.removesuffix("_s") for key in found if key.endswith("_s")}
+    parts = {KINDS.get(name, name.replace("_", " ")): number(found[key]) for key, name in names.items()}
     return {kind: seconds for kind, seconds in parts.items() if seconds is not None and seconds > 0}
 
 

@@ -277,8 +277,9 @@ def test_time_is_the_ledgers_or_else_what_the_stages_measured() -> None:
     figure = time_figure(run_data())
     assert figure is not None
     assert "Goodput 70.0%" in figure.note
-    assert figure.columns == ("stage", "training, s", "data, s", "saving, s", "lost, s", "starting, s", "in all, s")
-    assert figure.rows[-1] == ("outside of stages", 0.0, 0.0, 0.0, 0.0, 7.0, 7.0)
+    parts = ("training", "waiting for data", "saving", "starting", "lost to failures", "in all")
+    assert figure.columns == ("stage", *(f"{part}, s" for part in parts))
+    assert figure.rows[-1] == ("outside of stages", 0.0, 0.0, 0.0, 7.0, 0.0, 7.0)
     run = run_data()
     figure = time_figure(replace(run, info={**run.info, "goodput": None}))
     assert figure is not None
