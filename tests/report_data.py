@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from dpa_ray.report.content import RunData, Weighting
+from dpa_ray.report.content import RunData, Weighting, WordLosses
 
 HOSTILE = "</script><img src=x onerror=\"window.broken=1\"><b>'bold'</b> {{ 7*7 }}"
 EDGES = [(-1.0 if i < 4 else 1.0) * ((i - 4) / 4) ** 2 for i in range(9)]
@@ -37,6 +37,36 @@ def record(stage: str, step: int, shift: float = 0.0) -> dict[str, Any]:
     return found
 
 
+def words_of(shift: float = 0.0, *, is_known: bool = True) -> WordLosses:
+    """Twelve visual words and twenty-eight others, learnt the less the more the image helps; `shift` helps the visual."""
+    names = [*(f"red-{n}" for n in range(12)), *(f"style-{n}" for n in range(27)), HOSTILE.lower()]
+    rows = [
+        {"word": name, "count": 40 - n, "num_tokens": 1.5, "nll_before": 5.0 - n / 20, "nll_after": 3.0 - n / 30 - shift * (n < 12),
+         "gain": 0.3 - n / 100 if n < 12 else 0.01, "visual": float(is_known and n < 12)}
+        for n, name in enumerate(names)
+    ]  # fmt: skip
+    return WordLosses("held-out", "200", rows)
+
+
+def timeline(start_s: float = 1.8e9) -> dict[str, Any]:
+    """130 s in two attempts, an hour apart; in the first, workers were lost."""
+    parts = [
+        ("", "preparing", 3.0), ("", "starting", 7.0), ("proxy_mllm", "training", 40.0), ("proxy_mllm", "saving", 5.0),
+        ("proxy_mllm", "lost", 12.0), ("proxy_mllm", "training", 3.0), ("instruct", "training", 20.0), ("instruct", "data_wait", 4.0),
+        ("instruct", "saving", 6.0), ("eval", "tasks", 30.0),
+    ]  # fmt: skip
+    spans, at_s = [], start_s
+    for stage, kind, length_s in parts:
+        if (stage, kind) == ("instruct", "training"):
+            at_s += 3600
+        spans.append([stage, kind, at_s, length_s])
+        at_s += length_s
+    second = start_s + 3670
+    events = [[start_s, "attempt", "", None], [start_s + 50, "saved", "proxy_mllm", 40], [start_s + 55, "restart", "proxy_mllm", None],
+              [second, "attempt", "", None], [second + 30, "saved", "instruct", 60]]  # fmt: skip
+    return {"spans": spans, "events": events}
+
+
 def run_data(name: str = "one", *, method: str = "dpa", shift: float = 0.0, num_steps: int = 60) -> RunData:
     """A finished run of three stages with everything that a report can show."""
     stages = ("proxy_llm", "proxy_mllm", "instruct")
@@ -52,7 +82,7 @@ def run_data(name: str = "one", *, method: str = "dpa", shift: float = 0.0, num_
         "method": method, "seed": 3, "model": {"llm": HOSTILE, "vision": "builtin:tiny-vit"},
         "data": {"pretrain": {"source": "captions.json", "options": None}},
     }  # fmt: skip
-    parts = {"training_s": 30.0, "data_s": 5.0, "saving_s": 2.0, "lost_s": 4.0}
+    parts = {"training_s": 30.0, "data_wait_s": 5.0, "saving_s": 2.0, "lost_s": 4.0}
     return RunData(
         name=name,
         url=f"/store/runs/{name}",
@@ -66,8 +96,9 @@ def run_data(name: str = "one", *, method: str = "dpa", shift: float = 0.0, num_
             "eval": {"heldout": {"num_questions": 6, "accuracy": 0.5 + shift / 10, "shuffled": 0.2, "majority": 0.3}},
             "goodput": {
                 "goodput": 0.7, "wall_time_s": 130.0, "num_attempts": 2, "num_restarts": 1,
-                "stages": dict.fromkeys(stages, parts), "outside_stages": {"starting_s": 7.0},
+                "stages": dict.fromkeys(stages, parts), "outside_stages": {"starting_s": 7.0}, "timeline": timeline(),
             },
+            "artifacts": {"proxy-llm": {"key": "0", "reused": True}, "instruct": {"key": "1", "reused": False}},
         },
         metrics=[record(stage, step, shift) for stage in stages for step in range(1, num_steps + 1)],
         recipe_text=f"model:\n  llm: {HOSTILE}\n",
@@ -77,6 +108,7 @@ def run_data(name: str = "one", *, method: str = "dpa", shift: float = 0.0, num_
             "instruct": Weighting("prob", 0.05, 0.5),
         },
         examples={"proxy_mllm": [example], "instruct": [example]},
+        words={"proxy_mllm": words_of(shift), "instruct": words_of(shift, is_known=False)},
         answers=answers,
         pictures={("heldout", s): [picture((40, 60, 80 * s))] for s in range(3)},
     )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from dpa_ray.batch import Batch, Encoded
 from dpa_ray.data.images import decode
 from dpa_ray.data.ingest import Loader
 from dpa_ray.data.sample import Sample
+from dpa_ray.data.words import pieces
 from dpa_ray.engine.protocol import gathered
 from dpa_ray.errors import UserError
 from dpa_ray.model.examples import token_weights
@@ -31,7 +31,6 @@ MAX_TOKENS = 400
 """Text tokens of a sample that are kept; a page is not made for reading more."""
 
 THUMBNAIL_SIDE = 192
-REPLACEMENT = "\ufffd"
 
 
 def collect(module: StepModule, loader: Loader, device: torch.device) -> list[str]:
@@ -79,21 +78,6 @@ def _example(
             for text, position in zip(texts, shown, strict=True)
         ],
     }
-
-
-def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds; joined, they are the whole text.
-
-    A token that ends inside a character adds nothing; the one that completes it adds the character.
-    """
-    texts: list[str] = []
-    told = ""
-    for end in range(1, len(ids) + 1):
-        whole = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        is_cut = whole.endswith(REPLACEMENT) and end < len(ids)
-        texts.append("" if is_cut else whole[len(told) :])
-        told = told if is_cut else whole
-    return texts
 
 
 def thumbnail(data: bytes, side: int = THUMBNAIL_SIDE) -> str:

@@ -23,7 +23,7 @@ from dpa_ray.engine.messages import FAILED, PROGRESS
 from dpa_ray.errors import LeaseTaken, UserError
 from dpa_ray.recipe import Recipe
 from dpa_ray.report import console, trackers
-from dpa_ray.report.goodput import LAUNCHED, Ledger
+from dpa_ray.report.goodput import CLAIMED, LAUNCHED, WAITING, Ledger
 from dpa_ray.report.metrics import FILE as METRICS
 from dpa_ray.report.metrics import read
 from dpa_ray.report.watch import Watch
@@ -99,7 +99,10 @@ def run(recipe: Recipe, company: Company | None = None) -> dict[str, Any]:
             def claim(tasks: Sequence[Task]) -> int:
                 check()
                 alone = partial(unhindered, store=store, report=progress.note)
-                return alone(tasks) if company is None else company.claim(tasks, alone)
+                ledger.saw(WAITING, {}, time.time())
+                num_mine = alone(tasks) if company is None else company.claim(tasks, alone)
+                ledger.saw(CLAIMED, {}, time.time())
+                return num_mine
 
             try:
                 if plan.needed:

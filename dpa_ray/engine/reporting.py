@@ -14,13 +14,13 @@ from dpa_ray.credentials import without_credentials
 from dpa_ray.data.images import ImageError
 from dpa_ray.data.ingest import Loader
 from dpa_ray.data.prepared import find_prepared
-from dpa_ray.engine import examples
+from dpa_ray.engine import examples, words
 from dpa_ray.engine.evaluate import ANSWERS
 from dpa_ray.errors import NoAnswer, UserError
 from dpa_ray.model.gain import edges
 from dpa_ray.recipe import RecipeError, parse
 from dpa_ray.report import metrics
-from dpa_ray.report.content import STAGES, RunData, Weighting
+from dpa_ray.report.content import STAGES, RunData, Weighting, WordLosses
 from dpa_ray.report.runs_page import NUM_ASKED, run_page, runs_page
 from dpa_ray.report.sweep_page import sweep_page
 from dpa_ray.stages.runs import RUN_FILE
@@ -29,6 +29,9 @@ from dpa_ray.store.fs import Store
 
 FILE = "report.html"
 SWEEP_FILE = "sweep.json"
+
+MOST_TRIALS = 100
+"""Of a sweep, whose words are read."""
 
 
 class NotAPlace(UserError):
@@ -92,7 +95,8 @@ def page(places: Sequence[Place]) -> str:
     kinds = {place.kind for place in places}
     if kinds == {"sweeps"} and len(places) == 1:
         (sweep,) = places
-        return sweep_page(sweep.name, sweep.url, _mapping(sweep.store, f"{sweep.path}/{SWEEP_FILE}"))
+        values = _mapping(sweep.store, f"{sweep.path}/{SWEEP_FILE}")
+        return sweep_page(sweep.name, sweep.url, values, _words_of_trials(sweep.store, values))
     if kinds != {"runs"}:
         raise NotAPlace(f"expected runs, or one sweep, found {', '.join(place.url for place in places)}")
     runs = [gather(place) for place in places]
@@ -126,6 +130,11 @@ def gather(place: Place) -> RunData:
         with _left_out(f"words of {stage}", unread):
             if lines := _lines(store, found.get(stage.replace("_", "-")), examples.FILE):
                 weighed[stage] = lines
+    by_word = {}
+    for stage in STAGES:
+        with _left_out(f"losses of words of {stage}", unread):
+            if (told := _words(store, found.get(stage.replace("_", "-")))) is not None:
+                by_word[stage] = told
     answers: list[dict[str, Any]] = []
     with _left_out("answers to held-out questions", unread):
         answers = _lines(store, found.get("eval"), ANSWERS)
@@ -137,6 +146,7 @@ def gather(place: Place) -> RunData:
         recipe_text=yaml.safe_dump(info.get("recipe"), sort_keys=False, allow_unicode=True) if "recipe" in info else "",
         weightings=_weightings(info.get("recipe")),
         examples=weighed,
+        words=by_word,
         answers=answers,
         pictures=_pictures(store, found["eval"], answers, unread) if answers else {},
         unread=unread,
@@ -174,6 +184,35 @@ def _lines(store: Store, artifact: Artifact | None, name: str) -> list[dict[str,
         return []
     text = (fetch(store, artifact, names=[name]) / name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.split("\n") if line]
+
+
+def _words(store: Store, artifact: Artifact | None) -> WordLosses | None:
+    """The losses of a stage's words, verified; None where it left none."""
+    if artifact is None or words.FILE not in artifact.files:
+        return None
+    about, rows = words.read(fetch(store, artifact, names=[words.FILE]) / words.FILE)
+    return WordLosses(about.get("samples", "unknown"), about.get("num_samples", "unknown"), rows)
+
+
+def _words_of_trials(store: Store, sweep: dict[str, Any]) -> dict[str, dict[str, WordLosses]]:
+    """The losses of words by trial and stage, of the first trials that are done; each artifact is read once."""
+    read: dict[str, WordLosses | None] = {}
+    found: dict[str, dict[str, WordLosses]] = {}
+    trials = sweep.get("trials")
+    for trial in trials if isinstance(trials, list) else []:
+        if not isinstance(trial, dict) or trial.get("status") != "done" or len(found) == MOST_TRIALS:
+            continue
+        made = trial.get("artifacts")
+        paths = {stage: str(made[stage]) for stage in STAGES if stage in made} if isinstance(made, dict) else {}
+        for stage, path in paths.items():
+            name, _, key = path.removeprefix("artifacts/").rpartition("-")
+            if path not in read and name:
+                read[path] = None
+                with _left_out(path, []):
+                    read[path] = _words(store, find(store, name, key))
+            if (told := read.get(path)) is not None:
+                found.setdefault(str(trial.get("name")), {})[stage] = told
+    return found
 
 
 def _weightings(recipe: Any) -> dict[str, Weighting]:

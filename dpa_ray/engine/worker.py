@@ -36,6 +36,7 @@ from dpa_ray.engine.messages import STARTED, Orders
 from dpa_ray.engine.postmortem import Postmortem
 from dpa_ray.engine.protocol import Engine, OptimizerSettings, barrier, from_rank_0, limit_waits, rank, world_size
 from dpa_ray.engine.pulse import beating
+from dpa_ray.engine.words import Words
 from dpa_ray.errors import UserError
 from dpa_ray.report.metrics import MetricsLog
 from dpa_ray.stages import instruct, proxy_llm, proxy_mllm
@@ -212,7 +213,11 @@ class Worker:
         )  # fmt: skip
         loader.check()
         whole = Plan(cursor, task.num_steps, rank(), world_size(), section.micro_batch_size)
-        engine, batches, plan, before = self._begin(task, built, loader, whole)
+        words = Words(
+            built.module, loader, task.held_out, section.micro_batch_size, self.device,
+            note=lambda text: self.note(f"{stage}: {text}"),
+        )  # fmt: skip
+        engine, batches, plan, before = self._begin(task, built, loader, whole, words)
         check_trainable(built.module.model, {id(p) for p in engine.parameters}, trained, stage, built.llm_mode)
         recorder = Recorder(self.store, task, cursor, self.tell, before, start)
         saver = Checkpointer(
@@ -229,10 +234,11 @@ class Worker:
         saver.close()
         recorder.close()
         shown = [] if stage == "proxy_llm" else self._examples(task, built, loader)
-        self._finish(task, built, engine, trained, recorder, shown)
+        words.look_after()
+        self._finish(task, built, engine, trained, recorder, shown, words)
 
     def _begin(
-        self, task: TrainTask, built: Built, loader: Loader, plan: Plan
+        self, task: TrainTask, built: Built, loader: Loader, plan: Plan, words: Words
     ) -> tuple[Engine, Iterator[Batch], Plan, Before]:
         """The engine and the batches, at the latest checkpoint that is whole and sound, else at the stage's first step;
         what is left of `plan`; what was written down before."""
@@ -248,6 +254,7 @@ class Worker:
             if engine is None:
                 engine = make_engine(built, task, self.device, accumulation_steps=plan.most_passes)
                 limit_waits(task.recipe.collective_limit_s)
+                words.look_before()  # also where a checkpoint follows
             if checkpoint is None:
                 break
             before, problem = restore(self.store, checkpoint, engine, self.device, task.recipe.data.retry_s)
@@ -268,8 +275,9 @@ class Worker:
             return []
 
     def _finish(
-        self, task: TrainTask, built: Built, engine: Engine, trained: TrainableSet, recorder: Recorder, shown: list[str]
-    ) -> None:
+        self, task: TrainTask, built: Built, engine: Engine, trained: TrainableSet, recorder: Recorder, shown: list[str],
+        words: Words,
+    ) -> None:  # fmt: skip
         """Gather what was trained, save it, check it, commit it."""
         tensors = engine.gather(list(trained.names))
         expected = None
@@ -284,6 +292,7 @@ class Worker:
                 (folder / STAGE_METRICS).write_text("".join(recorder.lines))
                 if shown:
                     (folder / examples.FILE).write_text("".join(shown), encoding="utf-8")
+                words.write(folder)
                 meta = {
                     "stage": task.stage, "run": task.run_path, "num_steps": task.num_steps, "world_size": world_size(),
                     **recorder.meta(), "trainable": trained.description, "num_trainable": trained.num_parameters,

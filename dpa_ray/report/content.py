@@ -27,6 +27,15 @@ class Weighting:
 
 
 @dataclass(frozen=True)
+class WordLosses:
+    """The words of a stage with their losses before and after it."""
+
+    samples: str  # held-out | training: what samples they are of
+    num_samples: str
+    rows: Sequence[Mapping[str, Any]]  # word, count, nll_before, nll_after, gain, visual: see engine/words.py
+
+
+@dataclass(frozen=True)
 class RunData:
     """One run."""
 
@@ -39,6 +48,7 @@ class RunData:
     examples: Mapping[str, Sequence[Mapping[str, Any]]] = field(
         default_factory=dict
     )  # by stage, see engine/examples.py
+    words: Mapping[str, WordLosses] = field(default_factory=dict)  # by stage
     answers: Sequence[Mapping[str, Any]] = ()  # answers.jsonl of its evaluation
     pictures: Mapping[tuple[str, int], Sequence[str]] = field(default_factory=dict)  # data URIs by (set, sample)
     unread: Sequence[str] = ()  # what of the above is left out because it could not be read, and why

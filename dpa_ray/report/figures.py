@@ -48,18 +48,31 @@ class Curve:
 def thinned(curve: Curve, most: int, length: int = 0) -> Curve:
     """At most about `most` points: means of x and y over equal stretches; None only where a stretch has no value.
 
+    The stretches with the curve's highest and lowest value have these instead, so that a spike of one step stays.
+
     Args:
-        length: points of the longest of several curves that are to have the same stretches, and so the same x.
+        length: points of the longest of several curves that are to have the same stretches, and so the same x: what is left
+            over at a curve's end is then put to the stretch before it, or taken for a whole one.
     """
-    size = math.ceil(max(length, len(curve.points)) / most)
-    if size <= 1:
+    size = max(1, math.ceil(max(length, len(curve.points)) / most))
+    if size == 1:
         return curve
+    every = [y for _, y in curve.points if y is not None]
+    ends = (max(every), min(every)) if every else ()
+    starts = list(range(0, len(curve.points), size))
+    left_over = len(curve.points) - starts[-1] if starts else 0
+    if length and len(starts) > 1 and 2 * left_over < size:
+        starts.pop()
     points: list[tuple[float, float | None]] = []
-    for start in range(0, len(curve.points), size):
-        part = curve.points[start : start + size]
+    for start, stop in zip(starts, [*starts[1:], len(curve.points)], strict=True):
+        part = curve.points[start:stop]
         values = [y for _, y in part if y is not None]
         x = sum(x for x, _ in part) / len(part)
-        points.append((round(x, 1), sum(values) / len(values) if values else None))
+        if length and 2 * len(part) >= size:  # the middle of the whole stretch, for steps that follow each other
+            x = part[0][0] + (size - 1) / 2
+        mean = sum(values) / len(values) if values else None
+        y = next((y for y in ends if y in values), mean)
+        points.append((round(x, 1), None if y is None else float(f"{y:.5g}")))
     return Curve(curve.name, points)
 
 
@@ -98,7 +111,7 @@ def curves(
         for at, value in line.points:
             by_x.setdefault(at, {})[line.name] = value
     rows: list[tuple[Cell, ...]] = [(at, *(found.get(n) for n in order)) for at, found in sorted(by_x.items())]
-    return Figure(name, title, _whole(layers), (x, *order), rows, note)
+    return Figure(name, title, whole(layers), (x, *order), rows, note)
 
 
 def gain_histogram(
@@ -140,12 +153,16 @@ def gain_histogram(
     if bounds is not None:
         marks = [{"x": bounds[0], "text": f"lower {bounds[0]:g}"}, {"x": bounds[1], "text": f"upper {bounds[1]:g}"}]
         layers.append(_rules(marks, x_scale))
-    return Figure(name, title, _whole(layers), ("p − q", *order), rows, note)
+    return Figure(name, title, whole(layers), ("p − q", *order), rows, note)
 
 
-def time_spent(name: str, title: str, parts: Mapping[str, Mapping[str, float]], *, note: str) -> Figure:
-    """Seconds by part of each stage, as bars in the order of the stages, each beginning where the last one ended."""
-    kinds = list(dict.fromkeys(kind for found in parts.values() for kind, s in found.items() if s > 0))
+def time_spent(
+    name: str, title: str, parts: Mapping[str, Mapping[str, float]], *, order: Sequence[str], note: str
+) -> Figure:
+    """Seconds by part of each stage, as bars in the order of the stages, each beginning where the last one ended; the parts
+    in their `order`, others behind them."""
+    every = dict.fromkeys(kind for found in parts.values() for kind, s in found.items() if s > 0)
+    kinds = sorted(every, key=lambda kind: order.index(kind) if kind in order else len(order))
     values, at = [], 0.0
     for stage, found in parts.items():
         for kind in kinds:
@@ -168,7 +185,7 @@ def time_spent(name: str, title: str, parts: Mapping[str, Mapping[str, float]], 
         (stage, *(round(found.get(kind, 0.0), 1) for kind in kinds), round(sum(found.values()), 1))
         for stage, found in parts.items()
     ]
-    spec = _whole(layers, height=ROW * len(parts))
+    spec = whole(layers, height=ROW * len(parts))
     return Figure(name, title, spec, ("stage", *(f"{kind}, s" for kind in kinds), "in all, s"), rows, note)
 
 
@@ -272,7 +289,7 @@ def parallel_coordinates(
         {"data": {"values": top}, "mark": {"type": "text", "dy": -6, "baseline": "bottom"}, "encoding": ends},
         {"data": {"values": bottom}, "mark": {"type": "text", "dy": 6, "baseline": "top"}, "encoding": ends},
     ]  # fmt: skip
-    spec = _whole(layers, height=HEIGHT + 40)
+    spec = whole(layers, height=HEIGHT + 40)
     return Figure(name, title, spec, note="Point at a line to bring it out.", data_at=data_at)
 
 
@@ -349,11 +366,12 @@ def intervals(name: str, title: str, found: Sequence[Interval], *, x: str) -> Fi
         },
     ]
     rows: list[tuple[Cell, ...]] = [(i.name, i.middle, i.low, i.high) for i in found]
-    spec = _whole(layers, height=ROW * len(found))
+    spec = whole(layers, height=ROW * len(found))
     return Figure(name, title, spec, ("variant", "difference", "low", "high"), rows)
 
 
-def _whole(layers: list[Spec], height: int = HEIGHT) -> Spec:
+def whole(layers: list[Spec], height: int = HEIGHT) -> Spec:
+    """A specification of these layers, as wide as its place in the page."""
     return {"$schema": SCHEMA, "width": "container", "height": height, "autosize": AUTOSIZE, "layer": layers}
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dpa_ray.report.timeline import ATTEMPT, RESTART, SAVED, Span, Timeline
+
 TRAINING, DATA, SAVING, STARTING, LOST, TASKS, PREPARING, OTHER = PARTS = (
     "training",  # steps that were made for the first time
     "data_wait",  # of these steps, the time in which they waited for their batches
@@ -22,6 +24,12 @@ TRAINING, DATA, SAVING, STARTING, LOST, TASKS, PREPARING, OTHER = PARTS = (
 
 LAUNCHED = "launched"
 """The event that the driver hands its tasks to workers."""
+
+WAITING, CLAIMED = "waiting", "claimed"
+"""The events that the driver asks whether another job makes what is next, and has its answer. What lies between is of the
+part that it would be anyway; where it takes LEAST_WAIT_S, the timeline says what it was."""
+
+LEAST_WAIT_S = 1.0
 
 OUTSIDE = ""
 """Stands for the stage of what belongs to none."""
@@ -43,6 +51,9 @@ class Ledger:
         self.stage = OUTSIDE
         self.waits_as = PREPARING  # what time is until something else is known of it
         self.recovering = False
+        self.asks = False  # whether another job makes what is next
+        self.timeline = Timeline(before.get("timeline"), apart=(LOST,))
+        self.timeline.happened(now_s, ATTEMPT, OUTSIDE)
         self.saving_s: float | None = None  # as the last step told it; None: no step of these workers yet
 
     def saw(self, kind: str, values: Mapping[str, Any], now_s: float) -> None:
@@ -51,8 +62,14 @@ class Ledger:
             self._step(values, now_s)
         elif kind == "failed":
             self._close(LOST, now_s)
+            self.timeline.happened(now_s, RESTART, self.stage)
             self.num_restarts += 1
             self.recovering = True
+        elif kind == "saved":
+            self.timeline.happened(now_s, SAVED, values["stage"], values["step"])
+        elif kind in (WAITING, CLAIMED):
+            self._close(self.waits_as, now_s)
+            self.asks = kind == WAITING
         elif kind == LAUNCHED:
             self._close(self.waits_as, now_s)
             self.waits_as = STARTING
@@ -72,18 +89,21 @@ class Ledger:
 
     def ended(self, now_s: float) -> None:
         """This attempt is over; what came after its last event is `other`."""
-        self.stage, self.waits_as, self.recovering = OUTSIDE, OTHER, False
+        self.stage, self.waits_as, self.recovering, self.asks = OUTSIDE, OTHER, False, False
         self._close(OTHER, now_s)
 
     def entries(self, now_s: float) -> dict[str, Any]:
         """What run.json keeps: seconds by part, in all, by stage and outside of any; they add up to `wall_time_s`.
 
         `goodput` is training / wall time; `reached` the highest step of each stage that was ever made; `num_attempts` counts
-        jobs, `num_restarts` how often one replaced its workers. Time since the last event counts as what is going on.
+        jobs, `num_restarts` how often one replaced its workers; `timeline` says when all that was. Time since the last event
+        counts as what is going on.
         """
         spent = {stage: dict(parts) for stage, parts in self.spent.items()}
         under_way = spent.setdefault(self.stage, dict.fromkeys(PARTS, 0.0))
-        under_way[LOST if self.recovering else self.waits_as] += max(0.0, now_s - self.mark_s)
+        part = LOST if self.recovering else self.waits_as
+        under_way[part] += max(0.0, now_s - self.mark_s)
+        now = Span(self.stage, self._shown(part, now_s), self.mark_s, now_s - self.mark_s)
         totals = {part: sum(parts[part] for parts in spent.values()) for part in PARTS}
         wall_time_s = sum(totals.values())
         outside = spent.pop(OUTSIDE, dict.fromkeys(PARTS, 0.0))
@@ -92,7 +112,7 @@ class Ledger:
             "wall_time_s": wall_time_s, **_named(totals), "num_attempts": self.num_attempts,
             "num_restarts": self.num_restarts,
             "stages": {stage: _named(parts) for stage, parts in spent.items()}, "outside_stages": _named(outside),
-            "reached": self.reached,
+            "reached": self.reached, "timeline": self.timeline.entries(now),
         }  # fmt: skip
 
     def _step(self, values: Mapping[str, Any], now_s: float) -> None:
@@ -113,16 +133,26 @@ class Ledger:
         waited_s = float(values["data_wait_s"])
         training_s, evaluating_s = float(values["step_time_s"]) - waited_s, float(values.get("eval_time_s", 0.0))
         parts = ((DATA, waited_s), (TRAINING, training_s), (SAVING, saving_s), (TASKS, evaluating_s))
+        taken_s, left_s = {}, max(0.0, now_s - self.mark_s)
         for part, time_s in parts:
-            taken_s = min(max(0.0, time_s), max(0.0, now_s - self.mark_s))
-            self._close(part if is_new else LOST, self.mark_s + taken_s)
-        self._close(LOST if way_back else STARTING if first else OTHER, now_s)
+            taken_s[part] = min(max(0.0, time_s), left_s)
+            left_s -= taken_s[part]
+        self._close(LOST if way_back else STARTING if first else OTHER, self.mark_s + left_s)
+        for part in (SAVING, DATA, TRAINING, TASKS):  # as they followed each other
+            self._close(part if is_new else LOST, self.mark_s + taken_s[part])
+        self.mark_s = max(self.mark_s, now_s)
 
     def _close(self, part: str, now_s: float) -> None:
         """The time from the last mark until now was `part`; on the way back from a failure it is lost, whatever it was."""
         parts = self.spent.setdefault(self.stage, dict.fromkeys(PARTS, 0.0))
-        parts[LOST if self.recovering else part] += max(0.0, now_s - self.mark_s)
+        part = LOST if self.recovering else part
+        parts[part] += max(0.0, now_s - self.mark_s)
+        self.timeline.add(self.stage, self._shown(part, now_s), self.mark_s, now_s)
         self.mark_s = max(self.mark_s, now_s)
+
+    def _shown(self, part: str, now_s: float) -> str:
+        """What the timeline calls the time from the last mark until now, which was `part`."""
+        return WAITING if self.asks and now_s - self.mark_s >= LEAST_WAIT_S else part
 
 
 def _named(parts: Mapping[str, float]) -> dict[str, float]:

@@ -26,7 +26,7 @@ LIBRARIES = ("vega.min.js", "vega-lite.min.js", "vega-embed.min.js")
 
 @dataclass(frozen=True)
 class Table:
-    """A table; with `is_sortable`, by any column."""
+    """A table; with `is_sortable`, by any column; with `is_folded`, shown when it is asked for."""
 
     kind: ClassVar[str] = "table"
     name: str
@@ -34,6 +34,7 @@ class Table:
     columns: tuple[str, ...]
     rows: list[tuple[Cell, ...]]
     is_sortable: bool = True
+    is_folded: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpa_ray.report.content import TITLES, RunData, mapping, number
 from dpa_ray.report.figures import Curve, Figure, curves, gain_histogram, thinned, time_spent
+from dpa_ray.report.timeline_figure import KINDS
 
 LOSSES = {
     "nll_mean": "all targets",
@@ -19,6 +21,9 @@ HELD_OUT = {"eval_nll": "held out", "eval_visual_nll": "held out, visual"}
 
 MOST_POINTS = 300
 """Of a curve: more cannot be told apart, and weigh on the page."""
+
+ALL_POINTS, LEAST_POINTS = 1500, 24
+"""Of all curves of a figure together, and of one that is among many."""
 
 
 def _curve(name: str, records: Sequence[Mapping[str, Any]], key: str, most: int, length: int = 0) -> Curve:
@@ -48,7 +53,9 @@ def loss_figures(run: RunData, most: int = MOST_POINTS) -> list[Figure]:
         if any(record.get("reused") for record in records):
             notes.append("This stage was reused from an earlier run.")
         if len(records) > most:
-            notes.append(f"{len(records)} steps, shown as means of neighbours.")
+            notes.append(
+                f"{len(records)} steps, shown as means of neighbours, with the highest and the lowest as they are."
+            )
         figures.append(
             curves(f"loss-{stage}", TITLES[stage], lines, x="step", y="nll", marks=marks, note=" ".join(notes))
         )
@@ -63,7 +70,7 @@ def resumed_from(run: RunData, stage: str) -> list[int]:
 
 def overlaid_losses(runs: Sequence[RunData]) -> list[Figure]:
     """One per stage that any of `runs` has: mean nll of all targets, a line a run, all at the same steps."""
-    most = max(40, 1500 // len(runs))
+    most = max(LEAST_POINTS, ALL_POINTS // len(runs))
     figures = []
     for stage, title in TITLES.items():
         found = [(run.name, run.of_stage(stage)) for run in runs if stage in run.stages]
@@ -71,6 +78,8 @@ def overlaid_losses(runs: Sequence[RunData]) -> list[Figure]:
         lines = [_curve(name, records, "nll_mean", most, longest) for name, records in found]
         if lines:
             note = "Mean negative log-likelihood per target token, in nats, of all targets whatever their weight."
+            if longest > most:
+                note += f" Means over {math.ceil(longest / most)} steps, with each run's highest and lowest step as they are."
             figures.append(curves(f"losses-{stage}", title, lines, x="step", y="nll", note=note))
     return figures
 
@@ -121,13 +130,14 @@ def time_figure(run: RunData) -> Figure | None:
         note += "A reused stage took no time of this run."
     if not any(sum(found.values()) > 0 for found in parts.values()):
         return None
-    return time_spent("time", "Wall time by stage", parts, note=note)
+    return time_spent("time", "Wall time by stage", parts, order=list(KINDS.values()), note=note)
 
 
 def _seconds(found: Any) -> dict[str, float]:
     if not isinstance(found, dict):
         return {}
-    parts = {k.removesuffix("_s").replace("_", " "): number(v) for k, v in found.items() if k.endswith("_s")}
+    names = {key: key.removesuffix("_s") for key in found if key.endswith("_s")}
+    parts = {KINDS.get(name, name.replace("_", " ")): number(found[key]) for key, name in names.items()}
     return {kind: seconds for kind, seconds in parts.items() if seconds is not None and seconds > 0}
 
 

@@ -18,12 +18,17 @@ from dpa_ray.report.run_figures import (
     resumed_from,
     time_figure,
 )
+from dpa_ray.report.timeline_figure import timeline_figure
+from dpa_ray.report.word_figures import by_name_or_method, word_section
 
 NUM_EXAMPLES = 6
 """Samples of a stage that are shown with the weights of their tokens, in a report of one run."""
 
 NUM_ASKED, MOST_ASKED = 8, 48
 """Samples of a held-out set whose questions are shown, and of all sets together."""
+
+MOST_ANSWERED = 400
+"""Of a set, samples times runs that answered."""
 
 MAX_TOKENS, MAX_PICTURES = 250, 4
 """Of a sample: with a table of the tokens beside it, more make the page too large to send around."""
@@ -40,6 +45,7 @@ def run_page(run: RunData, edges: Sequence[float]) -> str:
         _scores([run]),
         _losses(run),
         _gains(run, edges),
+        word_section([(run.name, run)]),
         _words([run]),
         _questions([run]),
         _time(run),
@@ -54,6 +60,7 @@ def runs_page(runs: Sequence[RunData], edges: Sequence[float]) -> str:
     sections = [
         _scores(runs),
         Section("losses", "Loss curves", [Drawing(f) for f in overlaid_losses(runs)]),
+        word_section(by_name_or_method(runs)),
         _words(runs),
         _questions(runs),
     ]
@@ -172,8 +179,8 @@ def _gains(run: RunData, edges: Sequence[float]) -> Section:
 
 
 def _time(run: RunData) -> Section:
-    figure = time_figure(run)
-    blocks: list[Block] = [*_faults(run, 0), *([Drawing(figure)] if figure else [])]
+    figures = [figure for figure in (timeline_figure(run), time_figure(run)) if figure is not None]
+    blocks: list[Block] = [*_faults(run, 0), *(Drawing(figure) for figure in figures)]
     return Section("time", "Where the time went", blocks, "" if blocks else "Nothing was measured yet.")
 
 
@@ -207,10 +214,11 @@ def _of_one_among_several(run: RunData, place: int, edges: Sequence[float], num_
     """What only this run has, with names of its own in the page."""
     if num_runs > MOST_IN_FULL:
         note = f"Its own figures are left out, as there are more than {MOST_IN_FULL} runs; its own report has them."
-        return Section(f"run-{place}", f"Run {run.name}", [_facts(run), *_faults(run, place)], note)
+        return Section(
+            f"run-{place}", f"Run {run.name}", [_facts(replace(run, recipe_text="")), *_faults(run, place)], note
+        )
     figures = [*loss_figures(run, MOST_POINTS // num_runs), *gain_figures(run, edges)]
-    if (time := time_figure(run)) is not None:
-        figures.append(time)
+    figures += [figure for figure in (timeline_figure(run), time_figure(run)) if figure is not None]
     drawings = [Drawing(replace(figure, name=f"run-{place}-{figure.name}")) for figure in figures]
     return Section(f"run-{place}", f"Run {run.name}", [_facts(run), *_faults(run, place), *drawings])
 
@@ -280,7 +288,7 @@ def _questions(runs: Sequence[RunData]) -> Section:
     names = tuple(run.name for run in runs if run.answers)
     blocks: list[Block] = []
     sets = list(dict.fromkeys(name for name, _ in found))
-    most = min(NUM_ASKED, max(1, MOST_ASKED // max(1, len(sets))))
+    most = min(NUM_ASKED, max(1, MOST_ASKED // max(1, len(sets))), max(1, MOST_ANSWERED // len(runs)))
     for held_out in sets:
         for sample in [sample for name, sample in found if name == held_out][:most]:
             pictures, num_more = _few(

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpa_ray.report.content import mapping, number
+from dpa_ray.report.content import RunData, WordLosses, mapping, number
 from dpa_ray.report.figures import Cell, Figure, Interval, heat_map, intervals, parallel_coordinates
 from dpa_ray.report.page import Block, Drawing, Facts, Section, Table, render
+from dpa_ray.report.word_figures import word_section
 
 TRIALS = ("trials-table", "the table of trials")
 MAX_AXES = 8
@@ -49,8 +50,10 @@ class Trial:
         return _cell(self.overrides.get(key))
 
 
-def sweep_page(name: str, url: str, sweep: Mapping[str, Any]) -> str:
-    """The report of a sweep. `sweep`: sweep.json."""
+def sweep_page(
+    name: str, url: str, sweep: Mapping[str, Any], words: Mapping[str, Mapping[str, WordLosses]] | None = None
+) -> str:
+    """The report of a sweep. `sweep`: sweep.json; `words`: losses of words by trial and stage."""
     found = sweep.get("trials")
     listed = [values for values in found if isinstance(values, dict)] if isinstance(found, list) else []
     trials = [Trial.of(values, place) for place, values in enumerate(listed)]
@@ -67,6 +70,7 @@ def sweep_page(name: str, url: str, sweep: Mapping[str, Any]) -> str:
         *_compared(mapping(sweep.get("compare"))),
         _table(trials, settings, shown, len(scores)),
         _figures(trials, settings, shown),
+        _words(trials, words or {}, sweep.get("best")),
         _savings(sweep),
     ]
     return render(f"Sweep {name}", f"{len(trials)} trials: {counts}.", sections)
@@ -160,6 +164,17 @@ def _figures(trials: Sequence[Trial], settings: Sequence[str], scores: Sequence[
     if len(done) > MOST_DRAWN:
         note = f"The first {MOST_DRAWN} of {len(done)} finished trials."
     return Section("settings", "Settings and scores", blocks, note)
+
+
+def _words(trials: Sequence[Trial], words: Mapping[str, Mapping[str, WordLosses]], best: Any) -> Section:
+    """Variants or methods side by side, each as the mean of its trials; where there is only one, the best trial."""
+    done = [trial for trial in trials if trial.name in words]
+    runs = {trial.name: RunData(trial.name, "", {}, words=words[trial.name]) for trial in done}
+    series = [(trial.variant or str(trial.overrides.get("method", "")), runs[trial.name]) for trial in done]
+    if len({name for name, _ in series}) > 1:
+        return word_section(series, ["Each line is the mean of its trials."])
+    alone = [trial for trial in done if trial.name == best] or done[:1]
+    return word_section([(t.name, runs[t.name]) for t in alone], [f"Of the trial {t.name}." for t in alone])
 
 
 def _savings(sweep: Mapping[str, Any]) -> Section:

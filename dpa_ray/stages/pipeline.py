@@ -52,7 +52,7 @@ that one is done."""
 HELD_OUT, HELD_OUT_CAPTIONS = "heldout", "heldout_captions"
 """Names of `data.eval` and `data.eval_captions` among the data; further held-out sets have their names in the recipe."""
 
-BESIDE_THE_MODEL = ("metrics.jsonl", "examples.jsonl")
+BESIDE_THE_MODEL = ("metrics.jsonl", "examples.jsonl", "words.parquet")
 """In an artifact of `instruct`: what is told of it, and is no part of the model."""
 
 STAGE_ARTIFACTS = {"proxy_llm": "proxy-llm", "proxy_mllm": "proxy-mllm", "instruct": "instruct"}
@@ -324,10 +324,9 @@ class Pipeline:
         return EvalTask(**common, base=base, model=plan.refs["instruct"], sets=sets)
 
     def _held_out(self, stage: str) -> Prepared | None:
-        """What `stage` is evaluated on while it runs."""
-        if self.plan.recipe.held_out(stage) is None:
-            return None
-        return self._prepared(HELD_OUT if stage == "instruct" else HELD_OUT_CAPTIONS)
+        """What `stage` is evaluated on while it runs, and the losses of words are of."""
+        name = HELD_OUT if stage == "instruct" else HELD_OUT_CAPTIONS
+        return self._prepared(name) if name in self.plan.data else None
 
     def _prepared(self, name: str) -> Prepared:
         section, digest = self.plan.data[name]

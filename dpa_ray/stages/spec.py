@@ -140,7 +140,7 @@ class ProxyLlmTask(Task):
     num_steps: int
     stage: str = "proxy_llm"
     skipped: tuple[Skipped, ...] = ()
-    held_out: Prepared | None = None  # what it is evaluated on while it runs
+    held_out: Prepared | None = None  # for what is told of it, and changes nothing: held-out nll, losses of words
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class ProxyMllmTask(Task):
     stage: str = "proxy_mllm"
     blind: ArtifactRef | None = None  # q of its samples, where it was computed beforehand
     skipped: tuple[Skipped, ...] = ()
-    held_out: Prepared | None = None  # what it is evaluated on while it runs
+    held_out: Prepared | None = None  # for what is told of it, and changes nothing: held-out nll, losses of words
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class InstructTask(Task):
     stage: str = "instruct"
     blind: ArtifactRef | None = None  # q of its samples, where its LLM is frozen and it was computed beforehand
     skipped: tuple[Skipped, ...] = ()
-    held_out: Prepared | None = None  # what it is evaluated on while it runs
+    held_out: Prepared | None = None  # for what is told of it, and changes nothing: held-out nll, losses of words
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, BaseLlm) or not isinstance(self.connector, Connector):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dpa_ray.engine import words
 from jobs import report
 from tests.integration.runs import Run
 from tests.report_data import sweep
@@ -25,7 +26,18 @@ def test_a_run_leaves_its_report_with_the_weights_of_its_words(measured: Run) ->
             weights = [weight for _, weight, _, _ in example["tokens"] if weight is not None]
             assert all(0.05 <= weight <= 0.5 for weight in weights)
             assert weights or stage == "instruct", "every caption has targets"
-    assert not (measured.model / "examples.jsonl").exists(), "no part of the model"
+    for stage in ("proxy_llm", "proxy_mllm", "instruct"):
+        about, rows = words.read(measured.artifact(stage) / words.FILE)
+        num_samples = int(about["num_samples"])
+        assert 0 < num_samples <= words.MAX_SAMPLES
+        assert about["samples"] == words.TRAINING, "nothing is held out"
+        assert sum(row["count"] for row in rows) >= num_samples
+        gains = [row["gain"] for row in rows]
+        assert any(gains) == (stage != "proxy_llm")
+        before, after = ([row[f"nll_{when}"] for row in rows] for when in ("before", "after"))
+        assert (after == pytest.approx(before, rel=1e-5)) == (stage != "proxy_llm"), "the others only measure"
+    kept = {"examples.jsonl", words.FILE} & {file.name for file in measured.model.iterdir()}
+    assert not kept, "no part of the model"
 
 
 def test_the_command_of_one_of_several_and_of_a_sweep(

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from dpa_ray.engine import words
 from dpa_ray.report.runs_page import runs_page
 from dpa_ray.report.sweep_page import sweep_page
 from tests.browser import Browser, browser  # noqa: F401 (fixture)
 from tests.integration.runs import Run
-from tests.report_data import EDGES, HOSTILE, run_data, sweep
+from tests.report_data import EDGES, HOSTILE, run_data, sweep, words_of
 
 pytestmark = pytest.mark.ci
 
@@ -32,9 +33,13 @@ return { text: of("p, dt, dd, th, td, summary, a, h1, h2, h3", "color"), labels:
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A report of two made-up runs and one of a sweep."""
     folder = tmp_path_factory.mktemp("reports")
+    compared = sweep()
+    methods = ("vanilla", "cmo", "dpa")
+    compared["trials"] = [{**t, "variant": methods[n % 3]} for n, t in enumerate(compared["trials"])]
+    by_trial = {t["name"]: {"instruct": words_of(n % 3 / 4)} for n, t in enumerate(compared["trials"])}
     texts = {
         "runs": runs_page([run_data("one"), run_data("two", method="cmo", shift=0.4)], EDGES),
-        "sweep": sweep_page("ranks", "/store/sweeps/ranks", sweep()),
+        "sweep": sweep_page("ranks", "/store/sweeps/ranks", compared, by_trial),
     }
     for name, text in texts.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
@@ -67,6 +72,21 @@ def test_a_real_run(browser: Browser, measured: Run) -> None:  # noqa: F811
         assert len(drawn(browser, f"gain-{stage}", "rule")) == 2, "both bounds"
         labels = browser.texts(f"#figure-gain-{stage} svg .mark-text.role-mark text")
         assert {"lower 0.05", "upper 0.5"} <= set(labels)
+        about, rows = words.read(measured.artifact(stage) / words.FILE)
+        assert len(browser.texts(f"#word-table-{stage} tbody tr")) == min(len(rows), 200)
+        assert (
+            len(drawn(browser, f"words-{stage}", "symbol")) == len(browser.texts(f"#data-words-{stage} tbody tr")) > 0
+        )
+        told = dict(
+            zip(*(browser.texts(f"#word-table-{stage} tbody tr > :nth-child({n})") for n in (1, 5)), strict=True)
+        )
+        assert float(told[rows[0]["word"]]) == pytest.approx(rows[0]["nll_after"], rel=1e-3)
+        assert f"{about['num_samples']} training samples" in browser.texts("section:has(#word-losses) > p")[0]
+    spans = measured.info["goodput"]["timeline"]["spans"]
+    assert {stage or "outside of stages" for stage, *_ in spans} <= set(
+        browser.texts("#data-timeline tbody td:nth-child(3)")
+    )
+    assert len(drawn(browser, "timeline", "rect")) >= len({stage for stage, *_ in spans})
     assert browser.run("return [...document.images].every((i) => i.complete && i.naturalWidth > 0)")
     examples = [
         json.loads(line) for line in (measured.artifact("proxy_mllm") / "examples.jsonl").read_text().splitlines()
@@ -81,13 +101,17 @@ def test_a_real_run(browser: Browser, measured: Run) -> None:  # noqa: F811
 def test_every_figure_of_several_runs_has_its_data(browser: Browser, made: dict[str, Path]) -> None:  # noqa: F811
     browser.open(made["runs"])
     charts = browser.run("return [...document.querySelectorAll('[data-spec]')].map((e) => e.dataset.spec)")
-    assert len(charts) == 3 + 2 * (3 + 2 + 1)
+    assert len(charts) == 3 + 2 * 2 + 2 * (3 + 2 + 2)
     for name in charts:
         assert browser.texts(f"#data-{name} tbody tr"), name
-        marks = browser.find_all(f"#figure-{name} svg .role-mark:is(.mark-line, .mark-rect) > path")
+        marks = browser.find_all(f"#figure-{name} svg .role-mark:is(.mark-line, .mark-rect, .mark-symbol) > path")
         assert marks, name
         assert all("NaN" not in (mark.get_attribute("d") or "NaN") for mark in marks), name
     assert len(drawn(browser, "losses-instruct", "line")) == 2
+    for stage in ("proxy_mllm", "instruct"):
+        assert len(drawn(browser, f"word-groups-{stage}", "symbol")) == 2 * 2, "visual words and others of two runs"
+        assert len(drawn(browser, f"words-{stage}", "symbol")) == 2 * 20
+        assert len(browser.texts(f"#data-words-{stage} tbody tr")) == 20
     assert browser.run("return window.broken") is None
     assert any(HOSTILE in text for text in browser.texts("td"))
     check_quiet(browser, made["runs"])
@@ -134,6 +158,7 @@ def test_a_sweep_in_figures(browser: Browser, made: dict[str, Path]) -> None:  #
         ".some((e) => e.textContent === '1.3')"
     )
     assert len(drawn(browser, "parallel", "line")) == 8
+    assert len(drawn(browser, "words-instruct", "symbol")) == 3 * 20, "three methods"
     assert len(drawn(browser, "compare-0", "symbol")) == 2
     assert "no difference shown" in browser.texts("#compare-table-0 td")
     check_quiet(browser, made["sweep"])
@@ -171,7 +196,7 @@ def test_what_a_screen_reader_is_told(browser: Browser, made: dict[str, Path]) -
         "return [...document.querySelectorAll('[data-spec] svg')].map((e) => "
         "[e.getAttribute('role'), document.getElementById(e.getAttribute('aria-labelledby')).textContent])"
     )
-    assert len(named) == 15
+    assert len(named) == 3 + 2 * 2 + 2 * (3 + 2 + 2)
     assert all(role == "img" and name for role, name in named)
     tables = "[...document.querySelectorAll('table')]"
     assert browser.run(f"return {tables}.every((t) => t.caption && t.caption.textContent && t.tHead)")

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from dpa_ray.batch import IGNORE_INDEX
-from dpa_ray.engine.examples import pieces
+from dpa_ray.data.words import pieces
 from dpa_ray.model.examples import token_weights
 from tests.random_models import batch_of, make_step, make_vlm
 

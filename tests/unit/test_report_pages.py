@@ -122,8 +122,23 @@ def test_held_out_numbers_are_curves_of_the_steps_that_have_them() -> None:
 
 def test_thinning_takes_means_and_keeps_gaps() -> None:
     line = Curve("a", [(1, 1.0), (2, 3.0), (3, None), (4, 5.0), (5, None), (6, None), (7, 8.0)])
-    assert thinned(line, 4).points == [(1.5, 2.0), (3.5, 5.0), (5.5, None), (7.0, 8.0)]
+    assert thinned(line, 4).points == [(1.5, 1.0), (3.5, 5.0), (5.5, None), (7.0, 8.0)]
     assert thinned(line, 7) == line
+    line = Curve("b", [(n, 9.0 if n == 1 else 0.5 if n == 8 else 1.0 + n / 9) for n in range(1, 9)])
+    assert thinned(line, 2).points == [(2.5, 9.0), (6.5, 0.5)]
+    line = Curve("c", [(1, 9.0), (2, 1.0), (3, 3.0), (4, 4.0), (5, 5.0), (6, 6.0)])
+    assert thinned(line, 3).points[-2:] == [(3.5, 3.5), (5.5, 5.5)], "means elsewhere"
+
+
+@pytest.mark.parametrize("step", [1, 777, 4000, 5999, 6000])
+def test_a_spike_of_one_step_is_seen_however_many_runs_there_are(step: int) -> None:
+    runs = [run_data(f"run-{n}", num_steps=6000) for n in range(2)] + [run_data(f"run-{n}") for n in range(2, 100)]
+    spiked = [{**r, "nll_mean": 77.0 if r["step"] == step else r["nll_mean"]} for r in runs[0].of_stage("instruct")]
+    (figure,) = overlaid_losses([replace(runs[0], metrics=spiked), *runs[1:]])[2:]
+    first = [row[1] for row in figure.rows]
+    assert max(y for y in first if y is not None) == 77
+    assert min(y for y in first if y is not None) == pytest.approx(0.5, abs=1e-3)
+    assert abs(next(row[0] for row in figure.rows if row[1] == 77) - step) <= 6000 / 24
 
 
 def test_long_runs_stay_small() -> None:
@@ -161,6 +176,21 @@ def test_many_images_are_counted_and_few_shown() -> None:
     assert page.text.count("and 28 more images") == 3 * 6 + 2 * 8
 
 
+def test_a_hundred_runs_stay_small() -> None:
+    """With long samples, many answers, losses of words and a timeline each, of lengths that all differ."""
+    first = heavy("run-000", 16)
+    runs = [
+        first,
+        *(replace(heavy(f"run-{n:03}", 0, 300 + n), examples=first.examples, pictures={}) for n in range(1, 100)),
+    ]
+    text = runs_page(runs, EDGES)
+    assert len(text.encode()) < 5e6
+    specs = json.loads(next(s for s in Page(text).scripts if s.startswith("{")))
+    for stage in run_data().stages:
+        shown = {value["series"] for value in specs[f"losses-{stage}"]["layer"][0]["data"]["values"]}
+        assert shown == {run.name for run in runs}
+
+
 def test_many_runs_stay_small() -> None:
     first = heavy("run-0", 16)
     runs = [
@@ -170,7 +200,10 @@ def test_many_runs_stay_small() -> None:
     text = runs_page(runs, EDGES)
     assert len(text.encode()) < 5e6
     specs = json.loads(next(s for s in Page(text).scripts if s.startswith("{")))
-    assert sorted(specs) == [f"losses-{stage}" for stage in ("instruct", "proxy_llm", "proxy_mllm")]
+    assert sorted(specs) == [
+        *(f"losses-{stage}" for stage in ("instruct", "proxy_llm", "proxy_mllm")),
+        *(f"{kind}-{stage}" for kind in ("word-groups", "words") for stage in ("instruct", "proxy_mllm")),
+    ]
     assert {line["series"] for line in specs["losses-instruct"]["layer"][0]["data"]["values"]} == {
         run.name for run in runs
     }
@@ -185,8 +218,12 @@ def test_many_runs_stay_small() -> None:
 
 def test_curves_side_by_side_have_the_same_steps() -> None:
     (figure, *_) = overlaid_losses([run_data("long", num_steps=6000), run_data("short", num_steps=401)])
-    assert len(figure.rows) == 750 + 1, "stretches of 8 steps; the last one of a run may be its own"
-    assert sum(short is not None for _, _, short in figure.rows) == 51
+    assert len(figure.rows) == 750, "stretches of 8 steps"
+    assert sum(short is not None for _, _, short in figure.rows) == 50, "what is left over is put to the last"
+    lengths = [6000, 403, 405, 3, 9]
+    (figure, *_) = overlaid_losses([run_data(f"run-{n}", num_steps=n) for n in lengths])
+    xs = [row[0] for row in figure.rows]
+    assert xs == [2.0, 5.0, *(10.5 + 20 * n for n in range(300))], "runs shorter than a stretch: their own middle"
 
 
 def test_a_large_sweep_stays_small() -> None:
@@ -240,8 +277,9 @@ def test_time_is_the_ledgers_or_else_what_the_stages_measured() -> None:
     figure = time_figure(run_data())
     assert figure is not None
     assert "Goodput 70.0%" in figure.note
-    assert figure.columns == ("stage", "training, s", "data, s", "saving, s", "lost, s", "starting, s", "in all, s")
-    assert figure.rows[-1] == ("outside of stages", 0.0, 0.0, 0.0, 0.0, 7.0, 7.0)
+    parts = ("training", "waiting for data", "saving", "starting", "lost to failures", "in all")
+    assert figure.columns == ("stage", *(f"{part}, s" for part in parts))
+    assert figure.rows[-1] == ("outside of stages", 0.0, 0.0, 0.0, 7.0, 0.0, 7.0)
     run = run_data()
     figure = time_figure(replace(run, info={**run.info, "goodput": None}))
     assert figure is not None

@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dpa_ray.data.prepare import prepare
-from dpa_ray.engine import examples
+from dpa_ray.engine import examples, words
 from dpa_ray.engine.evaluate import ANSWERS
 from dpa_ray.engine.reporting import Place, gather, page, write_report
 from dpa_ray.errors import NoAnswer
@@ -17,10 +19,10 @@ from dpa_ray.recipe import SourceSection
 from dpa_ray.report.content import RunData
 from dpa_ray.store.artifacts import commit
 from dpa_ray.store.fs import Store
-from tests.report_data import record, run_data
+from tests.report_data import record, run_data, words_of
 from tests.tiny_models import make_captions
 
-PARTS = ("metrics", "examples", "answers", "pictures")
+PARTS = ("metrics", "examples", "words", "answers", "pictures")
 
 
 @pytest.fixture
@@ -41,12 +43,19 @@ def folder(tmp_path: Path) -> Path:
         local.mkdir()
         for name, values in lines.items():
             (local / name).write_text("".join(json.dumps(value) + "\n" for value in values))
+        if stage == "instruct":
+            pq.write_table(word_table(), local / words.FILE)
         commit(store, stage, "0123456789abcdef", local, inputs={"sets": {"heldout": digest}}, meta={})
         told[stage] = {"key": "0123456789abcdef"}
     store.write_json("runs/one/run.json", {**made.info, "artifacts": told})
     lines = [json.dumps(record("instruct", step)) + "\n" for step in range(1, 4)]
     store.write_bytes("runs/one/metrics.jsonl", "".join(lines).encode())
     return Path(store.uri)
+
+
+def word_table() -> pa.Table:
+    about = {"samples": "held-out", "num_samples": "200"}
+    return pa.Table.from_pylist(list(words_of().rows), schema=words.SCHEMA.with_metadata(about))
 
 
 def run_of(folder: Path) -> RunData:
@@ -65,6 +74,10 @@ def without_manifest_of_eval(folder: Path) -> None:
 
 def without_examples(folder: Path) -> None:
     (folder / "artifacts/instruct-0123456789abcdef" / examples.FILE).unlink()
+
+
+def without_words(folder: Path) -> None:
+    (folder / "artifacts/instruct-0123456789abcdef" / words.FILE).write_bytes(b"PAR1")
 
 
 def with_longer_answers(folder: Path) -> None:
@@ -87,24 +100,25 @@ def without_json(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "missing", "words"),
+    ("damage", "missing", "words_told"),
     [
         (without_examples, {"examples"}, "words of instruct: .*1 of 1 files are not what was committed.*examples.jsonl: .*no file"),
+        (without_words, {"words"}, "losses of words of instruct: .*words.parquet: expected"),
         (with_longer_answers, {"answers", "pictures"}, "answers to held-out questions: .*answers.jsonl: expected"),
         (without_manifest_of_eval, {"answers", "pictures"}, "what eval left: .*expected a manifest"),
         (without_shards, {"pictures"}, "pictures of heldout: .*parquet"),
         (with_broken_metrics, {"metrics"}, "metrics.jsonl: .*line 1: expected a JSON object"),
-        (without_json, {"examples", "answers", "pictures"}, "run.json: .*expected JSON"),
+        (without_json, {"examples", "words", "answers", "pictures"}, "run.json: .*expected JSON"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_left_out_with_a_word(
-    damage: Callable[[Path], None], missing: set[str], words: str, folder: Path
+    damage: Callable[[Path], None], missing: set[str], words_told: str, folder: Path
 ) -> None:
     damage(folder)
     run = run_of(folder)
     assert {part for part in PARTS if not getattr(run, part)} == missing
     assert len(run.unread) == 1
-    with pytest.raises(AssertionError, match=words):
+    with pytest.raises(AssertionError, match=words_told):
         raise AssertionError(*run.unread)
     place = Place.of(str(folder / "runs" / "one"))
     assert Path(write_report(place)).is_file()
@@ -125,3 +139,24 @@ def test_a_store_that_does_not_answer_makes_no_empty_report(folder: Path, monkey
     with pytest.raises(NoAnswer):
         write_report(place)
     assert not (folder / "runs" / "one" / "report.html").exists()
+
+
+def test_a_sweep_has_the_losses_of_words_of_its_finished_trials(folder: Path) -> None:
+    """Those that share an artifact too; what is not there, or none of ours, is left out."""
+    made = {"instruct": "artifacts/instruct-0123456789abcdef"}
+    others = [{"instruct": "artifacts/instruct-ffff"}, {"instruct": 7}, {"instruct": "../x"}, "none", None]
+    trials = [
+        *(
+            {"name": f"s-{n}", "status": "done", "variant": v, "artifacts": made}
+            for n, v in enumerate(("vanilla", "dpa"))
+        ),
+        {"name": "s-2", "status": "failed", "variant": "cmo", "artifacts": made},
+        *({"name": f"o-{n}", "status": "done", "variant": "cmo", "artifacts": a} for n, a in enumerate(others)),
+    ]
+    (folder / "sweeps/s").mkdir(parents=True)
+    (folder / "sweeps/s/sweep.json").write_text(json.dumps({"trials": trials}))
+    text = page([Place.of(str(folder / "sweeps/s"))])
+    assert "vanilla: nll before" in text
+    assert "dpa: nll after" in text
+    assert "cmo: nll before" not in text
+    assert "Of 200 held-out samples." in text
