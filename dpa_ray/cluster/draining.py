@@ -26,7 +26,7 @@ def drain(address: str | None, node_id: str | None, message: str, deadline_ms: i
     Returns: ids of the nodes. Raises: NoNode.
     """
     from ray._private.services import canonicalize_bootstrap_address
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
     found = canonicalize_bootstrap_address(address)
