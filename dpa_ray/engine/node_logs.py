@@ -150,8 +150,19 @@ class NodeLogs(logging.Handler):
         logging.getLogger().addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """What libraries warn of."""
+        """What libraries warn of; still shown on the screen where no other handler does it."""
         self.tell(f"{record.levelname} {record.name}: {record.getMessage()}")
+        if logging.lastResort is not None and not self._others(record.name):
+            logging.lastResort.handle(record)
+
+    def _others(self, name: str) -> bool:
+        """Does another handler than this one get what logger `name` logs?"""
+        logger: logging.Logger | None = logging.getLogger(name)
+        while logger is not None:
+            if any(handler is not self for handler in logger.handlers):
+                return True
+            logger = logger.parent if logger.propagate else None
+        return False
 
     def tell(self, text: str) -> None:
         """A line of the driver's log."""

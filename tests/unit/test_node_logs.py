@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from dpa_ray.engine import node_logs
 from dpa_ray.engine.node_logs import Node, NodeLogs, chosen, scrubbed, tail
 from dpa_ray.store.fs import Store
 
+ROOT = Path(__file__).resolve().parents[2]
 JOB = "01000000"
 SECRET = "s3cr3t-value-of-a-key"
 
@@ -107,6 +110,21 @@ def test_a_run_keeps_its_drivers_lines_and_its_nodes_files(folder: Path, tmp_pat
         "raylet.out", "train_ray-train-app-worker-aa.log", f"worker-aa-{JOB}-11.out"
     ]  # fmt: skip
     assert logs not in logging.getLogger().handlers
+
+
+def test_warnings_are_still_shown_once(tmp_path: Path) -> None:
+    code = f"""
+import logging
+from dpa_ray.engine.node_logs import NodeLogs
+from dpa_ray.store.fs import Store
+NodeLogs(Store({str(tmp_path / "store")!r}), "runs/one")
+logging.getLogger("plain").warning("by nobody else")
+own = logging.getLogger("own")
+own.addHandler(logging.StreamHandler())
+own.warning("by its own handler")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == ["by nobody else", "by its own handler"]
 
 
 def test_a_run_that_never_began_leaves_nothing(tmp_path: Path) -> None:
