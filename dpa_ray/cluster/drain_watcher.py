@@ -23,7 +23,7 @@ POLL_S = 5.0
 DETECT_EVERY_S = 30.0
 """So long until a machine without a metadata server is asked again: it may be late, or there is none."""
 DRAIN_AGAIN_S = 1.0
-DRAIN_WITHIN_S = 30.0
+DRAIN_WITHIN_S = 15.0
 """One attempt to reach the GCS, with the start of a process and of Ray's client."""
 GIVE_UP_AFTER_S = 60.0
 """After the deadline (or a notice without one) nothing is gained any more."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -213,6 +215,46 @@ def test_a_machine_without_ray_says_so(
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path_factory.mktemp("no-ray")))
     with pytest.raises(DrainFailed, match="no Ray was started on this machine"):
         ask_ray(Notice("a test", None), address=None, node_id=None)
+
+
+def test_a_gcs_that_does_not_answer_is_not_waited_for_longer_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own client would take 40 s, and then end its process."""
+    monkeypatch.setattr(drain_watcher, "DRAIN_WITHIN_S", 1.0)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # nobody listens
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(DrainFailed, match="does not answer within 1 s"):
+            ask_ray(Notice("a test", None), address, node_id="ab" * 28)
+
+
+class Gcs:
+    """Stands for a GCS that knows some nodes."""
+
+    def __init__(self, *nodes: dict[str, Any]):
+        from ray.core.generated.gcs_pb2 import GcsNodeInfo
+
+        self.nodes = {
+            values["node_id"]: GcsNodeInfo(state=GcsNodeInfo.ALIVE if values.pop("lives", True) else GcsNodeInfo.DEAD, **values)
+            for values in nodes
+        }  # fmt: skip
+
+    def get_all_node_info(self, timeout: float) -> dict[bytes, Any]:
+        return self.nodes
+
+
+def test_all_nodes_that_live_on_this_machine_are_drained_and_no_other() -> None:
+    from dpa_ray.cluster.draining import NoNode, _own_nodes
+
+    here, elsewhere = {"node_manager_address": "127.0.0.1"}, {"node_manager_address": "10.9.9.9"}
+    nodes = [
+        {"node_id": b"a", **here}, {"node_id": b"b", **elsewhere}, {"node_id": b"c", **here, "lives": False},
+        {"node_id": b"d", **here},
+    ]  # fmt: skip
+    assert _own_nodes(Gcs(*nodes), "127.0.0.1:6379") == [b"a".hex(), b"d".hex()]
+    by_name = {"node_id": b"e", **elsewhere, "node_manager_hostname": socket.gethostname()}
+    assert _own_nodes(Gcs(by_name), "127.0.0.1:6379") == [b"e".hex()]
+    with pytest.raises(NoNode, match=r"this machine's address 127\.0\.0\.1; those that live: 10\.9\.9\.9"):
+        _own_nodes(Gcs({"node_id": b"b", **elsewhere}), "127.0.0.1:6379")
 
 
 @pytest.mark.parametrize("arguments", [["--poll-s", "0"], ["--poll-s", "90"], ["--provider", "azure"]])
