@@ -49,7 +49,7 @@ class Failures(ControllerCallback):
         elif isinstance(current_state, ResizingState):
             self._save_first()
             number = current_state.scaling_decision.num_workers
-            self._go_on(f"there is room for {number} workers now; they go on from the last checkpoint")
+            self._go_on(f"there is room for {number} workers now; they go on from the last checkpoint", "resize")
 
     def _save_first(self) -> None:
         """Nothing presses where a cluster grew: what was done since the last checkpoint need not be done again."""
@@ -85,7 +85,8 @@ class Failures(ControllerCallback):
                 f"{what}{times} (cluster.max_failures: {self.max_failures}); {KEPT}"
             )
         self._go_on(
-            f"{what}; going on from the last checkpoint (failure {self.failures} of {self.max_failures}, {progress})"
+            f"{what}; going on from the last checkpoint (failure {self.failures} of {self.max_failures}, {progress})",
+            "failure",
         )
 
     def _preempted(self, error: Exception, causes: dict[int, list[BaseException]], progress: Progress) -> None:
@@ -104,12 +105,13 @@ class Failures(ControllerCallback):
             )
         self._go_on(
             f"a node was taken away, that {whose} (preemption {self.all_preemptions}, {progress}); going on from the last "
-            "checkpoint with what is left"
+            "checkpoint with what is left",
+            "preemption",
         )
 
-    def _go_on(self, text: str) -> None:
+    def _go_on(self, text: str, why: str) -> None:
         self.board.put.remote("note", {"text": text})
-        self.board.put.remote(FAILED, {})
+        self.board.put.remote(FAILED, {"why": why})
 
 
 def is_preempted(causes: dict[int, list[BaseException]]) -> bool:

@@ -17,9 +17,10 @@ from typing import Any
 from dpa_ray.credentials import without_credentials
 from dpa_ray.data.prepare import find_prepared
 from dpa_ray.data.retry import bridging, retried
-from dpa_ray.engine import placing, reporting
+from dpa_ray.engine import placing, prometheus, reporting, stopping
 from dpa_ray.engine.evaluate import RESULT
 from dpa_ray.engine.messages import FAILED, PROGRESS
+from dpa_ray.engine.node_logs import NodeLogs
 from dpa_ray.errors import LeaseTaken, UserError
 from dpa_ray.recipe import Recipe
 from dpa_ray.report import console, trackers
@@ -116,6 +117,7 @@ def run(recipe: Recipe, company: Company | None = None) -> dict[str, Any]:
                 _failed(err, run_record, view, Store(recipe.store))
                 raise
             _close(view, store)
+            view.logs.ended()
         check()
         return _closing(plan, pipeline, store, run_record, ledger)
 
@@ -133,12 +135,14 @@ def _failed(err: BaseException, run_record: Run, view: View, store: Store) -> No
     does not wait."""
     try:
         if run_record.values:  # else nothing was begun
-            run_record.write("failed", store, error=without_credentials(str(err)) or type(err).__name__)
+            status = "failed" if isinstance(err, Exception) else "stopped"
+            run_record.write(status, store, error=without_credentials(str(err)) or type(err).__name__)
         view.close(store)
         if run_record.values and isinstance(err, Exception):  # who interrupts does not want to wait
             _write_report(store, run_record.recipe, view.progress.note)
     except (UserError, OSError) as also:
         view.progress.note(f"not everything about this run's end could be written: {also}")
+    view.logs.ended(err, begun=bool(run_record.values))
 
 
 def _write_report(store: Store, recipe: Recipe, note: Callable[[str], None]) -> bool:
@@ -189,7 +193,11 @@ def _start(recipe: Recipe, view: View) -> None:
     view.open_trackers()
     start = time.perf_counter()
     where = launch.connect(recipe.cluster)
+    view.exporter = prometheus.Exporter(recipe.name)
+    view.logs.joined()
     view.progress.note(f"{where}, up in {time.perf_counter() - start:.0f} s")
+    if (job := stopping.submission_id()) is not None:
+        view.progress.note(stopping.hint(job))
     launch.wait_for_resources(recipe.cluster)
     nodes = launch.node_resources()
     placed = placing.place(nodes, recipe.cluster, recipe.data.workers)
@@ -225,6 +233,9 @@ class View:
         self.watch = Watch(recipe, run_record.warnings, self._steps_before)
         self.folder = Path(tempfile.mkdtemp(prefix="dpa_ray-"))
         self.trackers: trackers.Trackers | None = None
+        self.exporter: prometheus.Exporter | None = None  # from when Ray is there
+        self.logs = NodeLogs(run_record.store, run_record.path)
+        progress.heard = self.logs.tell
         self.ledger, self.keep_run = ledger, keep_run
         self.kept_at_s = 0.0
 
@@ -238,6 +249,9 @@ class View:
     def handle(self, kind: str, values: dict[str, Any], at_s: float) -> None:
         """One event of rank 0."""
         self.ledger.saw(kind, values, at_s)
+        if self.exporter is not None:
+            self.exporter.saw(kind, values, self.ledger.entries(at_s))
+        self.logs.saw(kind, values)
         if kind == FAILED or (kind in PROGRESS and at_s - self.kept_at_s >= KEEP_GOODPUT_EVERY_S):
             self.kept_at_s = at_s
             self.keep_run()

@@ -18,6 +18,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from dpa_ray.data.ray_tasks import RETRY_ENVIRONMENT
+from dpa_ray.engine import stopping
 from dpa_ray.engine.failures import Failures, first_line, for_user, root_causes
 from dpa_ray.engine.messages import FAILED, STARTED, Board, Orders
 from dpa_ray.engine.placing import worker_resources
@@ -82,10 +83,12 @@ def connect(cluster: ClusterSection, *, num_cpus: float | None = None, dashboard
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as err:
             raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there: {first_line(err)}") from None
+        stopping.heed_sigterm()
         return f"cluster at {address}"
     environment["env_vars"][LOCAL] = "1"
     wanted = math.ceil(max(local_cpus(cluster), num_cpus or 0))
     ray.init(address="local", num_cpus=wanted, include_dashboard=dashboard, **quiet)
+    stopping.heed_sigterm()
     return "local Ray"
 
 

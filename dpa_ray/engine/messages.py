@@ -17,7 +17,8 @@ PROGRESS = ("saved", "blind_shard", "task_finished")
 """Kinds of events after which a run that fails does not begin where it began before."""
 
 FAILED, STARTED = "failed", "workers_started"
-"""The events that workers are gone and others are to come, and that they are there."""
+"""The events that workers are gone and others are to come (with `why`: failure, preemption or resize), and that they are
+there."""
 
 
 @dataclass(frozen=True)

@@ -214,6 +214,7 @@ class Progress:
     def __init__(self, to: Console | None = None, clock: Callable[[], float] = time.monotonic):
         self.console = to or terminal()
         self.clock = clock
+        self.heard: Callable[[str], None] = lambda text: None  # is told every note
         self.stage = ""
         self.num_steps = 0
         self._pace = _Pace()
@@ -294,6 +295,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line of its own, above the live ones."""
+        self.heard(text)
         self.console.print(text, soft_wrap=True)
 
     def _is_due(self, step: int, now_s: float) -> bool:

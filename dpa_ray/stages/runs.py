@@ -69,7 +69,7 @@ class Run:
                 f"{self.store.url(path)}: expected a run.json of dpa_ray, found something else; delete it, or choose another --name"
             ) from None
         expected = identity(self.recipe)
-        if status == "failed" and not self.store.exists(f"{self.path}/metrics.jsonl"):
+        if status in ("failed", "stopped") and not self.store.exists(f"{self.path}/metrics.jsonl"):
             return  # it never trained: a mended recipe may have its name
         if status != "done" and self._skips_others(values):
             return  # it goes on without the samples that it failed of

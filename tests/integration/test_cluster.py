@@ -13,7 +13,8 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from tests import tiny_models
-from tests.integration.runs import STAGES, Run, Running, losses, make_recipe, start_dpa
+from tests.integration.runs import ROOT, STAGES, Run, Running, losses, make_recipe, start_dpa
+from tests.metadata_server import INTERRUPTION, MetadataServer
 
 pytestmark = pytest.mark.full
 
@@ -153,6 +154,64 @@ def test_a_drain_whose_deadline_passes_while_workers_train_is_told_and_counted(
     assert "saved by 2 workers, on 1" in run.stdout
     assert run.info()["goodput"]["lost_s"] > 0
     assert_same_so_far(run, start_dpa(lasting(recipe()), tmp_path / "alone" / "store", "run"), step)
+
+
+def watch_spot_notices(server: MetadataServer, cluster: Cluster, node: Any) -> subprocess.Popen[str]:
+    """As a node's start commands do; told its node, as all nodes of this cluster have one address."""
+    command = [
+        sys.executable, "-m", "dpa_ray.cluster.drain_watcher", "--metadata-url", server.url, "--poll-s", "0.5",
+        "--address", cluster.address, "--node-id", node.node_id,
+    ]  # fmt: skip
+    return subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE)
+
+
+def test_a_spot_notice_drains_its_node_and_the_stage_goes_on_elsewhere(
+    tmp_path: Path, cluster: Cluster, recipe: Callable[..., dict[str, Any]]
+) -> None:
+    """No checkpoint comes by itself here, and the node is gone when its time is over."""
+    add_node(cluster)
+    second = add_node(cluster)
+    made = lasting(recipe(checkpoint={"every_steps": None, "every_s": 3600}))
+    running = start(cluster, made, tmp_path / "store")
+    saved = "checkpoints/proxy-mllm-*/step-*/manifest.json"
+    times: dict[str, float] = {}
+
+    def until(what: str, is_so: Callable[[], bool], timeout_s: float = 200) -> None:
+        end = time.monotonic() + timeout_s
+        while not is_so():
+            assert time.monotonic() < end, f"{what}: not within {timeout_s} s"
+            assert running.process.poll() is None, "the run ended"
+            time.sleep(0.02)
+        times[what] = time.monotonic() - begun
+
+    with MetadataServer("aws") as server:
+        watcher = watch_spot_notices(server, cluster, second)
+        running.wait_for("proxy_mllm", 6)
+        server.wait_until_asked(INTERRUPTION)
+        assert not list((tmp_path / "store").glob(saved))
+        begun = time.monotonic()
+        deadline = time.time() + 30
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(deadline))
+        server.say(INTERRUPTION, f'{{"action": "terminate", "time": "{at}"}}')
+        until("drained", lambda: watcher.poll() is not None)
+        told = watcher.communicate()[1]
+        assert watcher.returncode == 0, told
+        assert "notice: AWS will terminate this spot instance, in " in told
+        assert f"drained node {second.node_id}, " in told
+    until("saved", lambda: bool(list((tmp_path / "store").glob(saved))))
+    step = int(running.run.metrics("proxy_mllm")[-1]["step"])
+    time.sleep(max(0.0, deadline - time.time()))
+    cluster.remove_node(second, allow_graceful=False)
+    last = wait_for_new_workers(running)
+    times["goes on elsewhere"] = time.monotonic() - begun
+    print("after the notice:", *(f"{what} {at_s:.1f} s" for what, at_s in times.items()), sep="  ", file=sys.stderr)
+    run = running.kill_all()
+    assert last > step
+    assert "a node is about to go; step" in run.stdout, run.output
+    assert "a node was taken away, that of worker" in run.stdout, run.output
+    assert "saved by 2 workers, on 1" in run.stdout
+    steps = [line["step"] for line in run.metrics("proxy_mllm")]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 def test_a_node_that_comes_while_a_run_trains_gets_a_worker(

@@ -231,18 +231,22 @@ def test_a_worker_that_dies_each_time_ends_the_run_and_keeps_what_was_saved(tmp_
     assert run.info()["status"] == "failed"
 
 
-@pytest.mark.ci
-def test_ctrl_c_ends_the_run_with_its_workers_and_the_same_command_goes_on(tmp_path: Path, recipe: Callable) -> None:
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.ci), pytest.param(signal.SIGTERM, marks=pytest.mark.full)]
+)
+def test_ctrl_c_ends_the_run_with_its_workers_and_the_same_command_goes_on(
+    tmp_path: Path, recipe: Callable, number: signal.Signals
+) -> None:
     made, num_steps = recipe(), 120  # some seconds more than it takes to end a run
     made["stages"]["proxy_mllm"] |= {"epochs": 60, "max_steps": num_steps}
     running = start_dpa(made, tmp_path / "store", "run")
     running.wait_for("proxy_mllm", 5)
-    running.process.send_signal(signal.SIGINT)
+    running.process.send_signal(number)
     interrupted = running.finished(120)
     assert interrupted.returncode == 1, interrupted.output
     assert "interrupted" in interrupted.stderr
     running.wait_for_end_of("ray::RayTrainWorker")
-    assert interrupted.info()["status"] == "failed"
+    assert interrupted.info()["status"] == "stopped"
     run = start_dpa(made, tmp_path / "store", "run").finished()
     assert run.returncode == 0, run.output
     (step,) = resumed_from(run, "proxy_mllm")
