@@ -274,7 +274,7 @@ def packed_stream(
 
     At most `workers` tasks run at once, and prefetch + workers are asked for and not taken: as far ahead `micro_batches`
     are asked for too; the first is taken for the largest. Ray must be running; called in a Ray Train worker, the tasks
-    may run on any node. Raises: UserError with a task's own message.
+    run on nodes without GPUs where there are some, else on any. Raises: UserError with a task's own message.
     """
     import ray
 
@@ -285,16 +285,16 @@ def packed_stream(
     leading = list(islice(wanted, 1))
     batch_bytes = loader.batch_bytes(max([1, *(len(rows) for rows, _ in leading)]))
     blocks = _blocks(chain(leading, wanted), batches_per_task(batch_bytes), workers)
-    task = ray.remote(_load).options(
-        num_returns=2, num_cpus=TASK_CPUS, max_retries=ray_tasks.TASK_RETRIES, scheduling_strategy="SPREAD"
-    )
+    task = ray.remote(num_returns=2, num_cpus=TASK_CPUS, max_retries=ray_tasks.TASK_RETRIES)(_load)
+    places = ray_tasks.CpuNodesFirst(TASK_CPUS)
     asked: deque[Any] = deque()
     ends: deque[Any] = deque(maxlen=workers)
 
     def ask(num_blocks: int) -> None:
         """A task for each of the next blocks; it waits until the one `workers` before it is at its end."""
         for block in islice(blocks, num_blocks):
-            made, end = task.remote([reference], block, ends[0] if len(ends) == workers else None)
+            there = task.options(scheduling_strategy=places.next())
+            made, end = there.remote([reference], block, ends[0] if len(ends) == workers else None)
             asked.append(made)
             ends.append(end)
 
