@@ -15,10 +15,11 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from dpa_ray.data.ray_tasks import RETRY_ENVIRONMENT
 from dpa_ray.engine.failures import Failures, first_line, for_user, root_causes
+from dpa_ray.engine.interface import RaysInterface
 from dpa_ray.engine.messages import FAILED, STARTED, Board, Orders
 from dpa_ray.engine.placing import Labels, matches, on_labels, worker_resources
 from dpa_ray.engine.pulse import Standstill
@@ -121,7 +122,7 @@ def launch(
     trainer = TorchTrainer(
         run_worker,
         train_loop_config=Orders(store.uri, order, board, uuid.uuid4().hex),
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=math.ceil(limit_s)),
+        torch_config=RaysInterface(backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=math.ceil(limit_s)),
         scaling_config=ScalingConfig(
             num_workers=_num_workers(cluster),
             use_gpu=cluster.gpus_per_worker > 0,
