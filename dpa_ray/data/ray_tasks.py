@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +30,47 @@ def quiet_ray_data(context: Any) -> None:
     context.enable_auto_log_stats = False
     context.execution_no_progress_timeout_s = -1
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error it also raises
+
+
+class CpuNodesFirst:
+    """Where the next data task goes: to the nodes without GPUs in turn, and to others while those are full.
+
+    Where there are none beside nodes with GPUs, anywhere, spread. Nodes come and go: they are looked at now and then.
+    """
+
+    LOOK_EVERY_S = 60.0
+
+    def __init__(self, task_cpus: float):
+        self.task_cpus = task_cpus
+        self._nodes: list[str] = []
+        self._looked_at = -math.inf
+        self._number = 0
+
+    def next(self) -> Any:
+        """Ray's scheduling strategy for one task."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        now = time.monotonic()
+        if now - self._looked_at >= self.LOOK_EVERY_S:
+            self._looked_at, self._nodes = now, self._look()
+        if not self._nodes:
+            return "SPREAD"
+        self._number += 1
+        node = self._nodes[self._number % len(self._nodes)]
+        # without the last, a task would wait for a node that is full, and training for it
+        return NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
+
+    def _look(self) -> list[str]:
+        """The nodes without GPUs and with CPUs enough, in an order of this process's own: not all begin with the same."""
+        import ray
+
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        if not any(node["Resources"].get("GPU") for node in alive):
+            return []
+        without = [n for n in alive if not n["Resources"].get("GPU") and n["Resources"].get("CPU", 0) >= self.task_cpus]
+        found = [str(node["NodeID"]) for node in without]
+        start = os.getpid() % len(found) if found else 0
+        return found[start:] + found[:start]
 
 
 @contextmanager

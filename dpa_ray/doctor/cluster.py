@@ -30,6 +30,7 @@ class Node:
     resources: dict[str, float]  # CPU, GPU
     memory_bytes: int = 0
     gpu_bytes: int = 0  # of its smallest GPU
+    labels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Nodes:
     def gpu_bytes(self) -> int:
         """Of the smallest GPU there is, 0 where none is known."""
         return min((node.gpu_bytes for node in self.nodes if node.gpu_bytes), default=0)
+
+    @property
+    def labels(self) -> list[dict[str, str]]:
+        return [node.labels for node in self.nodes]
 
     @property
     def resources(self) -> list[dict[str, float]]:
@@ -91,7 +96,7 @@ def _ray_nodes() -> list[Node]:
         if not gpu_bytes and node["NodeID"] in asked:
             gpu_bytes = min((GPU_GIB[name] * 2**30 for name in types if name in GPU_GIB), default=0)
         kept = {name: float(resources[name]) for name in ("CPU", "GPU") if name in resources}
-        found.append(Node(kept, int(resources.get("memory", 0)), gpu_bytes))
+        found.append(Node(kept, int(resources.get("memory", 0)), gpu_bytes, dict(node["Labels"])))
     return found
 
 

@@ -290,7 +290,7 @@ class _Examined:
     def check_placing(self, nodes: cluster.Nodes, check: Check) -> None:
         self.nodes = nodes
         section = self.recipe.cluster
-        found = placing.place(nodes.resources, section, self.recipe.data.workers)
+        found = placing.place(nodes.resources, section, self.recipe.data.workers, nodes.labels)
         if self.options.gpu_bytes and section.gpus_per_worker and not (nodes.is_cluster or found.is_possible):
             check.skip(f"not looked at: --gpu-memory is about other GPUs than those of {nodes.where}")
             return

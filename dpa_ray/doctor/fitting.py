@@ -47,7 +47,7 @@ def device(recipe: Recipe, nodes: Nodes, gpu_bytes: int) -> Device:
         whole = gpu_bytes or nodes.gpu_bytes
         share = int(whole * min(1.0, cluster.gpus_per_worker))  # 0.5: two workers on one GPU
         return Device("GPU" if whole == share else f"{cluster.gpus_per_worker:g} GPU", share, True)
-    found = placing.place(nodes.resources, cluster, recipe.data.workers)
+    found = placing.place(nodes.resources, cluster, recipe.data.workers, nodes.labels)
     shares = [node.memory_bytes // num for node, num in zip(nodes.nodes, found.workers_by_node, strict=True) if num]
     return Device("worker's share of its node's memory", min(shares, default=0), False)
 
@@ -141,7 +141,7 @@ def judge(fits: list[Fit], recipe: Recipe, on: Device, check: Check, findings: F
 def judge_loading(counts: Mapping[str, Counts], recipe: Recipe, nodes: Nodes, check: Check) -> None:
     """Has each node room for the model of each of its workers? They load it into its own memory first, whole."""
     whole = max(c.whole for c in counts.values()) * precision_dtype(recipe).itemsize
-    placed = placing.place(nodes.resources, recipe.cluster, recipe.data.workers).workers_by_node
+    placed = placing.place(nodes.resources, recipe.cluster, recipe.data.workers, nodes.labels).workers_by_node
     for node, num in zip(nodes.nodes, placed, strict=True):
         if node.memory_bytes and num * whole > node.memory_bytes:
             check.warn(

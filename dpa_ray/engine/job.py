@@ -198,11 +198,13 @@ def _start(recipe: Recipe, view: View) -> None:
     view.progress.note(f"{where}, up in {time.perf_counter() - start:.0f} s")
     if (job := stopping.submission_id()) is not None:
         view.progress.note(stopping.hint(job))
-    launch.wait_for_resources(recipe.cluster)
+    launch.check_resources(recipe.cluster)
     nodes = launch.node_resources()
-    placed = placing.place(nodes, recipe.cluster, recipe.data.workers)
+    placed = placing.place(nodes, recipe.cluster, recipe.data.workers, launch.node_labels())
     for text in placing.problems(placed, nodes, recipe.cluster):
         view.progress.note(text)
+    if not placed.is_possible:
+        view.progress.note(f"waiting for nodes, {recipe.cluster.start_timeout_s:g} s at most (cluster.start_timeout_s)")
 
 
 def _launch(tasks: Sequence[Task], store: Store, recipe: Recipe, view: View, check: Callable[[], None]) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from dpa_ray.data.ray_tasks import RETRY_ENVIRONMENT
 from dpa_ray.engine import stopping
 from dpa_ray.engine.failures import Failures, first_line, for_user, root_causes
+from dpa_ray.engine.interface import RaysInterface
 from dpa_ray.engine.messages import FAILED, STARTED, Board, Orders
-from dpa_ray.engine.placing import worker_resources
+from dpa_ray.engine.placing import Labels, matches, on_labels, worker_resources
 from dpa_ray.engine.pulse import Standstill
 from dpa_ray.engine.worker import run_worker
 from dpa_ray.errors import UserError
@@ -124,11 +125,13 @@ def launch(
     trainer = TorchTrainer(
         run_worker,
         train_loop_config=Orders(store.uri, order, board, uuid.uuid4().hex),
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=math.ceil(limit_s)),
+        torch_config=RaysInterface(backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=math.ceil(limit_s)),
         scaling_config=ScalingConfig(
             num_workers=_num_workers(cluster),
             use_gpu=cluster.gpus_per_worker > 0,
             resources_per_worker=worker_resources(cluster),
+            placement_strategy="PACK",  # on as few nodes as will do: NCCL is fastest inside one
+            label_selector=cluster.label_selector or None,
         ),
         run_config=RunConfig(
             name="fit",
@@ -205,29 +208,26 @@ class Starting:
             return
         raise UserError(
             f"no workers for {self.cluster.start_timeout_s:g} s (cluster.start_timeout_s): {_asked_and_found(self.cluster)} "
-            f"in all, {_there(self.cluster, ray.available_resources())} free. What was saved stays, and the same command "
-            "goes on from there"
+            f"in all; {_there(self.cluster, ray.available_resources())} free in the whole cluster. Add nodes (or give those that an "
+            "autoscaler starts more time), or ask for less: cluster.workers, cluster.gpus_per_worker (0 trains on CPUs), "
+            "cluster.cpus_per_worker, cluster.label_selector. What was saved stays, and the same command goes on from there"
         )
 
 
-def wait_for_resources(cluster: ClusterSection, poll_s: float = 1.0) -> None:
-    """Wait until the cluster has what all workers (of an elastic run, the fewest) need; an autoscaler may bring it.
+def check_resources(cluster: ClusterSection) -> None:
+    """Has a local Ray, which does not grow, what all workers (of an elastic run, the fewest) need?
 
-    Raises: UserError after `cluster.start_timeout_s` (at once on a local Ray, which does not grow) with what was asked
-        for and what there is. (Ray itself would wait for ever, without a word.)
+    A cluster's autoscaler brings nodes when workers are asked for, not before: there `launch` waits for them.
+    Raises: UserError with what was asked for and what there is. (Ray itself would wait for ever, without a word.)
     """
-    deadline = time.monotonic() + cluster.start_timeout_s
-    local = _is_local()
-    while True:
-        there = ray.cluster_resources()
-        if all(there.get(k, 0.0) + 1e-9 >= v for k, v in _needed(cluster).items()):
-            return
-        if local or time.monotonic() > deadline:
-            raise UserError(
-                f"the cluster cannot place {cluster.min_workers} workers: {_asked_and_found(cluster)}. Add nodes, or set "
-                "cluster.workers, cluster.gpus_per_worker (0 trains on CPUs) or cluster.cpus_per_worker to fit"
-            )
-        time.sleep(poll_s)
+    if not _is_local():
+        return
+    there = resources_of(node_resources(cluster.label_selector))
+    if any(there.get(k, 0.0) + 1e-9 < v for k, v in _needed(cluster).items()):
+        raise UserError(
+            f"this machine cannot place {cluster.min_workers} workers: {_asked_and_found(cluster)}. Set cluster.workers, "
+            "cluster.gpus_per_worker (0 trains on CPUs), cluster.cpus_per_worker or cluster.label_selector to fit"
+        )
 
 
 def _is_local() -> bool:
@@ -237,9 +237,23 @@ def _is_local() -> bool:
     return not os.environ.get("RAY_ADDRESS")
 
 
-def node_resources() -> list[dict[str, float]]:
-    """What each node that lives has, by Ray's names."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def node_resources(selector: Labels | None = None) -> list[dict[str, float]]:
+    """What each node that lives (and has the labels that `selector` asks for) has, by Ray's names."""
+    return [node["Resources"] for node in _nodes() if matches(node["Labels"], selector or {})]
+
+
+def node_labels() -> list[dict[str, str]]:
+    """Of each node that lives, in the order of `node_resources()`."""
+    return [node["Labels"] for node in _nodes()]
+
+
+def _nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def resources_of(nodes: Sequence[dict[str, float]]) -> dict[str, float]:
+    """All together."""
+    return {name: sum(node.get(name, 0.0) for node in nodes) for name in {name for node in nodes for name in node}}
 
 
 def _needed(cluster: ClusterSection) -> dict[str, float]:
@@ -247,8 +261,8 @@ def _needed(cluster: ClusterSection) -> dict[str, float]:
 
 
 def _asked_and_found(cluster: ClusterSection) -> str:
-    asked = ", ".join(f"{v:g} {k}" for k, v in _needed(cluster).items())
-    return f"expected {asked}, found {_there(cluster, ray.cluster_resources())}"
+    asked = ", ".join(f"{v:g} {k}" for k, v in _needed(cluster).items()) + on_labels(cluster)
+    return f"expected {asked}, found {_there(cluster, resources_of(node_resources(cluster.label_selector)))}"
 
 
 def _there(cluster: ClusterSection, resources: dict[str, float]) -> str:

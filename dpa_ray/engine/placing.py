@@ -11,6 +11,9 @@ from dpa_ray.recipe import ClusterSection
 Resources = Mapping[str, float]
 """What a node has, or a worker asks for, by Ray's names: CPU, GPU."""
 
+Labels = Mapping[str, str]
+"""Of a node, as Ray knows them."""
+
 _ROUNDING = 1e-6
 
 
@@ -39,13 +42,29 @@ def worker_resources(cluster: ClusterSection) -> dict[str, float]:
     return resources
 
 
-def place(nodes: Sequence[Resources], cluster: ClusterSection, tasks_per_worker: int) -> Placement:
-    """Lay the workers on `nodes`, then data tasks (`data.workers` of each) on what is left."""
+def matches(labels: Labels, selector: Labels) -> bool:
+    """Has a node with `labels` what `selector` asks for: `v`, `!v`, `in(v, w)` or `!in(v, w)` of each label?"""
+
+    def holds(label: str, condition: str) -> bool:
+        wanted = condition.removeprefix("!")
+        values = wanted[3:-1].split(",") if wanted.startswith("in(") else [wanted]
+        return (labels.get(label) in [value.strip() for value in values]) != condition.startswith("!")
+
+    return all(holds(label, condition) for label, condition in selector.items())
+
+
+def place(
+    nodes: Sequence[Resources], cluster: ClusterSection, tasks_per_worker: int, labels: Sequence[Labels] = ()
+) -> Placement:
+    """Lay the workers on those of `nodes` whose `labels` (in the same order; none where left out) the recipe asks for, then
+    data tasks (`data.workers` of each) on what is left of all."""
     asked = worker_resources(cluster)
     by_node = []
     left = cluster.max_workers
-    for node in nodes:
+    for node, own in zip(nodes, labels or [{} for _ in nodes], strict=True):
         fitting = min(int((node.get(name, 0.0) + _ROUNDING) // amount) for name, amount in asked.items())
+        if not matches(own, cluster.label_selector):
+            fitting = 0
         by_node.append(min(left, fitting))
         left -= by_node[-1]
     num_placed = sum(by_node)
@@ -57,9 +76,17 @@ def place(nodes: Sequence[Resources], cluster: ClusterSection, tasks_per_worker:
     )
 
 
+def on_labels(cluster: ClusterSection) -> str:
+    """` on nodes labelled ...`, of what is asked for; empty where any node will do."""
+    asked = ", ".join(f"{label}: {condition}" for label, condition in cluster.label_selector.items())
+    return f" on nodes labelled {{{asked}}}" if asked else ""
+
+
 def problems(found: Placement, nodes: Sequence[Resources], cluster: ClusterSection) -> list[str]:
     """What does not fit, what was asked for and what there is; nothing where all fits."""
-    asked = " and ".join(f"{amount:g} {name}" for name, amount in worker_resources(cluster).items())
+    asked = " and ".join(f"{amount:g} {name}" for name, amount in worker_resources(cluster).items()) + on_labels(
+        cluster
+    )
     there = "; ".join(
         f"{node.get('CPU', 0.0):g} CPU" + (f", {node['GPU']:g} GPU" if node.get("GPU") else "") for node in nodes
     )

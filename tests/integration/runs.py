@@ -224,8 +224,9 @@ def start_dpa(
     env: dict[str, str] | None = None,
     folder: Path | None = None,
     job: str = "run_dpa.py",
+    prefix: Sequence[str] = (),
 ) -> Running:
-    """Start `python jobs/JOB RECIPE ... --store STORE --name NAME`, as `run_dpa` does."""
+    """Start `python jobs/JOB RECIPE ... --store STORE --name NAME`, as `run_dpa` does; `prefix` is a command that runs it."""
     local = Path(store) if "://" not in str(store) else None
     folder = folder or (local.parent if local else Path(ROOT))
     file = recipe if isinstance(recipe, Path) else folder / f"{name}.yaml"
@@ -233,7 +234,7 @@ def start_dpa(
     if not isinstance(recipe, Path):
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, f"jobs/{job}", str(file), *arguments, "--store", str(store), "--name", name]
+    command = [*prefix, sys.executable, f"jobs/{job}", str(file), *arguments, "--store", str(store), "--name", name]
     mark = f"DPA_RAY_TEST_MARK={uuid.uuid4().hex}"
     environment = {k: v for k, v in os.environ.items() if k not in UNSET}
     environment |= {"DPA_RAY_CACHE": str(folder / "cache"), **ENVIRONMENT, **(env or {})}

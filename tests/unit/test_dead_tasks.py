@@ -247,7 +247,7 @@ def test_workers_that_do_not_come_are_said_with_what_was_asked_for_and_what_ther
     starting.saw("failed")
     starting.saw("saved")  # of what is left of the old ones
     time.sleep(0.3)
-    with pytest.raises(UserError, match=r"no workers for 0\.2 s .*expected 3 CPU, found 2 CPU in all, \S+ CPU free"):
+    with pytest.raises(UserError, match=r"no workers for 0\.2 s .*expected 3 CPU, found 2 CPU in all; \S+ CPU free"):
         starting.check()
 
 

@@ -13,7 +13,7 @@ from dpa_ray.data.cursor import shares
 from dpa_ray.doctor import cost
 from dpa_ray.doctor.cluster import smallest_gpu_bytes
 from dpa_ray.doctor.findings import Findings, number
-from dpa_ray.engine.placing import place, problems
+from dpa_ray.engine.placing import matches, place, problems
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import ClusterSection, Recipe
 from dpa_ray.report.metrics import MetricsLog
@@ -131,6 +131,42 @@ def test_workers_are_placed_whole_and_leave_room_for_data(
         return
     with pytest.raises(UserError, match=words):
         raise UserError(*told)
+
+
+H100, SPOT = {"ray.io/accelerator-type": "H100"}, {"market-type": "spot"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "selector", "expected"),
+    [
+        ({}, {}, True),
+        (H100, {}, True),
+        (H100, H100, True),
+        ({}, H100, False),
+        (H100, H100 | SPOT, False),
+        (H100 | SPOT, H100 | SPOT, True),
+        (SPOT, {"market-type": "!spot"}, False),
+        ({}, {"market-type": "!spot"}, True),
+        (SPOT, {"market-type": "in(on-demand, spot)"}, True),
+        (SPOT, {"market-type": "in(on-demand,spot)"}, True),
+        (SPOT, {"market-type": "in(on-demand)"}, False),
+        (SPOT, {"market-type": "!in(on-demand, spot)"}, False),
+        ({}, {"market-type": "!in(on-demand, spot)"}, True),
+    ],
+)
+def test_labels_are_compared_as_ray_does(labels: dict[str, str], selector: dict[str, str], expected: bool) -> None:
+    """Those of Ray 2.60's LabelSelector; tests/integration/test_placement.py asks Ray itself."""
+    assert matches(labels, selector) == expected
+
+
+def test_workers_go_to_nodes_with_the_labels_only() -> None:
+    section = cluster(label_selector=H100)
+    nodes = [{"CPU": 8.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 3.0}, {"CPU": 4.0}]
+    found = place(nodes, section, 2, [{}, H100, SPOT])
+    assert found.workers_by_node == (0, 3, 0)
+    assert found.num_tasks_placed == 6, "data tasks go anywhere"
+    (told,) = problems(found, nodes, section)
+    assert "4 workers of 0.5 CPU and 1 GPU on nodes labelled {ray.io/accelerator-type: H100} each" in told
 
 
 # -- what a check says

@@ -1,4 +1,4 @@
-"""Does a run wait for resources that may come, and not for such as never will?"""
+"""Is a run refused at once where resources never come, and not where they may?"""
 
 from __future__ import annotations
 
@@ -17,16 +17,13 @@ CLUSTER = ClusterSection(workers=2, gpus_per_worker=0, cpus_per_worker=1)
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What `connect` asks of Ray, which does not start, and whose resources come when it is asked for the third time."""
-    asked: dict[str, Any] = {"times": 0}
-
-    def resources() -> dict[str, float]:
-        asked["times"] += 1
-        return {"CPU": 1.0 if asked["times"] < 3 else 2.0}
+    """What `connect` asks of Ray, which does not start, and has one node that is too small."""
+    asked: dict[str, Any] = {}
+    node = {"Alive": True, "Resources": {"CPU": 1.0}, "Labels": {}}
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **values: asked.update(values))
-    monkeypatch.setattr(ray, "cluster_resources", resources)
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
     for name in (launch.LOCAL, "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in launch.DRIVER_ENVIRONMENT.items():  # `connect` sets them for good
@@ -36,7 +33,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.mark.parametrize("in_trial", [False, True])
 @pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
-def test_a_cluster_is_waited_for_and_a_local_ray_is_not(
+def test_a_cluster_may_grow_and_a_local_ray_does_not(
     address: str | None, in_trial: bool, started: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A trial's driver is an actor: it has the runtime environment that the sweep's driver gave, and no RAY_ADDRESS."""
@@ -50,8 +47,16 @@ def test_a_cluster_is_waited_for_and_a_local_ray_is_not(
         for name, value in started["runtime_env"]["env_vars"].items():
             monkeypatch.setenv(name, value)
     if address is not None:
-        launch.wait_for_resources(CLUSTER, poll_s=0.0)
-        assert started["times"] == 3
+        launch.check_resources(CLUSTER)  # its autoscaler is asked by starting workers, and by nothing else
         return
     with pytest.raises(UserError, match="cannot place 2 workers: expected 2 CPU, found 1 CPU"):
-        launch.wait_for_resources(CLUSTER, poll_s=0.0)
+        launch.check_resources(CLUSTER)
+
+
+def test_only_nodes_with_the_labels_count(started: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_actor_id=lambda: None))
+    fitting = ClusterSection(workers=1, gpus_per_worker=0, cpus_per_worker=1)
+    launch.check_resources(fitting)
+    labelled = fitting.model_copy(update={"label_selector": {"market-type": "spot"}})
+    with pytest.raises(UserError, match=r"expected 1 CPU on nodes labelled \{market-type: spot\}, found 0 CPU"):
+        launch.check_resources(labelled)
