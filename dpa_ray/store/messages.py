@@ -6,7 +6,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dpa_ray.errors import NoAnswer, UserError
+from dpa_ray.errors import NoAnswer, Unreachable, UserError
 from dpa_ray.outages import told_by_arrow
 from dpa_ray.store.s3_client import endpoint_name
 
@@ -140,7 +140,7 @@ def _boto(where: str, doing: str, err: BaseException) -> Exception | None:
     if isinstance(
         err, botocore.NoCredentialsError | botocore.PartialCredentialsError | botocore.CredentialRetrievalError
     ):
-        return UserError(_no_keys(where))
+        return Unreachable(_no_keys(where))
     if isinstance(err, botocore.ConnectionError | botocore.HTTPClientError | botocore.IncompleteReadError):
         trust = ": AWS_CA_BUNDLE names the authorities to trust" if isinstance(err, botocore.SSLError) else ""
         unreachable = _unreachable(where, _during(type(err).__name__ + trust, doing))
