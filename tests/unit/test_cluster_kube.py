@@ -163,6 +163,15 @@ def check_memory(group: dict[str, Any]) -> None:
     )
 
 
+def test_ray_knows_the_options_that_it_is_started_with(cluster: dict[str, Any]) -> None:
+    from ray.scripts.scripts import start
+
+    known = {option for parameter in start.params for option in parameter.opts}
+    spec = cluster["spec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        assert {f"--{name}" for name in group["rayStartParams"]} <= known
+
+
 def test_pods_run_as_nobody_special(cluster: dict[str, Any]) -> None:
     spec = cluster["spec"]
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):

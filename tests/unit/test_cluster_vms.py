@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +177,31 @@ def test_options_reach_docker_as_they_are_written(config: dict[str, Any]) -> Non
             assert re.fullmatch(r"--[\w.-]+=[\w.,:/=^-]+", option), option
             assert f" {option} " in command
         assert ":/home/ray/.ray/auth_token " in command
+
+
+def ray_start_options(command: str) -> dict[str, Any]:
+    """What Ray's own command line makes of `command`, which starts no node. Raises: click's error for a wrong option."""
+    from ray.scripts.scripts import start
+
+    words = shlex.split(command.partition("ray start")[2].replace("$OBJECT_STORE_BYTES", "2000000000"))
+    options: dict[str, Any] = start.make_context("start", words).params
+    return options
+
+
+def test_ray_knows_the_options_that_it_is_started_with(config: dict[str, Any]) -> None:
+    head = ray_start_options(config["head_start_ray_commands"][1])
+    assert (head["head"], head["num_cpus"], head["num_gpus"]) == (True, 0, 0)
+    assert (head["dashboard_host"], head["metrics_export_port"]) == ("127.0.0.1", 8080)
+    assert head["autoscaling_config"] == "~/ray_bootstrap_config.yaml"
+    worker = ray_start_options(config["worker_start_ray_commands"][1])
+    assert (worker["head"], worker["address"]) == (False, "$RAY_HEAD_IP:6379")
+    assert head["object_store_memory"] == worker["object_store_memory"] == 2_000_000_000
+
+
+def test_bash_reads_every_command(config: dict[str, Any]) -> None:
+    for command in (*config["head_start_ray_commands"], *config["worker_start_ray_commands"]):
+        done = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True, check=False, timeout=30)
+        assert done.returncode == 0, done.stderr
 
 
 def test_workers_watch_for_notices_and_the_head_does_not(cloud: str, config: dict[str, Any]) -> None:
