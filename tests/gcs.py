@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.s3 import free_port, wait
+from tests.s3 import free_port
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def running_gcs(folder: Path) -> Iterator[str]:
     with open(log, "wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
     try:
-        wait(port, process, log)
+        _wait(port, process, log)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
@@ -60,3 +62,13 @@ def fake_gcs(gcs_host: str, monkeypatch: pytest.MonkeyPatch) -> Gcs:
     bucket = f"gcs-{uuid.uuid4().hex[:12]}"
     requests.post(f"{gcs_host}/storage/v1/b?project=p", json={"name": bucket}, timeout=10).raise_for_status()
     return Gcs(gcs_host, bucket)
+
+
+def _wait(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(200):
+        assert process.poll() is None, f"the server ended: {log.read_text()}"
+        with closing(socket.socket()) as trial:
+            if trial.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"no answer on port {port}: {log.read_text()}")

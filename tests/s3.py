@@ -121,14 +121,14 @@ def rclone_process(folder: Path, port: int) -> subprocess.Popen[bytes]:
     with open(log, "wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
     try:
-        wait(port, process, log)
+        _wait(port, process, log)
     except AssertionError:
         process.kill()
         raise
     return process
 
 
-def wait(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     for _ in range(200):
         assert process.poll() is None, f"the server ended: {log.read_text()}"
         with closing(socket.socket()) as probe:
