@@ -1,4 +1,4 @@
-.PHONY: help install run test ci-tests lint format schema ci
+.PHONY: help install run test ci-tests lint format schema lock image ci
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,15 @@ format:  ## format and mend what can be mended
 schema:  ## jobs/recipes/recipe.schema.json anew from dpa_ray/recipe.py
 	python -c 'import json; from dpa_ray.recipe import json_schema; print(json.dumps(json_schema(), indent=2))' \
 		> jobs/recipes/recipe.schema.json
+
+lock:  ## cluster/requirements.lock anew, for the image: what it has stays unless `make lock UPGRADE=--upgrade` (needs uv)
+	uv pip compile pyproject.toml cluster/requirements.in --extra wandb --extra mlflow $(UPGRADE) \
+		--python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate \
+		--no-emit-index-url --custom-compile-command 'make lock' --output-file cluster/requirements.lock
+
+IMAGE = registry.example.com/dpa_ray:ray2.60.0-py3.11-cu130
+image:  ## the container image of the cluster: make image IMAGE=REGISTRY/dpa_ray:TAG (needs Docker)
+	docker build --platform linux/amd64 --file cluster/Dockerfile --tag $(IMAGE) .
 
 ci:  ## everything, in a fresh venv
 	bash .ci/run

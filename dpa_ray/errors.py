@@ -7,7 +7,11 @@ class UserError(Exception):
     """Something the user can mend. The message says what was expected, what was found and what to do; exit code 1."""
 
 
-class NoAnswer(UserError):
+class Unreachable(UserError):
+    """A server that cannot be asked from here, for want of a network or of credentials; what it has is not known."""
+
+
+class NoAnswer(Unreachable):
     """A server that cannot be reached now, or is too busy: the same call may succeed later."""
 
 

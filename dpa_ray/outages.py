@@ -9,6 +9,7 @@ _AWAY = re.compile(
 )
 # libcurl's numbers: name not resolved, refused, cut short, timed out, empty answer, send or receive failed, HTTP/2 reset
 _CURL_AWAY = frozenset({6, 7, 16, 18, 28, 52, 55, 56, 92})
+_GOOGLE_AWAY = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL", "ABORTED")
 _TLS_FAILED = 35
 _TLS_CUT = re.compile(r"reset by peer|unexpected eof|SYSCALL", re.IGNORECASE)
 
@@ -18,6 +19,8 @@ def told_by_arrow(text: str) -> bool:
 
     A TLS failure means a wrong scheme or certificate, unless the connection broke off.
     """
+    if "google::cloud::Status(" in text:
+        return text.partition("google::cloud::Status(")[2].startswith(_GOOGLE_AWAY)
     if "AWS Error " not in text:
         return False
     kind = text.partition("AWS Error ")[2]

@@ -289,7 +289,10 @@ class Recipe(Section):
     """The whole of a run. `resolve` fills what depends on other keys; `digest` names the result."""
 
     name: str = Field(pattern=NAME_PATTERN, max_length=120)
-    store: str = Field(DEFAULT_STORE, description="where data, artifacts and runs go: a folder or s3://bucket/prefix")
+    store: str = Field(
+        DEFAULT_STORE,
+        description="where data, artifacts and runs go: a folder, s3://bucket/prefix or gs://bucket/prefix",
+    )
     method: Method = "dpa"
     model: ModelSection
     data: DataSection
@@ -308,10 +311,10 @@ class Recipe(Section):
     @field_validator("store")
     @classmethod
     def _folder_or_s3(cls, store: str) -> str:
-        is_s3 = re.match(r"s3://[^/]", store)
+        is_remote = re.match(r"(s3|gs)://[^/]", store)
         other = store == "" or "\0" in store or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", store)
-        if other and not is_s3:
-            raise ValueError(f"expected a folder or s3://bucket/prefix, found {shown(store)}")
+        if other and not is_remote:
+            raise ValueError(f"expected a folder, s3://bucket/prefix or gs://bucket/prefix, found {shown(store)}")
         return store
 
     def weights(self, stage: str) -> Weights:
@@ -458,7 +461,7 @@ def load(
     content = [o for o in overrides if not o.startswith(("name=", "store="))]
     if content and not named:
         update["name"] = f"{recipe.name}-{recipe.digest()[:8]}"
-    if not recipe.store.startswith("s3://"):
+    if not recipe.store.startswith(("s3://", "gs://")):
         try:
             update["store"] = str(Path(recipe.store).expanduser().absolute())
         except RuntimeError as err:  # ~ of a user that is not known

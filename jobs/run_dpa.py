@@ -42,13 +42,16 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         recipe = load(recipe_name, overrides, name=arguments.name, store=arguments.store)
-        from dpa_ray.engine.job import dry_run, run
         from dpa_ray.engine.stopping import heed_sigterm
 
         heed_sigterm()
         if arguments.dry_run:
+            from dpa_ray.engine.dry_run import dry_run
+
             dry_run(recipe)
         else:
+            from dpa_ray.engine.job import run
+
             run(recipe)
     except RecipeError as err:
         print(f"error: {without_credentials(str(err))}", file=sys.stderr)

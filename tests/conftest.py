@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.gcs import fake_gcs, gcs_host  # noqa: F401 (fixtures)
 from tests.s3 import ceph_s3, ceph_server, rclone_s3, rclone_server, s3_server  # noqa: F401 (fixtures)
 
 if TYPE_CHECKING:  # torch and transformers are imported in the fixtures: most unit tests do not want to wait for them

@@ -20,8 +20,14 @@ TEXTS = [
 ]
 
 
-def byte_level(special: list[str], *, bos: str | None = None, adds_bos: bool = False, regex: bool = True):
-    """A byte-level BPE tokenizer with `special` tokens and `<image>`: Llama-3's and Qwen's way to split words with
+def _with_image(special: list[str], has_image: bool) -> list[str]:
+    return [*special, "<image>"] if has_image else special
+
+
+def byte_level(
+    special: list[str], *, bos: str | None = None, adds_bos: bool = False, regex: bool = True, has_image: bool = True
+):
+    """A byte-level BPE tokenizer with `special` tokens and `<image>` (unless not `has_image`): Llama-3's and Qwen's way to split words with
     `regex`, without it GPT-2's (SmolLM2), whose offsets leave blanks out."""
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"\s*[\r\n]+|\s+(?!\S)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+") if regex else None
@@ -37,7 +43,9 @@ def byte_level(special: list[str], *, bos: str | None = None, adds_bos: bool = F
         vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in [*special, "<image>"]])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in _with_image(special, has_image)]
+    )
     steps = [processors.ByteLevel(trim_offsets=not regex)]
     if adds_bos:
         assert bos is not None
@@ -48,7 +56,9 @@ def byte_level(special: list[str], *, bos: str | None = None, adds_bos: bool = F
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos)
 
 
-def sentencepiece(special: list[str], *, bos: str = "<s>", eos: str = "</s>", prefix: str = "first"):
+def sentencepiece(
+    special: list[str], *, bos: str = "<s>", eos: str = "</s>", prefix: str = "first", has_image: bool = True
+):
     """A BPE tokenizer over ▁-words with byte fallback (Mistral, Llama-2; Gemma with prefix "never")."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([])
@@ -59,7 +69,9 @@ def sentencepiece(special: list[str], *, bos: str = "<s>", eos: str = "</s>", pr
         vocab_size=620, special_tokens=["<unk>", bos, eos, *byte_tokens], limit_alphabet=60, show_progress=False
     )
     tokenizer.train_from_iterator([t for t in TEXTS[:3] for _ in range(3)], trainer)
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in [*special, "<image>"]])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in _with_image(special, has_image)]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
     )

@@ -10,6 +10,7 @@ import re
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
@@ -35,22 +36,32 @@ _ABSENT = (
 
 
 def open_uri(uri: str) -> tuple[Any, str]:
-    """(pyarrow file system, path in it) of a local path, file:// or s3:// URI. Raises: UserError for other schemes."""
+    """(pyarrow file system, path in it) of a local path, file://, s3:// or gs:// URI. Raises: UserError for other schemes."""
     if uri.startswith("s3://"):
         path = uri.removeprefix("s3://").strip("/")
         if not path:
             raise UserError(f"expected s3://BUCKET/PATH, found {without_credentials(uri)!r}")
         return _s3(path.split("/")[0], os.getpid(), *(os.environ.get(n) for n in _S3_NAMES)), path
+    if uri.startswith("gs://"):
+        path = uri.removeprefix("gs://").strip("/")
+        if not path:
+            raise UserError(f"expected gs://BUCKET/PATH, found {without_credentials(uri)!r}")
+        return _gcs(os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST")), path
     if uri.startswith("file://"):
         uri = unquote(uri.removeprefix("file://"))
     if "://" in uri:
-        raise UserError(f"expected a local path, file:// or s3:// URI, found {without_credentials(uri)!r}")
+        raise UserError(f"expected a local path, file://, s3:// or gs:// URI, found {without_credentials(uri)!r}")
     return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
 
 
 def asked(uri: str, ask: Callable[[Any, str], T]) -> T:
     """`ask(file system, path)` of a URI; an outage of S3 only delays it. Raises: OSError; UserError."""
     return retried(lambda: ask(*open_uri(uri)), uri)
+
+
+def is_remote(uri: str) -> bool:
+    """Is it in a bucket, whose server may be away?"""
+    return uri.startswith(("s3://", "gs://"))
 
 
 def absolute(uri: str) -> str:
@@ -92,6 +103,16 @@ def _s3(bucket: str, _pid: int, s3_url: str | None, url: str | None, *rest: str 
         tls_ca_file_path=ca_file,
         **options,
     )
+
+
+@functools.lru_cache(maxsize=2)
+def _gcs(_pid: int, emulator: str | None) -> Any:
+    """Google Cloud Storage with this machine's account; an emulator (as Google's own clients are told of one) without."""
+    limit = timedelta(seconds=_STALLED_S / 3)  # of the client itself, within each try of `retried`
+    if not emulator:
+        return fs.GcsFileSystem(retry_time_limit=limit)
+    scheme, _, host = (emulator if "://" in emulator else f"http://{emulator}").partition("://")
+    return fs.GcsFileSystem(anonymous=True, scheme=scheme, endpoint_override=host.rstrip("/"), retry_time_limit=limit)
 
 
 def unsafe_name(name: str) -> str | None:
@@ -142,8 +163,8 @@ class Folder:
         Raises: UserError where the folder cannot be read.
         """
         try:
-            if self.uri.startswith("s3://"):
-                return _s3_sizes(self.uri, names)
+            if is_remote(self.uri):
+                return _remote_sizes(self.uri, names)
             _, root = open_uri(self.uri)
             return {name: _local_size(f"{root}/{name}") for name in names}
         except OSError as err:
@@ -173,8 +194,8 @@ def _local_size(path: str) -> int:
     return info.st_size if stat.S_ISREG(info.st_mode) else MISSING
 
 
-def _s3_sizes(uri: str, names: Iterable[str]) -> dict[str, int]:
-    root = uri.removeprefix("s3://").strip("/")
+def _remote_sizes(uri: str, names: Iterable[str]) -> dict[str, int]:
+    scheme, _, root = uri.rstrip("/").partition("://")
     by_folder: dict[str, list[str]] = defaultdict(list)
     for name in names:
         by_folder[posixpath.dirname(posixpath.normpath(name))].append(name)
@@ -184,7 +205,7 @@ def _s3_sizes(uri: str, names: Iterable[str]) -> dict[str, int]:
         wanted: Any = fs.FileSelector(where, allow_not_found=True)
         if len(members) < _LIST_FROM:
             wanted = [f"{root}/{posixpath.normpath(name)}" for name in members]
-        infos = asked(f"s3://{where}", functools.partial(_infos, wanted))
+        infos = asked(f"{scheme}://{where}", functools.partial(_infos, wanted))
         found = {info.path: info.size for info in infos if info.type == fs.FileType.File}
         for name in members:
             sizes[name] = found.get(f"{root}/{posixpath.normpath(name)}", MISSING)

@@ -9,7 +9,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from dpa_ray.data.files import absolute, asked
+from dpa_ray.data.files import absolute, asked, is_remote
 from dpa_ray.data.retry import first_line
 from dpa_ray.errors import UserError
 
@@ -65,7 +65,8 @@ class Files:
             raise UserError(f"expected a file or folder at {pattern}, found nothing")
         if not found:
             raise UserError(f"{pattern}: expected {expected}, found none")
-        return [f"s3://{p}" if pattern.startswith("s3://") else p for p in sorted(found)]
+        scheme = f"{pattern.partition('://')[0]}://" if is_remote(pattern) else ""
+        return [f"{scheme}{p}" for p in sorted(found)]
 
 
 def expand_braces(text: str) -> list[str]:
@@ -108,7 +109,7 @@ def _glob(system: Any, path: str) -> list[str]:
     fixed = next(i for i, part in enumerate(parts) if re.search(r"[*?\[]", part))
     folder = str(PurePosixPath(*parts[:fixed])) if fixed else ""
     if not folder:
-        raise UserError(f"expected a bucket's name before the first * of a pattern, found s3://{path}")
+        raise UserError(f"expected a bucket's name before the first * of a pattern, found {path}")
     found = []
     for candidate in _list(system, folder, recursive=fixed + 1 < len(parts)):
         names = PurePosixPath(candidate).parts

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpa_ray.data import llava, rows
-from dpa_ray.data.files import Folder, absolute, open_uri, unsafe_name
+from dpa_ray.data.files import Folder, absolute, is_remote, open_uri, unsafe_name
 from dpa_ray.data.known import NOTHING, Known
 from dpa_ray.data.listing import Files
 from dpa_ray.data.llava import Unusable
@@ -243,7 +243,7 @@ def _rows(file: pq.ParquetFile, groups: list[int], names: _Names) -> Iterator[di
 def _opened(uri: str) -> Iterator[pq.ParquetFile]:
     """Raises: UserError where it is no Parquet, or cannot be read now or within."""
     try:
-        with File(uri) if uri.startswith("s3://") else _local(uri) as raw:  # Arrow reads its own with several threads
+        with File(uri) if is_remote(uri) else _local(uri) as raw:  # Arrow reads its own with several threads
             yield pq.ParquetFile(raw, buffer_size=_BUFFER_BYTES, pre_buffer=False)
     except (
         OSError,

@@ -141,7 +141,7 @@ def retried(
         reason = _reason(err, url)
     first, num_tries = now(), 1
     if _WAITING.enter():
-        _BRIDGES.tell(f"{url}: S3 is away ({reason}); trying again for {retry_s:g} s (data.retry_s)")
+        _BRIDGES.tell(f"{url}: {_server(url)} is away ({reason}); trying again for {retry_s:g} s (data.retry_s)")
     try:
         while (pause := wait_s(num_tries, now() - first, retry_s, draw())) is not None:
             sleep(pause)
@@ -155,9 +155,13 @@ def retried(
         _WAITING.leave()
     what, look = ("nothing but errors", "is well and has room") if _ANSWERED.search(reason) else ("no answer", "runs")
     raise UserError(
-        f"{url}: {what} from S3 for {now() - first:.0f} s in {num_tries} tries ({reason}); see that the server {look} "
+        f"{url}: {what} from {_server(url)} for {now() - first:.0f} s in {num_tries} tries ({reason}); see that the server {look} "
         f"and start again, or set data.retry_s to more than {retry_s:g}"
     )
+
+
+def _server(url: str) -> str:
+    return "Cloud Storage" if url.startswith("gs://") else "S3"
 
 
 def _reason(err: BaseException, url: str) -> str:

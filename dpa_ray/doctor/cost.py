@@ -109,7 +109,7 @@ def written_bytes(recipe: Recipe, counts: Mapping[str, Counts], llm: int, data: 
         written["proxy-mllm"] = counts["proxy_mllm"].trained * item
     if "instruct" in counts:
         written["instruct"] = whole * item
-        if recipe.store.startswith("s3://"):  # on a disk, runs/<name>/model is links
+        if recipe.store.startswith(("s3://", "gs://")):  # on a disk, runs/<name>/model is links
             written["model"] = whole * item
     # one more than are kept: the old ones go when the new one is whole
     largest = max((c.trained for c in counts.values()), default=0)

@@ -106,8 +106,8 @@ def num_parameters(whole: Any) -> dict[str, int]:
 
 def check_import(stage: str, source: str, check: Check) -> None:
     """Is what `stages.X.from` names an adapter or a connector? Raises: UserError."""
-    if source.startswith("s3://"):
-        check.skip(f"{source} is on S3; the run fetches it and looks at it first")
+    if source.startswith(("s3://", "gs://")):
+        check.skip(f"{source} is in a bucket; the run fetches it and looks at it first")
         return
     folder = Path(source).expanduser()
     if stage == "proxy_llm":

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from dpa_ray.credentials import without_credentials
-from dpa_ray.data.prepare import find_prepared
 from dpa_ray.data.retry import bridging, retried
 from dpa_ray.engine import placing, prometheus, reporting, stopping
 from dpa_ray.engine.evaluate import RESULT
@@ -29,8 +28,7 @@ from dpa_ray.report.metrics import FILE as METRICS
 from dpa_ray.report.metrics import read
 from dpa_ray.report.watch import Watch
 from dpa_ray.stages import arithmetic
-from dpa_ray.stages.pipeline import HELD_OUT, Claim, Pipeline, Plan, make_plan, num_steps
-from dpa_ray.stages.preflight import trainables
+from dpa_ray.stages.pipeline import HELD_OUT, Claim, Pipeline, Plan, make_plan
 from dpa_ray.stages.runs import RUN_FILE, Run
 from dpa_ray.stages.spec import BLIND, ArtifactRef, Task
 from dpa_ray.store import lease, probe
@@ -381,55 +379,3 @@ def _closing(plan: Plan, pipeline: Pipeline, store: Store, run_record: Run, ledg
             ]
         )
     return run_record.values
-
-
-def dry_run(recipe: Recipe) -> None:
-    """Print the resolved recipe and the plan; start and write nothing."""
-    store = Store(recipe.store)
-    store.check(write=False)
-    Run(store, recipe).check_name()
-    plan = make_plan(recipe, store, make=False, report=lambda text: None)
-    counts: dict[str, dict[str, int]] = {}
-    builtin_missing = [w.name for w in (plan.llm, plan.tower) if w.artifact is not None and not _is_there(w, store)]
-    if not builtin_missing:
-        sets = trainables(recipe, plan.llm.located(store), plan.tower.located(store), plan.stages)
-        counts = {stage: {s.description: s.num_parameters} for stage, s in sets.items()}
-    rows, notes = [], []
-    for stage in plan.shown:
-        if stage in BLIND.values():
-            rows.append(console.PlanRow(stage, plan.refs[stage].key, stage in plan.found, None, is_trained=False))
-            continue
-        source, digest = plan.data["instruct" if stage == "instruct" else "pretrain"]
-        prepared = find_prepared(store, digest)
-        steps = num_steps(recipe, stage, prepared) if prepared is not None else None
-        if steps is None:
-            steps = getattr(recipe.stages, stage).max_steps
-            notes.append(f"{stage}: {source.label} is not prepared yet; steps are shown as max_steps says, or as ?")
-        rows.append(console.PlanRow(stage, plan.refs[stage].key, stage in plan.found, steps, counts.get(stage, {})))
-    if recipe.data.skip_ids and not plan.skipped:
-        notes.append("data.skip_ids is looked up when the data is prepared; the stages have other keys then")
-    console.plan(rows, recipe=recipe, ignored=ignored_sections(recipe))
-    for name in builtin_missing:
-        notes.append(f"{name} is made by the first run: trainable parameters are shown once it is there")
-    for note in notes:
-        print(note)
-
-
-def _is_there(weights: Any, store: Store) -> bool:
-    return find(store, weights.artifact.stage, weights.artifact.key) is not None
-
-
-def ignored_sections(recipe: Recipe) -> list[str]:
-    """Sections that this recipe's method does not use, and those that nothing reads yet."""
-    ignored = []
-    if recipe.method not in ("dpa", "pmo"):
-        ignored.append("stages.proxy_llm")
-    elif recipe.stages.proxy_llm.llm != "lora":
-        ignored.append("stages.proxy_llm.lora")
-    if all(recipe.weights(stage) == "uniform" for stage in ("proxy_mllm", "instruct")):
-        ignored.append("cmo")
-    if recipe.stages.instruct.llm != "lora":
-        ignored.append("stages.instruct.lora")
-    if recipe.engine != "deepspeed":
-        ignored.append("deepspeed")
-    return ignored

@@ -51,9 +51,9 @@ class PlanRow:
 
     stage: str
     key: str  # content key
-    reused: bool
+    reused: bool | None  # None: not known, for the store cannot be asked
     num_steps: int | None  # None: not known before the data is prepared
-    trainable: Mapping[str, int] = field(default_factory=dict)  # what is trained -> number of parameters
+    trainable: Mapping[str, int] | None = field(default_factory=dict)  # what is trained -> number of parameters
     is_trained: bool = True  # else it has no steps
 
 
@@ -103,10 +103,13 @@ def plan(
         console.print(text, soft_wrap=True)
     table = plain_table("stage", "key", "will be", ">steps", "trained", ">parameters")
     for row in rows:
-        names = "\n".join(row.trainable) or "nothing"
-        counts = "\n".join(f"{count:,}" for count in row.trainable.values())
+        names, counts = "?", "?"
+        if row.trainable is not None:
+            names = "\n".join(row.trainable) or "nothing"
+            counts = "\n".join(f"{count:,}" for count in row.trainable.values())
         steps = "-" if not row.is_trained else "?" if row.num_steps is None else str(row.num_steps)
-        table.add_row(row.stage, row.key, "reused" if row.reused else "made", steps, names, counts)
+        fate = "?" if row.reused is None else "reused" if row.reused else "made"
+        table.add_row(row.stage, row.key, fate, steps, names, counts)
     console.print(table)
     if ignored:
         console.print(f"ignored by this method: {', '.join(ignored)}", soft_wrap=True)

@@ -41,7 +41,7 @@ def import_connector(source: str, store: Store) -> ArtifactRef:
 
 def _brought(source: str, tmp: Path, key: str) -> Path:
     """`source` as a local path; what lies on S3 is downloaded."""
-    if source.startswith("s3://"):
+    if source.startswith(("s3://", "gs://")):
         parent, _, name = source.rstrip("/").rpartition("/")
         remote, target = Store(parent, through=retried), tmp / "download"
         target.mkdir()

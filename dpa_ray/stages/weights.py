@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers.utils.hub import cached_file
 
 from dpa_ray.data import shapes
-from dpa_ray.errors import UserError
+from dpa_ray.errors import Unreachable, UserError
 from dpa_ray.model import tiny
 from dpa_ray.model.tower import count_image_tokens
 from dpa_ray.model.vlm import ModelRef
@@ -97,7 +97,12 @@ def _hub(name: str, kind: Kind, store: Store, *, make: bool) -> Weights:
         config = cached_file(name, "config.json")
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as err:
         first = (str(err).strip().splitlines() or [type(err).__name__])[0]
-        raise UserError(f"model.{kind} {name}: no such folder, and not to be had from the hub: {first}") from None
+        away = isinstance(
+            err.__cause__, LocalEntryNotFoundError
+        )  # nor is it in the cache; an id that is wrong is told apart
+        raise (Unreachable if away else UserError)(
+            f"model.{kind} {name}: no such folder, and not to be had from the hub: {first}"
+        ) from None
     commit_hash = _commit_of(str(config))
     if commit_hash is None:
         raise UserError(f"model.{kind} {name}: the hub's cache names no commit for it: {config}")

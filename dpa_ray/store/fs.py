@@ -1,4 +1,4 @@
-"""How the rest of the code reads and writes a store: one class over a local folder or an S3 prefix."""
+"""How the rest of the code reads and writes a store: one class over a local folder or a prefix on S3 or Cloud Storage."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from urllib.parse import unquote
 
 from dpa_ray.credentials import has_credentials, without_credentials
 from dpa_ray.errors import BrokenJson, UserError
+from dpa_ray.store import gcs_client
+from dpa_ray.store.gcs import GcsFolder
 from dpa_ray.store.local import LocalFolder, files_under
 from dpa_ray.store.messages import told
 from dpa_ray.store.s3 import S3Folder
@@ -69,9 +71,13 @@ class Store:
         if self.is_local:
             self.uri, self._backend = place, LocalFolder(Path(place))
         else:
-            configure_endpoint()
             bucket, _, prefix = place.partition("/")
-            self.uri, self._backend = f"s3://{place}", S3Folder(bucket, prefix, patience)
+            self.uri = f"{kind}://{place}"
+            if kind == "gs":
+                self._backend = GcsFolder(bucket, prefix, patience)
+            else:
+                configure_endpoint()
+                self._backend = S3Folder(bucket, prefix, patience)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _opened, (self.uri, self._through, self._patience)
@@ -239,7 +245,7 @@ def _opened(uri: str, through: Through | None, patience: Patience) -> Store:
 
 
 def open_uri(uri: str) -> tuple[Any, str]:
-    """(pyarrow file system, path inside it) of a local path, file:// or s3:// URI.
+    """(pyarrow file system, path inside it) of a local path, file://, s3:// or gs:// URI.
 
     Raises: UserError for any other kind of URI.
     """
@@ -251,6 +257,8 @@ def open_uri(uri: str) -> tuple[Any, str]:
 
         return fs.LocalFileSystem(), place
     with told(uri):
+        if kind == "gs":
+            return gcs_client.arrow_filesystem(), place
         return arrow_filesystem(place.partition("/")[0]), place
 
 
@@ -268,19 +276,20 @@ def _is_inside(path: str) -> bool:
 
 
 def _parse(uri: str) -> tuple[str, str]:
-    """("local", absolute path) or ("s3", "bucket" or "bucket/prefix")."""
-    expected = "expected an absolute local path or s3://bucket/prefix"
+    """("local", absolute path) or ("s3" or "gs", "bucket" or "bucket/prefix")."""
+    expected = "expected an absolute local path, s3://bucket/prefix or gs://bucket/prefix"
     if has_credentials(uri):
         raise UserError(
             f"{expected} without user and password; found {without_credentials(uri)!r}; see AWS_ACCESS_KEY_ID"
         )
-    if uri.startswith("s3://"):
-        bucket, *parts = [part for part in uri.removeprefix("s3://").split("/") if part] or [""]
+    kind, _, place = uri.partition("://")
+    if kind in ("s3", "gs") and "://" in uri:
+        bucket, *parts = [part for part in place.split("/") if part] or [""]
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{2,62}", bucket):
             raise UserError(f"{expected}; found {uri!r}, which names no bucket (3 to 63 letters, digits, '.', '-')")
         if "." in parts or ".." in parts:
             raise UserError(f"{expected} without '.' and '..'; found {uri!r}")
-        return "s3", "/".join([bucket, *parts])
+        return kind, "/".join([bucket, *parts])
     path = unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
     if "://" in path or not path.startswith("/"):
         raise UserError(f"{expected}; found {uri!r}")

@@ -6,10 +6,12 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dpa_ray.errors import NoAnswer, UserError
+from dpa_ray.errors import NoAnswer, Unreachable, UserError
 from dpa_ray.outages import told_by_arrow
+from dpa_ray.store import gcs_client
 from dpa_ray.store.s3_client import endpoint_name
 
+REMOTE = ("s3://", "gs://")
 NOT_FOUND = ("404", "NoSuchKey", "NotFound")
 DENIED = ("401", "403", "AccessDenied", "Forbidden", "AllAccessDisabled")
 FULL = ("QuotaExceeded", "StorageFull", "XMinioStorageFull", "InsufficientCapacity")
@@ -29,7 +31,7 @@ def told(where: str, doing: str = "") -> Iterator[None]:
     except UserError:
         raise
     except FileNotFoundError as err:
-        if err.filename is not None or not where.startswith("s3://"):
+        if err.filename is not None or not where.startswith(REMOTE):
             raise
         raise FileNotFoundError(errno.ENOENT, "no such file", where) from err  # Arrow's own names no URI
     except Exception as err:
@@ -41,6 +43,8 @@ def told(where: str, doing: str = "") -> Iterator[None]:
 
 def _meaning(where: str, doing: str, err: Exception) -> Exception | None:
     """The error to raise for `err`; None for what is our own bug."""
+    if where.startswith("gs://") and (meant := _gcs(where, doing, err)) is not None:
+        return meant
     on_s3 = where.startswith("s3://")
     if on_s3 and (meant := _boto(where, doing, err)) is not None:  # first: some of boto3's are OSErrors too
         return meant
@@ -50,8 +54,40 @@ def _meaning(where: str, doing: str, err: Exception) -> Exception | None:
     return None
 
 
+def _gcs(where: str, doing: str, err: Exception) -> Exception | None:
+    """The error for what Cloud Storage's API, or Arrow on its behalf, said; None for what is neither's."""
+    server, bucket = gcs_client.endpoint_name(), _bucket(where)
+    if isinstance(err, gcs_client.NoAccount):
+        return Unreachable(
+            f"{where}: no usable account for {server}, bucket {bucket!r} ({err}); give this machine a service account, or "
+            "set GOOGLE_APPLICATION_CREDENTIALS"
+        )
+    if isinstance(err, gcs_client.NoReply) or (isinstance(err, OSError) and told_by_arrow(str(err))):
+        reason = _during(str(err).partition(" error_info")[0], doing)
+        return NoAnswer(
+            f"{where}: no answer from {server} for bucket {bucket!r} ({reason}); "
+            "check that it can be reached from this machine"
+        )
+    if isinstance(err, OSError):
+        return UserError(f"{where}: {err} (server: {server}, bucket {bucket!r})") if err.errno is None else None
+    if not isinstance(err, gcs_client.Refused):
+        return None
+    reason = _during(str(err), doing)
+    if err.no_bucket:
+        return UserError(f"{where}: there is no bucket {bucket!r} at {server}; create it, or name one that exists")
+    if err.status == 404:
+        return FileNotFoundError(errno.ENOENT, "no such file", where)
+    if err.status in (401, 403):
+        return UserError(
+            f"{where}: {server} refused access to bucket {bucket!r} ({reason}); check that this machine's account may "
+            "list, read, write and delete under this address"
+        )
+    again = err.status in gcs_client.AGAIN
+    return (NoAnswer if again else UserError)(f"{where}: {reason} (server: {server}, bucket {bucket!r})")
+
+
 def _bucket(where: str) -> str:
-    return where.removeprefix("s3://").partition("/")[0]
+    return where.partition("://")[2].partition("/")[0]
 
 
 def no_bucket(where: str) -> UserError:
@@ -140,7 +176,7 @@ def _boto(where: str, doing: str, err: BaseException) -> Exception | None:
     if isinstance(
         err, botocore.NoCredentialsError | botocore.PartialCredentialsError | botocore.CredentialRetrievalError
     ):
-        return UserError(_no_keys(where))
+        return Unreachable(_no_keys(where))
     if isinstance(err, botocore.ConnectionError | botocore.HTTPClientError | botocore.IncompleteReadError):
         trust = ": AWS_CA_BUNDLE names the authorities to trust" if isinstance(err, botocore.SSLError) else ""
         unreachable = _unreachable(where, _during(type(err).__name__ + trust, doing))

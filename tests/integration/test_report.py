@@ -65,7 +65,7 @@ def test_the_command_of_one_of_several_and_of_a_sweep(
     [
         (["{store}/runs/nobody"], 2, "runs/nobody/run.json, found no such file"),
         (["{store}/artifacts/x"], 2, "expected a run or a sweep, STORE/runs/NAME or STORE/sweeps/NAME"),
-        (["gs://bucket/runs/a"], 2, "expected an absolute local path or s3://"),
+        (["ftp://bucket/runs/a"], 2, "expected an absolute local path, s3://"),
         (["{run}", "{store}/sweeps/broken"], 2, "expected runs, or one sweep"),
         (["{store}/sweeps/broken"], 1, "sweeps/broken/sweep.json"),
         (["{run}", "--output", "{store}"], 1, "Is a directory"),

@@ -108,7 +108,7 @@ def test_a_local_store_becomes_absolute(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    "store", ["", "s3:/bucket", "s3://", "s3:///p", "gs://b/p", "file:///x", "S3://b", "~nobody-x/y"]
+    "store", ["", "s3:/bucket", "s3://", "s3:///p", "gs:///p", "file:///x", "S3://b", "~nobody-x/y"]
 )
 def test_stores_that_are_neither_folder_nor_s3_are_refused(store: str) -> None:
     message = errors_of(lambda: load("tiny", store=store))["store"]

@@ -322,7 +322,7 @@ def test_parts_hold_every_row_once_and_near_the_target(tmp_path, monkeypatch, li
         ({"source": "{folder}"}, "expected a file at .*, found a folder"),
         ({"source": "{folder}/set.json", "images": "{folder}/none"}, "expected a folder of images at .*found nothing"),
         ({"source": "{folder}/set.json", "images": "{folder}/set.json"}, "expected a folder of images.*found a file"),
-        ({"source": "gs://bucket/set.json"}, "expected a local path, file:// or s3:// URI"),
+        ({"source": "ftp://bucket/set.json"}, "expected a local path, file://, s3:// or gs:// URI"),
         ({"source": "{folder}/set.tar"}, "expected a file or folder at .*set.tar, found nothing"),
         ({"source": "{folder}/set.json", "format": "webdataset"}, "expected a tar, found another file"),
         ({"source": "{folder}/set.json", "format": "parquet"}, "expected Parquet, found a file that cannot be read"),

@@ -16,16 +16,17 @@ from dpa_ray.store import Store, open_uri
 from dpa_ray.store.local import LINK_FROM_BYTES, TMP_PREFIX
 from dpa_ray.store.s3 import PART_BYTES
 from tests.files import fill, python
+from tests.gcs import Gcs
 from tests.s3 import S3
 
 AWKWARD = "a b/ü+%25 #?&=.txt"
 
 
-@pytest.fixture(params=["local", "rclone", pytest.param("ceph", marks=pytest.mark.ci)])
+@pytest.fixture(params=["local", "rclone", "gcs", pytest.param("ceph", marks=pytest.mark.ci)])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "local":
         return Store(str(tmp_path / "store"))
-    server: S3 = request.getfixturevalue(f"{request.param}_s3")
+    server: S3 | Gcs = request.getfixturevalue("fake_gcs" if request.param == "gcs" else f"{request.param}_s3")
     return Store(f"{server.uri}/some/prefix")
 
 
@@ -304,10 +305,22 @@ def test_an_absent_local_store_is_empty_until_it_is_written_to(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "uri", ["relative/path", "", "gs://bucket/x", "s3://", "s3:///x", "s3://a", "s3://buck/../x", "http://x"]
+    "uri",
+    [
+        "relative/path",
+        "",
+        "ftp://bucket/x",
+        "gs://",
+        "gs://a/../b",
+        "s3://",
+        "s3:///x",
+        "s3://a",
+        "s3://buck/../x",
+        "http://x",
+    ],
 )
 def test_other_uris_are_refused(uri: str) -> None:
-    with pytest.raises(UserError, match="expected an absolute local path or s3://bucket/prefix"):
+    with pytest.raises(UserError, match="expected an absolute local path, s3://bucket/prefix or gs://bucket/prefix"):
         Store(uri)
 
 
@@ -316,5 +329,6 @@ def test_uris_are_made_plain(tmp_path: Path) -> None:
     assert Store(f"file://{tmp_path}/a%20b").uri == f"{tmp_path}/a b"
     assert Store("s3://bucket//a/b/").uri == "s3://bucket/a/b"
     assert Store("s3://bucket/").url("x") == "s3://bucket/x"
+    assert Store("gs://bucket//a/b/").url("x") == "gs://bucket/a/b/x"
     assert Store("s3://bucket").url("") == "s3://bucket"
     assert Store(str(tmp_path)) == Store(f"{tmp_path}/")
