@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         recipe = load(recipe_name, overrides, name=arguments.name, store=arguments.store)
         from dpa_ray.engine.job import dry_run, run
+
         if arguments.dry_run:
             dry_run(recipe)
         else:
