@@ -37,14 +37,13 @@ def main(argv: list[str] | None = None) -> int:
 
     quiet_libraries()
     from dpa_ray.credentials import without_credentials
+    from dpa_ray.engine.stopping import heed_sigterm
     from dpa_ray.errors import UserError
     from dpa_ray.recipe import RecipeError, load
 
+    heed_sigterm()
     try:
         recipe = load(recipe_name, overrides, name=arguments.name, store=arguments.store)
-        from dpa_ray.engine.stopping import heed_sigterm
-
-        heed_sigterm()
         if arguments.dry_run:
             from dpa_ray.engine.dry_run import dry_run
 

@@ -189,13 +189,13 @@ def _start(recipe: Recipe, view: View) -> None:
     from dpa_ray.engine import launch  # Ray takes seconds to import, and a run that reuses everything needs none
 
     view.open_trackers()
+    if (job := stopping.submission_id()) is not None:
+        view.progress.note(stopping.hint(job))
     start = time.perf_counter()
     where = launch.connect(recipe.cluster)
     view.exporter = prometheus.Exporter(recipe.name)
     view.logs.joined()
     view.progress.note(f"{where}, up in {time.perf_counter() - start:.0f} s")
-    if (job := stopping.submission_id()) is not None:
-        view.progress.note(stopping.hint(job))
     launch.check_resources(recipe.cluster)
     nodes = launch.node_resources()
     placed = placing.place(nodes, recipe.cluster, recipe.data.workers, launch.node_labels())

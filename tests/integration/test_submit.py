@@ -55,7 +55,7 @@ def cluster() -> Iterator[dict[str, str]]:
     environment["RAY_API_SERVER_ADDRESS"] = address
     environment["METRICS_URL"] = f"http://127.0.0.1:{metrics}/metrics"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while submit(environment, "true").returncode != 0:
             assert head.poll() is None, "the head is gone"
             assert time.monotonic() < deadline, "the head did not come up"
