@@ -81,11 +81,12 @@ def word_section(runs: Sequence[tuple[str, RunData]], notes: Sequence[str] = ())
     return Section("word-losses", "Words learnt and unlearnt", blocks, " ".join([note, *notes]))
 
 
-def by_name_or_method(runs: Sequence[RunData]) -> list[tuple[str, RunData]]:
-    """Runs as series of `word_section`: each on its own, or where these are too many to be told apart, by method."""
+def by_name_or_method(runs: Sequence[RunData]) -> tuple[list[tuple[str, RunData]], list[str]]:
+    """Arguments of `word_section`: each run on its own, or where these are too many to be told apart, by method."""
     if len(runs) <= MOST_SERIES:
-        return [(run.name, run) for run in runs]
-    return [(str(run.info.get("method", "unknown")), run) for run in runs]
+        return [(run.name, run) for run in runs], []
+    series = [(str(run.info.get("method", "unknown")), run) for run in runs]
+    return series, ["By method, each the mean of its runs, over the words that all of them have."]
 
 
 def _words(told: WordLosses) -> dict[str, Word]:
