@@ -8,6 +8,7 @@ from typing import Any
 
 from dpa_ray.data.retry import bridging, retried
 from dpa_ray.engine import job
+from dpa_ray.eval.held_out import TIME
 from dpa_ray.recipe import parse
 from dpa_ray.report import metrics
 from dpa_ray.stages.pipeline import Claim
@@ -39,7 +40,7 @@ class Watch:
             self.running = Running(values["stage"], values["num_steps"])  # also when it begins anew, after a failure
         elif kind == "step" and self.running is not None:
             self.running.add(values)
-            self.stage_s += values["step_time_s"]
+            self.stage_s += values["step_time_s"] + values.get(TIME, 0.0)
             if self.running.is_due(values["step"]):
                 at = {"at": [values["stage"], values["step"]], "unfinished_s": self.stage_s}
                 self.report({**at, "step": values["step"], **self.running.values()})

@@ -146,7 +146,7 @@ def test_stores_that_are_neither_folder_nor_s3_are_refused(store: str) -> None:
         ("stages.instruct.betas=[0.9, x]", "stages.instruct.betas.1", "expected a number", "string 'x'"),
         ("stages.instruct.betas=[1, 2, 3]", "stages.instruct.betas", "expected 2 values", "list [1, 2, 3]"),
         ("stages.instruct.betas=[0.9, 1.0]", "stages.instruct", "both betas in [0, 1)", "[0.9, 1.0]"),
-        ("stages.proxy_llm.llm=full", "stages.proxy_llm.llm", "'lora'", "string 'full'"),
+        ("stages.proxy_llm.llm=frozen", "stages.proxy_llm.llm", "'lora' or 'full'", "string 'frozen'"),
         ("debug.record_samples=1", "debug.record_samples", "expected true or false", "integer 1"),
         ("cmo.window=2", "cmo", "an odd window", "2"),
         ("cmo.lower=0.6", "cmo", "expected lower <= upper", "lower 0.6 > upper 0.5"),

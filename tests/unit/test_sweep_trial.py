@@ -87,4 +87,5 @@ def test_held_out_numbers_are_told_when_they_come_and_as_they_are() -> None:
     assert [(values["step"], values.get("instruct.eval_nll")) for values in told] == [
         (20, None), (30, 70.0), (40, 70.0), (60, 40.0), (80, 40.0), (90, 10.0), (100, 10.0),
     ]  # fmt: skip
+    assert told[-1]["unfinished_s"] == 100 * 0.5 + 3 * 9.0, "training stood for them"
     assert not any(key.startswith(("instruct.eval_time", "instruct.eval_num")) for values in told for key in values)
