@@ -65,7 +65,7 @@ class Case:
     skipped: bool = False  # BROKEN never happens
     trained: str = "full"  # or "connector", "lora"
     tied: bool = False
-    evaluated: bool = False  # after every step
+    evaluated: bool = False  # before the first step and after every one
 
     @property
     def name(self) -> str:
@@ -149,6 +149,8 @@ def run(case: Case, rank: int, world_size: int) -> Outcome:
     module = make_module(case)
     names = [name for name, _ in module.model.named_parameters(remove_duplicate=False)]
     engine, outcome = make_engine(case, module), Outcome()
+    if case.evaluated:
+        nll_sums(module, share(HELD_OUT, rank, world_size, 1)[0], VISUAL_GAIN)
     for step, notations in enumerate(STEPS):
         if case.skipped and step == BROKEN:
             continue

@@ -45,7 +45,7 @@ SCHEMA = pa.schema(
 HELD_OUT, TRAINING = "held-out", "training"
 
 MAX_SAMPLES = 200
-"""Evenly from the data: two passes of so many, one of them with q, are seconds beside a stage."""
+"""Evenly from the data: two passes of so many are seconds beside a stage."""
 
 MAX_BATCH = 32
 
@@ -119,9 +119,7 @@ class Words:
 
     def _samples(self, batch: Batch) -> list[SampleLosses]:
         found = both_scores(self.module, batch.to(self.device))
-        gain = (
-            found.gain if self.module.is_vlm else torch.zeros_like(found.gain)
-        )  # where no image is seen, it adds nothing
+        gain = found.gain * self.module.is_vlm  # where no image can be seen, it adds nothing
         rows, columns, nll, gain = (x.cpu() for x in (found.row, found.column, -found.seen.log_prob, gain))
         samples = []
         for place, (_, row) in enumerate(batch.rows):

@@ -60,7 +60,7 @@ def runs_page(runs: Sequence[RunData], edges: Sequence[float]) -> str:
     sections = [
         _scores(runs),
         Section("losses", "Loss curves", [Drawing(f) for f in overlaid_losses(runs)]),
-        word_section(by_name_or_method(runs)),
+        word_section(*by_name_or_method(runs)),
         _words(runs),
         _questions(runs),
     ]

@@ -172,7 +172,7 @@ def _words(trials: Sequence[Trial], words: Mapping[str, Mapping[str, WordLosses]
     runs = {trial.name: RunData(trial.name, "", {}, words=words[trial.name]) for trial in done}
     series = [(trial.variant or str(trial.overrides.get("method", "")), runs[trial.name]) for trial in done]
     if len({name for name, _ in series}) > 1:
-        return word_section(series, ["Each line is the mean of its trials."])
+        return word_section(series, ["Each the mean of its trials, over the words that all of them have."])
     alone = [trial for trial in done if trial.name == best] or done[:1]
     return word_section([(t.name, runs[t.name]) for t in alone], [f"Of the trial {t.name}." for t in alone])
 

@@ -59,9 +59,9 @@ def word_section(runs: Sequence[tuple[str, RunData]], notes: Sequence[str] = ())
         runs: (name of the series, run): runs of one series are shown as their mean.
     """
     blocks: list[Block] = []
-    sources: set[str] = set()
     for stage in STAGES:
         found: dict[str, list[Words]] = {}
+        sources: set[str] = set()
         for name, run in runs:
             if (told := run.words.get(stage)) is not None and (words := _words(told)):
                 found.setdefault(name, []).append(words)
@@ -69,23 +69,24 @@ def word_section(runs: Sequence[tuple[str, RunData]], notes: Sequence[str] = ())
         series = {name: _mean(each) for name, each in found.items()}
         series = {name: words for name, words in series.items() if words}
         if series:
-            blocks += _blocks(stage, series)
+            blocks += _blocks(stage, series, f"Of {' and '.join(sorted(sources))}.")
     if not blocks:
         return Section(
             "word-losses", "Words learnt and unlearnt", [], "No stage of these runs left the losses of words."
         )
     note = (
-        f"Of {' and '.join(sorted(sources))}. The nll of a word is the sum over its tokens, in nats, on average over the "
+        "The nll of a word is the sum over its tokens, in nats, on average over the "
         "places where it stands; before the stage's first step, and after its last."
     )
     return Section("word-losses", "Words learnt and unlearnt", blocks, " ".join([note, *notes]))
 
 
-def by_name_or_method(runs: Sequence[RunData]) -> list[tuple[str, RunData]]:
-    """Runs as series of `word_section`: each on its own, or where these are too many to be told apart, by method."""
+def by_name_or_method(runs: Sequence[RunData]) -> tuple[list[tuple[str, RunData]], list[str]]:
+    """Arguments of `word_section`: each run on its own, or where these are too many to be told apart, by method."""
     if len(runs) <= MOST_SERIES:
-        return [(run.name, run) for run in runs]
-    return [(str(run.info.get("method", "unknown")), run) for run in runs]
+        return [(run.name, run) for run in runs], []
+    series = [(str(run.info.get("method", "unknown")), run) for run in runs]
+    return series, ["By method, each the mean of its runs, over the words that all of them have."]
 
 
 def _words(told: WordLosses) -> dict[str, Word]:
@@ -116,11 +117,13 @@ def _visual(series: Sequence[Words]) -> set[str]:
     return {word for word, each in of.items() if fmean(found.gain for found in each) > VISUAL_GAIN}
 
 
-def _blocks(stage: str, series: Mapping[str, Words]) -> list[Block]:
+def _blocks(stage: str, series: Mapping[str, Words], source: str) -> list[Block]:
     visual = _visual(list(series.values()))
     is_known = any(found.visual > 0 for words in series.values() for found in words.values())
     split = "known to be shown by the image" if is_known else f"with p − q above {VISUAL_GAIN:g} on average"
-    blocks: list[Block] = [Drawing(_groups(stage, series, visual, f"{DUMBBELL} Visual words are those {split}."))]
+    blocks: list[Block] = [
+        Drawing(_groups(stage, series, visual, f"{source} {DUMBBELL} Visual words are those {split}."))
+    ]
     if len(series) == 1:
         (words,) = series.values()
         blocks += [Drawing(_before_and_after(stage, words, visual)), _list(stage, words, visual)]

@@ -81,8 +81,8 @@ def test_a_real_run(browser: Browser, measured: Run) -> None:  # noqa: F811
             zip(*(browser.texts(f"#word-table-{stage} tbody tr > :nth-child({n})") for n in (1, 5)), strict=True)
         )
         assert float(told[rows[0]["word"]]) == pytest.approx(rows[0]["nll_after"], rel=1e-3)
-        assert f"{about['num_samples']} training samples" in browser.texts("section:has(#word-losses) > p")[0]
-    spans = measured.info["goodput"]["timeline"]["spans"]
+        assert f"{about['num_samples']} training samples" in browser.texts(f"#figure-word-groups-{stage} p")[0]
+    spans = measured.info()["goodput"]["timeline"]["spans"]
     assert {stage or "outside of stages" for stage, *_ in spans} <= set(
         browser.texts("#data-timeline tbody td:nth-child(3)")
     )

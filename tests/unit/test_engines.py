@@ -121,7 +121,7 @@ def reference(bf16: bool, trained: str, tied: bool, broken: bool) -> Outcome:
 
 
 @pytest.mark.parametrize("zero_stage", [None, 0, 2, 3])
-def test_an_evaluation_between_steps_changes_nothing_of_them(outcomes: Any, zero_stage: int | None) -> None:
+def test_an_evaluation_before_or_between_steps_changes_nothing_of_them(outcomes: Any, zero_stage: int | None) -> None:
     """Bit for bit, on two ranks; and what both of them read is what one process reads of the last parameters."""
     case, ranks = Case(zero_stage, evaluated=True), [outcomes[2, rank] for rank in (0, 1)]
     for rank in ranks:
