@@ -52,6 +52,25 @@ def test_ray_accepts_the_file(prepared: dict[str, Any]) -> None:
     assert 0 < prepared["idle_timeout_minutes"] <= 15
 
 
+def ec2_problems(node_config: dict[str, Any]) -> str:
+    """What is wrong with a node as Ray asks EC2 for it, by botocore's description of that request; empty where all is well."""
+    from botocore.session import Session
+    from botocore.validate import ParamValidator
+
+    request = {k: v for k, v in node_config.items() if k != "SubnetIds"}
+    request |= {"SubnetId": node_config["SubnetIds"][0], "MinCount": 1, "MaxCount": 1}
+    shape = Session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    report: str = ParamValidator().validate(request, shape).generate_report()
+    return report
+
+
+def test_ec2_knows_what_it_is_asked_for() -> None:
+    for name, node in read("aws")["available_node_types"].items():
+        assert ec2_problems(node["node_config"]) == "", name
+    wrong = {**read("aws")["available_node_types"]["head"]["node_config"], "InstanceTyp": "m7i.large"}
+    assert "InstanceTyp" in ec2_problems(wrong)
+
+
 def test_ray_refuses_a_key_that_is_misspelt(config: dict[str, Any]) -> None:
     from jsonschema import ValidationError
 
