@@ -43,7 +43,10 @@ def cluster(head: Host, folder: Path, **provider: Any) -> dict[str, Any]:
             "priority": priority,
         }  # fmt: skip
 
+    commands = ("setup_commands", "head_setup_commands", "worker_setup_commands", "initialization_commands")
+    starts = ("head_start_ray_commands", "worker_start_ray_commands")
     return {
+        **{name: [] for name in (*commands, *starts)}, "auth": {}, "file_mounts": {}, "cluster_synced_files": [],
         "cluster_name": "test", "max_workers": 4, "idle_timeout_minutes": IDLE_S / 60, "head_node_type": "ray.head.default",
         "provider": {
             "type": "external", "module": "tests.scarce_nodes.ScarceNodes", "launch_multiple": True,
