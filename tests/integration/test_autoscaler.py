@@ -49,7 +49,7 @@ def cluster(head: Host, folder: Path, **provider: Any) -> dict[str, Any]:
         **{name: [] for name in (*commands, *starts)}, "auth": {}, "file_mounts": {}, "cluster_synced_files": [],
         "cluster_name": "test", "max_workers": 4, "idle_timeout_minutes": IDLE_S / 60, "head_node_type": "ray.head.default",
         "provider": {
-            "type": "external", "module": "tests.scarce_nodes.ScarceNodes", "launch_multiple": True,
+            "type": "external", "module": "tests.scarce_nodes.ScarceNodes", "launch_multiple": True, "disable_node_updaters": True,
             "head_node_id": FAKE_HEAD_NODE_ID, "gcs_address": f"{head.address}:{PORT}", "log": str(folder / "nodes.jsonl"),
             "scarce": [], "boot_s": 0, **provider,
         },
