@@ -224,7 +224,11 @@ class ClusterSection(Section):
         default_factory=dict,
         description="labels of the nodes that workers go to, e.g. {ray.io/accelerator-type: H100}; a value may be !v, in(v, w) or !in(v, w)",
     )
-    start_timeout_s: float = Field(600, gt=0, description="how long to wait for these resources before giving up")
+    start_timeout_s: float = Field(
+        600,
+        gt=0,
+        description="how long to wait for these resources before giving up; a node that an autoscaler starts may take many minutes",
+    )
     max_failures: int = Field(
         3, ge=0, description="lost workers that a run gets over by itself, one after the other without a new checkpoint"
     )

@@ -51,10 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         stages = examine.training_stages(recipe)
         if arguments.plan:
             from dpa_ray.doctor.plan import command
+            from dpa_ray.doctor.plan.arguments import read
 
-            command.run(
-                recipe, stages, command.read(arguments, stages), measure=arguments.measure, as_json=arguments.json
-            )
+            command.run(recipe, stages, read(arguments, stages), measure=arguments.measure, as_json=arguments.json)
             return 0
         num_shown = _one_natural(arguments.samples)
         given = given_step_times(arguments.step_time, stages)
@@ -92,7 +91,7 @@ def _one_natural(texts: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from dpa_ray.doctor.plan import command
+    from dpa_ray.doctor.plan.arguments import add_arguments
 
     parser = argparse.ArgumentParser(
         prog="doctor.py",
@@ -115,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         "--samples", action="append", default=[], metavar="N",
         help="real samples shown of each stage (default: 2); with --plan [STAGE=]N, samples of its data",
     )  # fmt: skip
-    command.add_arguments(parser)
+    add_arguments(parser)
     return parser
 
 

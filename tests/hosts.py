@@ -106,7 +106,12 @@ def network(folder: Path, names: list[str]) -> Iterator[dict[str, Host]]:
             _wait_for_namespace(keeper.pid)
             _run("ip", "link", "add", host.link, "type", "veth", "peer", "name", "eth0", "netns", str(keeper.pid))
             _run("ip", "link", "set", host.link, "master", bridge, "up")
-            for command in ("link set lo up", f"address add {host.address}/24 dev eth0", "link set eth0 up"):
+            for command in (
+                "link set lo up",
+                f"address add {host.address}/24 dev eth0",
+                "link set eth0 up",
+                f"route add default via {GATEWAY}",
+            ):
                 _run(*host.enter, "ip", *command.split())
         yield hosts
     finally:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from dpa_ray.data.cursor import Cursor, shares
-from dpa_ray.doctor.plan import command, control, estimate, options, timing
+from dpa_ray.doctor.plan import arguments, command, control, estimate, options, timing
 from dpa_ray.doctor.plan.facts import Facts, measured
 from dpa_ray.doctor.plan.options import Given, PlanOptions
 from dpa_ray.doctor.plan.reading import amplification, rows_per_group
@@ -263,13 +263,13 @@ def test_step_times_say_on_how_many_gpus() -> None:
             options.step_times([wrong], stages)
 
 
-def plan(capsys: pytest.CaptureFixture[str], made: Recipe, *arguments: str) -> str:
+def plan(capsys: pytest.CaptureFixture[str], made: Recipe, *told: str) -> str:
     parser = argparse.ArgumentParser()
     for name in ("--step-time", "--samples"):
         parser.add_argument(name, action="append", default=[])
-    command.add_arguments(parser)
+    arguments.add_arguments(parser)
     stages = ("proxy_llm", "proxy_mllm", "instruct")
-    given = command.read(parser.parse_args([*arguments]), stages)
+    given = arguments.read(parser.parse_args([*told]), stages)
     command.run(made, stages, given, measure=False, as_json=False)
     return capsys.readouterr().out
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-STATE_BYTES = 12
-"""Of a checkpoint for each trained parameter: fp32 master and AdamW's two moments."""
+from dpa_ray.doctor.cost import STATE_BYTES
 
 Q_BYTES = 8
 """Of q for each target: log q and the target's logit in fp32."""
