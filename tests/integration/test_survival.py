@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from dpa_ray.engine import words
 from tests import tiny_models
 from tests.integration.runs import STAGES, Run, losses, make_recipe, start_dpa
 
@@ -83,6 +84,9 @@ def assert_same_to_the_bit(run: Run, expected: Run) -> None:
         for key in ("loss", "nll_mean", "weight_mean", "grad_norm"):
             assert losses(run, stage, key) == losses(expected, stage, key), (stage, key)
     assert weights(run) == weights(expected)
+    for stage in STAGES:
+        found, other = (words.read(each.artifact(stage) / words.FILE) for each in (run, expected))
+        assert found == other, f"losses of words before and after {stage}"
 
 
 def assert_adds_up(goodput: dict[str, Any]) -> None:
@@ -121,6 +125,7 @@ def test_a_lost_worker_is_replaced_and_nothing_changes(
     assert_adds_up(goodput)
     assert goodput["wall_time_s"] == pytest.approx(run.info()["wall_time_s"], rel=0.1)
     assert goodput["reached"] == dict.fromkeys(STAGES, NUM_STEPS)
+    assert [where for _, kind, where, _ in goodput["timeline"]["events"] if kind == "restart"] == [stage]
     for name, parts in goodput["stages"].items():
         assert (parts["training_s"] > 0) == (name in STAGES), name
         assert (parts["lost_s"] > 0) == (name == stage), name
@@ -146,6 +151,7 @@ def test_the_same_command_goes_on_after_all_was_killed(
     goodput = run.info()["goodput"]
     assert_adds_up(goodput)
     assert goodput["num_attempts"] == 3
+    assert [kind for _, kind, _, _ in goodput["timeline"]["events"]].count("attempt") == 3
     assert goodput["wall_time_s"] > run.info()["wall_time_s"], "that of the killed ones counts too"
 
 
