@@ -204,6 +204,9 @@ def test_a_spot_notice_drains_its_node_and_the_stage_goes_on_elsewhere(
     cluster.remove_node(second, allow_graceful=False)
     last = wait_for_new_workers(running)
     times["goes on elsewhere"] = time.monotonic() - begun
+    logs = tmp_path / "store" / "runs" / "run" / "logs"  # copied when the workers were replaced, from both nodes
+    until("logs", lambda: any("a node was taken away" in file.read_text() for file in logs.glob("*/driver.log")))
+    until("workers' logs", lambda: bool(list(logs.glob("*/*/worker-*"))))
     print("after the notice:", *(f"{what} {at_s:.1f} s" for what, at_s in times.items()), sep="  ", file=sys.stderr)
     run = running.kill_all()
     assert last > step
