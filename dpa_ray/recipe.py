@@ -9,30 +9,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator
 
 from dpa_ray.recipe_errors import RecipeError, credentials_in, key_path, message, shown
+from dpa_ray.recipe_running import (
+    CheckpointSection,
+    ClusterSection,
+    DebugSection,
+    DeepspeedSection,
+    EvalSection,
+    TrackersSection,
+)
 from dpa_ray.recipe_sources import ColumnsSection, Section, SourceEntry, SourceOptions, SourceSection
+from dpa_ray.recipe_stages import (
+    BOUNDS_ORDER,
+    METHOD_WEIGHTS,
+    WEIGHT_BOUNDS,
+    CmoSection,
+    Method,
+    StagesSection,
+    Weights,
+)
 from dpa_ray.recipe_yaml import apply_override, read_yaml
 
 __all__ = [
     "ColumnsSection", "Recipe", "RecipeError", "SourceEntry", "SourceOptions", "SourceSection", "find_recipe",
     "json_schema", "load", "parse",
 ]  # fmt: skip
-
-Method = Literal["vanilla", "pmo", "cmo", "cal", "dpa"]
-Weights = Literal["uniform", "prob", "logit"]
-
-PROXY_METHODS = ("pmo", "dpa")
-"""Methods whose stage 2 runs on the proxy LLM, and which therefore have a stage 1."""
-
-METHOD_WEIGHTS: dict[str, Weights] = {
-    "vanilla": "uniform", "pmo": "uniform", "cmo": "prob", "cal": "logit", "dpa": "prob",
-}  # fmt: skip
-"""Token weights of stages 2 and 3 by method (stage 1 is always uniform)."""
-
-WEIGHT_BOUNDS: dict[Weights, tuple[float, float]] = {"uniform": (1.0, 1.0), "prob": (0.05, 0.5), "logit": (1.0, 5.0)}
-"""Default clamp bounds: DPA's alpha and beta (arXiv 2509.14735), CAL's (arXiv 2405.17871)."""
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """Names become folders and object keys."""
@@ -88,205 +91,6 @@ class DataSection(Section):
     )
     prefetch_batches: int = Field(2, ge=1, le=8)
     workers: int = Field(2, ge=1, description="decode tasks at once for each training worker")
-
-
-BOUNDS_ORDER = "expected lower <= upper"
-"""How both checks of the clamp bounds begin: a sweep leaves such points out."""
-
-
-class CmoSection(Section):
-    lower: float | None = Field(None, ge=0)
-    upper: float | None = Field(None, gt=0)
-    window: int = Field(3, ge=1)
-    blind: Literal["auto", "cached", "live"] = Field(
-        "auto",
-        description="q of stages whose LLM is frozen, which stage 2's is and stage 3's may be: computed once and kept "
-        "(cached, and auto where it can be), or at every step (live, and always where the LLM is trained)",
-    )
-
-    @model_validator(mode="after")
-    def _ordered(self) -> CmoSection:
-        if self.lower is not None and self.upper is not None and self.lower > self.upper:
-            raise ValueError(f"{BOUNDS_ORDER}, found lower {self.lower} > upper {self.upper}")
-        if self.window % 2 == 0:
-            raise ValueError(f"expected an odd window (the token and as many on either side), found {self.window}")
-        return self
-
-
-class LoraSection(Section):
-    rank: int = Field(256, gt=0)
-    alpha: float = Field(512, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-
-
-class StageSection(Section):
-    """What every stage has."""
-
-    lr: float = Field(ge=0)
-    epochs: int = Field(1, gt=0)
-    global_batch_size: int = Field(256, gt=0, description="samples per optimizer step over all workers")
-    micro_batch_size: int = Field(8, gt=0, description="samples per forward on one worker, at most")
-    max_length: int = Field(8192, gt=1, description="tokens per sample, image tokens counted")
-    max_steps: int | None = Field(None, gt=0, description="stop (and end the lr schedule) after so many steps")
-    grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup_fraction: float = Field(0.03, ge=0, le=1)
-    gradient_checkpointing: bool = True
-
-    @model_validator(mode="before")
-    @classmethod
-    def _betas_from_yaml(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("betas"), list):
-            values = {**values, "betas": tuple(values["betas"])}
-        return values
-
-    @model_validator(mode="after")
-    def _betas_in_range(self) -> StageSection:
-        if not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"expected both betas in [0, 1), found {list(self.betas)}")
-        return self
-
-
-class ProxyLlmSection(StageSection):
-    lr: float = Field(4.0e-5, ge=0)
-    packing: bool = Field(True, description="lay a micro-batch's samples into rows without padding; same result")
-    llm: Literal["lora", "full"] = Field(
-        "lora", description="what of the proxy is trained: a LoRA, or (for an ablation) the LLM in full"
-    )
-    lora: LoraSection = Field(default_factory=LoraSection)
-    from_: str | None = Field(None, alias="from", description="PEFT adapter folder to take instead of training")
-
-
-class ProxyMllmSection(StageSection):
-    lr: float = Field(2.0e-3, ge=0)
-    weights: Weights | None = None
-    from_: str | None = Field(
-        None, alias="from", description="connector (safetensors folder or mm_projector.bin) to take"
-    )
-
-
-class InstructSection(StageSection):
-    lr: float = Field(4.0e-5, ge=0)
-    max_length: int = Field(2048, gt=1)
-    weights: Weights | None = None
-    llm: Literal["full", "lora", "frozen"] = "full"
-    group_by_length: bool = Field(
-        True, description="steps all with or all without images where possible, passes of samples of like length"
-    )
-    lora: LoraSection = Field(default_factory=LoraSection)
-
-
-class StagesSection(Section):
-    proxy_llm: ProxyLlmSection = Field(default_factory=ProxyLlmSection)
-    proxy_mllm: ProxyMllmSection = Field(default_factory=ProxyMllmSection)
-    instruct: InstructSection = Field(default_factory=InstructSection)
-
-
-class DeepspeedSection(Section):
-    zero_stage: int = Field(2, ge=0, le=3)
-
-
-class ElasticSection(Section):
-    """As many workers as the cluster has room for."""
-
-    min: int = Field(gt=0)
-    max: int = Field(gt=0)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> ElasticSection:
-        if self.min > self.max:
-            raise ValueError(f"expected min <= max, found min {self.min} and max {self.max}")
-        return self
-
-
-_LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
-LabelKey = Annotated[str, Field(pattern=rf"^([a-zA-Z0-9.-]{{1,253}}/)?{_LABEL}$")]
-LabelCondition = Annotated[str, Field(pattern=rf"^!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))$")]
-"""Labels of Ray's nodes, and what is asked of one, as Ray 2.60 reads them."""
-
-
-def _is_range(workers: Any) -> str:
-    return "<range>" if isinstance(workers, dict | ElasticSection) else "<number>"
-
-
-class ClusterSection(Section):
-    workers: Annotated[
-        Annotated[int, Field(gt=0), Tag("<number>")] | Annotated[ElasticSection, Tag("<range>")],
-        Discriminator(_is_range),
-    ] = Field(
-        8,
-        description="a number, or {min, max}: as many as there is room for, fewer when nodes go and more when they come",
-    )
-    gpus_per_worker: float = Field(1, ge=0)
-    cpus_per_worker: float = Field(0.5, gt=0)
-    label_selector: dict[LabelKey, LabelCondition] = Field(
-        default_factory=dict,
-        description="labels of the nodes that workers go to, e.g. {ray.io/accelerator-type: H100}; a value may be !v, in(v, w) or !in(v, w)",
-    )
-    start_timeout_s: float = Field(
-        600,
-        gt=0,
-        description="how long to wait for these resources before giving up; a node that an autoscaler starts may take many minutes",
-    )
-    max_failures: int = Field(
-        3, ge=0, description="lost workers that a run gets over by itself, one after the other without a new checkpoint"
-    )
-    max_preemptions: int | None = Field(
-        20,
-        ge=0,
-        description="the same of nodes that are taken away, which count apart; null: however many, as long as it takes",
-    )
-    collective_timeout_s: float = Field(
-        600,
-        ge=10,
-        description="how long workers wait for one whose process does not answer before all are replaced; for one that "
-        "answers but does not come to a collective, data.stall_timeout_s longer",
-    )
-
-    @property
-    def min_workers(self) -> int:
-        return self.workers if isinstance(self.workers, int) else self.workers.min
-
-    @property
-    def max_workers(self) -> int:
-        return self.workers if isinstance(self.workers, int) else self.workers.max
-
-
-class CheckpointSection(Section):
-    every_s: float | None = Field(300, gt=0)
-    every_steps: int | None = Field(None, gt=0)
-    keep: int = Field(2, gt=0)
-
-
-class EvalSection(Section):
-    max_samples: int = Field(500, gt=0, description="held-out samples of each set; the rest is left out")
-    batch_size: int = Field(50, gt=0)
-    max_new_tokens: int = Field(32, gt=0)
-    every_steps: int | None = Field(
-        None, gt=0, description="held-out nll after so many steps of a stage, and after its last; null: only at the end"
-    )
-    running_samples: int = Field(64, gt=0, description="held-out samples read each time, while a stage runs")
-
-
-class WandbSection(Section):
-    project: str
-    entity: str | None = None
-
-
-class MlflowSection(Section):
-    tracking_uri: str
-    experiment: str = "dpa_ray"
-
-
-class TrackersSection(Section):
-    tensorboard: bool = True
-    wandb: WandbSection | None = None
-    mlflow: MlflowSection | None = None
-
-
-class DebugSection(Section):
-    record_samples: bool = False
 
 
 class Recipe(Section):

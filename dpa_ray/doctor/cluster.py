@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dpa_ray.engine import launch
-from dpa_ray.recipe import ClusterSection
+from dpa_ray.recipe_running import ClusterSection
 
 ASK_TIMEOUT_S = 30.0
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from dpa_ray.doctor.memory import Counts
 from dpa_ray.errors import UserError
-from dpa_ray.recipe import PROXY_METHODS, Recipe
+from dpa_ray.recipe import Recipe
+from dpa_ray.recipe_stages import PROXY_METHODS
 from dpa_ray.report.metrics import FILE as METRICS
 from dpa_ray.stages.runs import RUN_FILE
 from dpa_ray.store.fs import Store

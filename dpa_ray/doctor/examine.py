@@ -17,7 +17,8 @@ from dpa_ray.engine import placing
 from dpa_ray.model.export import processor_for
 from dpa_ray.model.tower import TowerSpec, tower_spec
 from dpa_ray.model.vlm import ModelRef, load_llm_config, quiet_loading
-from dpa_ray.recipe import PROXY_METHODS, Recipe, SourceSection
+from dpa_ray.recipe import Recipe, SourceSection
+from dpa_ray.recipe_stages import PROXY_METHODS
 from dpa_ray.report import trackers
 from dpa_ray.report.console import duration
 from dpa_ray.stages import arithmetic, build, preflight, supervision

@@ -7,7 +7,8 @@ from typing import Any
 from dpa_ray.credentials import without_credentials
 from dpa_ray.data.prepare import find_prepared
 from dpa_ray.errors import Unreachable
-from dpa_ray.recipe import PROXY_METHODS, Recipe
+from dpa_ray.recipe import Recipe
+from dpa_ray.recipe_stages import PROXY_METHODS
 from dpa_ray.report import console
 from dpa_ray.stages.pipeline import make_plan, num_steps
 from dpa_ray.stages.preflight import trainables

@@ -26,7 +26,7 @@ from dpa_ray.engine.placing import Labels, matches, on_labels, worker_resources
 from dpa_ray.engine.pulse import Standstill
 from dpa_ray.engine.worker import run_worker
 from dpa_ray.errors import UserError
-from dpa_ray.recipe import ClusterSection
+from dpa_ray.recipe_running import ClusterSection
 from dpa_ray.stages.spec import Task
 from dpa_ray.store.fs import Store
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dpa_ray.data.ingest import TASK_CPUS
-from dpa_ray.recipe import ClusterSection
+from dpa_ray.recipe_running import ClusterSection
 
 Resources = Mapping[str, float]
 """What a node has, or a worker asks for, by Ray's names: CPU, GPU."""

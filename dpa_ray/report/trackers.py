@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpa_ray.errors import UserError
-from dpa_ray.recipe import MlflowSection, TrackersSection, WandbSection
+from dpa_ray.recipe_running import MlflowSection, TrackersSection, WandbSection
 
 LOG = logging.getLogger(__name__)
 

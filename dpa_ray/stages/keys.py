@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dpa_ray.recipe import PROXY_METHODS, Recipe, SourceSection
+from dpa_ray.recipe import Recipe, SourceSection
+from dpa_ray.recipe_stages import PROXY_METHODS
 from dpa_ray.stages import blind, build, instruct, proxy_llm, proxy_mllm
 from dpa_ray.stages.spec import BLIND, Weights
 

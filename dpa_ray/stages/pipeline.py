@@ -16,7 +16,8 @@ from dpa_ray.data.prepare import Known, Prepared, find_prepared, prepare, source
 from dpa_ray.data.retry import bridging
 from dpa_ray.data.skip import Skipped
 from dpa_ray.errors import LeaseTaken
-from dpa_ray.recipe import PROXY_METHODS, Recipe, SourceSection
+from dpa_ray.recipe import Recipe, SourceSection
+from dpa_ray.recipe_stages import PROXY_METHODS
 from dpa_ray.report.metrics import FILE as METRICS
 from dpa_ray.report.metrics import MetricsLog
 from dpa_ray.stages import build, imports, keys, skips, supervision, weights

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from dpa_ray.recipe import METHOD_WEIGHTS, Method, RecipeError
+from dpa_ray.recipe import RecipeError
 from dpa_ray.recipe_errors import shown
+from dpa_ray.recipe_stages import METHOD_WEIGHTS, Method
 from dpa_ray.sweep.space import Point, Space, errors_of
 
 BASELINE = "vanilla"

@@ -13,7 +13,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from dpa_ray.recipe import BOUNDS_ORDER, RecipeError
+from dpa_ray.recipe import RecipeError
+from dpa_ray.recipe_stages import BOUNDS_ORDER
 from dpa_ray.sweep.space import MAX_DRAWS, Domain, Point, Space, breaks_bounds, grid_points
 
 Mode = Literal["min", "max"]

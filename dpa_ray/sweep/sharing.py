@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from dpa_ray.recipe import PROXY_METHODS, Recipe
+from dpa_ray.recipe import Recipe
+from dpa_ray.recipe_stages import PROXY_METHODS
 from dpa_ray.stages import keys
 from dpa_ray.stages.spec import Task, Weights
 from dpa_ray.store.artifacts import content_key

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError
 
-from dpa_ray.recipe import BOUNDS_ORDER, Recipe, RecipeError, parse
+from dpa_ray.recipe import Recipe, RecipeError, parse
 from dpa_ray.recipe_errors import key_path, message, shown
 from dpa_ray.recipe_sources import Section
+from dpa_ray.recipe_stages import BOUNDS_ORDER
 from dpa_ray.recipe_yaml import read_yaml
 from dpa_ray.stages.runs import HOW_ONLY
 

@@ -18,7 +18,7 @@ from ray.tune.stopper import Stopper
 
 from dpa_ray.engine import launch
 from dpa_ray.engine.placing import Resources, place, worker_resources
-from dpa_ray.recipe import ClusterSection
+from dpa_ray.recipe_running import ClusterSection
 from dpa_ray.sweep.record import one_line
 from dpa_ray.sweep.sharing import Claims
 from dpa_ray.sweep.space import AshaSection

@@ -37,7 +37,7 @@ from dpa_ray.engine.feed import Feed
 from dpa_ray.engine.launch import Starting
 from dpa_ray.engine.messages import FAILED, Beat, Board
 from dpa_ray.errors import UserError
-from dpa_ray.recipe import ClusterSection
+from dpa_ray.recipe_running import ClusterSection
 from dpa_ray.store import Store
 from tests.unit.test_ingest import equal, prepared_loader
 from tests.unit.test_prepare import small_parts, tree  # noqa: F401

@@ -15,7 +15,8 @@ from dpa_ray.doctor.cluster import smallest_gpu_bytes
 from dpa_ray.doctor.findings import Findings, number
 from dpa_ray.engine.placing import matches, place, problems
 from dpa_ray.errors import UserError
-from dpa_ray.recipe import ClusterSection, Recipe
+from dpa_ray.recipe import Recipe
+from dpa_ray.recipe_running import ClusterSection
 from dpa_ray.report.metrics import MetricsLog
 from dpa_ray.stages.arithmetic import batch_layout, risks
 from dpa_ray.stages.runs import Run

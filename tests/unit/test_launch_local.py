@@ -10,7 +10,7 @@ import ray
 
 from dpa_ray.engine import launch
 from dpa_ray.errors import UserError
-from dpa_ray.recipe import ClusterSection
+from dpa_ray.recipe_running import ClusterSection
 
 CLUSTER = ClusterSection(workers=2, gpus_per_worker=0, cpus_per_worker=1)
 

@@ -12,16 +12,8 @@ import pytest
 import yaml
 
 from dpa_ray.data.mixture import entries
-from dpa_ray.recipe import (
-    METHOD_WEIGHTS,
-    RECIPES_DIR,
-    RecipeError,
-    SourceSection,
-    find_recipe,
-    json_schema,
-    load,
-    parse,
-)
+from dpa_ray.recipe import RECIPES_DIR, RecipeError, SourceSection, find_recipe, json_schema, load, parse
+from dpa_ray.recipe_stages import METHOD_WEIGHTS
 from dpa_ray.recipe_yaml import from_yaml, read_yaml
 from tests.recipe_helpers import SMALLEST, errors_of, written
 

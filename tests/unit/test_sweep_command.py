@@ -10,7 +10,8 @@ from types import ModuleType
 import pytest
 
 from dpa_ray.errors import UserError
-from dpa_ray.recipe import ClusterSection, RecipeError, load
+from dpa_ray.recipe import RecipeError, load
+from dpa_ray.recipe_running import ClusterSection
 from dpa_ray.sweep.main import Options, default_space, make_plan_of
 from dpa_ray.sweep.search import Grid, Optuna, Random
 

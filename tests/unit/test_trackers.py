@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.proto.wandb_internal_pb2 import Record
 
 from dpa_ray.errors import UserError
-from dpa_ray.recipe import MlflowSection, TrackersSection, WandbSection
+from dpa_ray.recipe_running import MlflowSection, TrackersSection, WandbSection
 from dpa_ray.report.trackers import Trackers, check
 
 CONFIG = {"name": "tiny", "seed": 0, "stages": {"instruct": {"lr": 1e-3, "betas": [0.9, 0.999]}}}

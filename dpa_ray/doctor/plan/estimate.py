@@ -15,7 +15,8 @@ from dpa_ray.doctor.plan.reading import amplification
 from dpa_ray.doctor.plan.timing import Layout, Speed
 from dpa_ray.doctor.plan.work import Q_BYTES, Work
 from dpa_ray.errors import UserError
-from dpa_ray.recipe import PROXY_METHODS, Recipe
+from dpa_ray.recipe import Recipe
+from dpa_ray.recipe_stages import PROXY_METHODS
 
 TEXT_BYTES_PER_TOKEN = 5
 """Of UTF-8 text and its columns: the q job reads the shards without their images."""
