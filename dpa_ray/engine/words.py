@@ -44,7 +44,7 @@ SCHEMA = pa.schema(
 
 HELD_OUT, TRAINING = "held-out", "training"
 
-MAX_SAMPLES = 200
+MAX_SAMPLES = 128
 """Evenly from the data: two passes of so many are seconds beside a stage."""
 
 MAX_BATCH = 32
