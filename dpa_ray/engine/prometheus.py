@@ -125,7 +125,8 @@ class Exporter:
             self.metrics[metric.name].set(value, tags=self._labels(metric, labels))
 
     def _count(self, metric: Metric, number: int, **labels: str) -> None:
-        self.metrics[metric.name].inc(number, tags=self._labels(metric, labels))
+        if number > 0:  # Ray takes no other
+            self.metrics[metric.name].inc(number, tags=self._labels(metric, labels))
 
     def _labels(self, metric: Metric, more: dict[str, str]) -> dict[str, str]:
         own = {"run": self.run, "stage": self.stage}
