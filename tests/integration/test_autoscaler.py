@@ -70,7 +70,7 @@ def run_on(head: Host, folder: Path, recipe: dict[str, Any], **provider: Any) ->
     head.start_ray(head, env, folder, "--num-cpus=0", f"--autoscaling-config={config}")
     job = {"RAY_ADDRESS": f"{head.address}:{PORT}", "RAY_AUTH_MODE": "disabled"}
     begun = time.time()
-    run = start_dpa(recipe, folder / "store", "run", env=job, prefix=head.enter).finished(300)
+    run = start_dpa(recipe, folder / "store", "run", env=job, prefix=head.enter).finished(420)
     log = folder / "nodes.jsonl"
 
     def events() -> list[Any]:
