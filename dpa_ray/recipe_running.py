@@ -1,0 +1,115 @@
+"""The recipe's words on how a run is done: cluster, engine, checkpoints, evaluation, trackers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from dpa_ray.recipe_sources import Section
+
+
+class DeepspeedSection(Section):
+    zero_stage: int = Field(2, ge=0, le=3)
+
+
+class ElasticSection(Section):
+    """As many workers as the cluster has room for."""
+
+    min: int = Field(gt=0)
+    max: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ElasticSection:
+        if self.min > self.max:
+            raise ValueError(f"expected min <= max, found min {self.min} and max {self.max}")
+        return self
+
+
+_LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+LabelKey = Annotated[str, Field(pattern=rf"^([a-zA-Z0-9.-]{{1,253}}/)?{_LABEL}$")]
+LabelCondition = Annotated[str, Field(pattern=rf"^!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))$")]
+"""Labels of Ray's nodes, and what is asked of one, as Ray 2.60 reads them."""
+
+
+def _is_range(workers: Any) -> str:
+    return "<range>" if isinstance(workers, dict | ElasticSection) else "<number>"
+
+
+class ClusterSection(Section):
+    workers: Annotated[
+        Annotated[int, Field(gt=0), Tag("<number>")] | Annotated[ElasticSection, Tag("<range>")],
+        Discriminator(_is_range),
+    ] = Field(
+        8,
+        description="a number, or {min, max}: as many as there is room for, fewer when nodes go and more when they come",
+    )
+    gpus_per_worker: float = Field(1, ge=0)
+    cpus_per_worker: float = Field(0.5, gt=0)
+    label_selector: dict[LabelKey, LabelCondition] = Field(
+        default_factory=dict,
+        description="labels of the nodes that workers go to, e.g. {ray.io/accelerator-type: H100}; a value may be !v, in(v, w) or !in(v, w)",
+    )
+    start_timeout_s: float = Field(
+        600,
+        gt=0,
+        description="how long to wait for these resources before giving up; a node that an autoscaler starts may take many minutes",
+    )
+    max_failures: int = Field(
+        3, ge=0, description="lost workers that a run gets over by itself, one after the other without a new checkpoint"
+    )
+    max_preemptions: int | None = Field(
+        20,
+        ge=0,
+        description="the same of nodes that are taken away, which count apart; null: however many, as long as it takes",
+    )
+    collective_timeout_s: float = Field(
+        600,
+        ge=10,
+        description="how long workers wait for one whose process does not answer before all are replaced; for one that "
+        "answers but does not come to a collective, data.stall_timeout_s longer",
+    )
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
+
+class CheckpointSection(Section):
+    every_s: float | None = Field(300, gt=0)
+    every_steps: int | None = Field(None, gt=0)
+    keep: int = Field(2, gt=0)
+
+
+class EvalSection(Section):
+    max_samples: int = Field(500, gt=0, description="held-out samples of each set; the rest is left out")
+    batch_size: int = Field(50, gt=0)
+    max_new_tokens: int = Field(32, gt=0)
+    every_steps: int | None = Field(
+        None, gt=0, description="held-out nll after so many steps of a stage, and after its last; null: only at the end"
+    )
+    running_samples: int = Field(64, gt=0, description="held-out samples read each time, while a stage runs")
+
+
+class WandbSection(Section):
+    project: str
+    entity: str | None = None
+
+
+class MlflowSection(Section):
+    tracking_uri: str
+    experiment: str = "dpa_ray"
+
+
+class TrackersSection(Section):
+    tensorboard: bool = True
+    wandb: WandbSection | None = None
+    mlflow: MlflowSection | None = None
+
+
+class DebugSection(Section):
+    record_samples: bool = False
