@@ -66,8 +66,6 @@ def run_on(head: Host, folder: Path, recipe: dict[str, Any], **provider: Any) ->
     config.write_text(yaml.safe_dump(cluster(head, folder, **provider)))
     env = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(hosts.ROOT)}
     env |= {"RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
-    # without it a type of higher priority that cannot be had is asked for again and again, and no other
-    env["RAY_AUTOSCALER_AVAILABILITY_RECOVERY_S"] = "300"
     env |= {"RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID}
     head.start_ray(head, env, folder, "--num-cpus=0", f"--autoscaling-config={config}")
     job = {"RAY_ADDRESS": f"{head.address}:{PORT}", "RAY_AUTH_MODE": "disabled"}
