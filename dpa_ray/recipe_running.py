@@ -50,6 +50,14 @@ class ClusterSection(Section):
         default_factory=dict,
         description="labels of the nodes that workers go to, e.g. {ray.io/accelerator-type: H100}; a value may be !v, in(v, w) or !in(v, w)",
     )
+    fallback_label_selector: dict[LabelKey, LabelCondition] = Field(
+        default_factory=dict,
+        description="labels of other nodes that the autoscaler is asked for where no workers came for fallback_after_s, beside label_selector's, "
+        "e.g. {ray.io/market-type: on-demand} where spot nodes cannot be had",
+    )
+    fallback_after_s: float = Field(
+        300, gt=0, description="longer than a node takes to start, or more nodes are paid for than are needed"
+    )
     start_timeout_s: float = Field(
         600,
         gt=0,
@@ -69,6 +77,14 @@ class ClusterSection(Section):
         description="how long workers wait for one whose process does not answer before all are replaced; for one that "
         "answers but does not come to a collective, data.stall_timeout_s longer",
     )
+
+    @model_validator(mode="after")
+    def _falls_back_in_time(self) -> ClusterSection:
+        if self.fallback_label_selector and self.fallback_after_s >= self.start_timeout_s:
+            raise ValueError(
+                f"expected fallback_after_s < start_timeout_s, found {self.fallback_after_s:g} and {self.start_timeout_s:g}"
+            )
+        return self
 
     @property
     def min_workers(self) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -140,7 +141,11 @@ def launch(
             callbacks=[Failures(board, cluster.max_failures, cluster.max_preemptions, cluster.collective_timeout_s)],
         ),
     )
-    fit, starting, standstill = _Fit(trainer), Starting(cluster), Standstill(cluster.collective_timeout_s)
+
+    def note(text: str) -> None:
+        handle("note", {"text": text}, time.time())
+
+    fit, starting, standstill = _Fit(trainer), Starting(cluster, note), Standstill(cluster.collective_timeout_s)
     looked_at = time.monotonic()
     try:
         while True:
@@ -154,12 +159,13 @@ def launch(
             if time.monotonic() - looked_at >= LOOK_EVERY_S:
                 looked_at = time.monotonic()
                 if (told := standstill.look(ray.get(board.last_beats.remote()))) is not None:
-                    handle("note", {"text": told}, time.time())
+                    note(told)
             check()
             fit.join(POLL_S)
         if fit.error is not None:
             raise _for_user(fit.error) from fit.error
     finally:
+        starting.end()
         if fit.ended:
             ray.kill(board)
         elif ray.get_runtime_context().get_actor_id() is None:
@@ -190,9 +196,10 @@ class _Fit(threading.Thread):
 class Starting:
     """Are there workers, or are they waited for, at first and after each failure? Ray would wait for ever."""
 
-    def __init__(self, cluster: ClusterSection):
-        self.cluster = cluster
+    def __init__(self, cluster: ClusterSection, note: Callable[[str], None]):
+        self.cluster, self.note = cluster, note
         self.since: float | None = time.monotonic()
+        self.asks_for_others = False
 
     def saw(self, kind: str) -> None:
         """An event: FAILED begins the wait for new workers; only theirs that they are there ends it, as what is left of
@@ -201,16 +208,41 @@ class Starting:
             self.since = time.monotonic()
         elif kind == STARTED:
             self.since = None
+            self.end()
+
+    def end(self) -> None:
+        """Other nodes are no longer asked for: those that are there stay as long as they are used."""
+        if self.asks_for_others:
+            self.asks_for_others = False
+            request_resources(bundles=[])
 
     def check(self) -> None:
-        """Raises: UserError where there have been no workers for `cluster.start_timeout_s`."""
-        if self.since is None or time.monotonic() - self.since < self.cluster.start_timeout_s:
+        """Asks for other nodes where there have been no workers for `cluster.fallback_after_s`. Raises: UserError where there
+        have been none for `cluster.start_timeout_s`."""
+        if self.since is None:
+            return
+        waited_s, other = time.monotonic() - self.since, self.cluster.fallback_label_selector
+        if other and not self.asks_for_others and waited_s >= self.cluster.fallback_after_s:
+            self.asks_for_others = True
+            self._ask_for_others(other)
+        if waited_s < self.cluster.start_timeout_s:
             return
         raise UserError(
             f"no workers for {self.cluster.start_timeout_s:g} s (cluster.start_timeout_s): {_asked_and_found(self.cluster)} "
             f"in all; {_there(self.cluster, ray.available_resources())} free in the whole cluster. Add nodes (or give those that an "
             "autoscaler starts more time), or ask for less: cluster.workers, cluster.gpus_per_worker (0 trains on CPUs), "
             "cluster.cpus_per_worker, cluster.label_selector. What was saved stays, and the same command goes on from there"
+        )
+
+    def _ask_for_others(self, other: Labels) -> None:
+        """Ray's autoscaler goes on asking for nodes that a cloud refuses (it counts only those that came and never joined), and
+        workers fit on whatever comes: so nodes of a kind that the recipe names are asked for by name."""
+        labels = {**self.cluster.label_selector, **other}
+        num = self.cluster.min_workers
+        request_resources(bundles=[worker_resources(self.cluster)] * num, bundle_label_selectors=[labels] * num)
+        named = ", ".join(f"{label}: {condition}" for label, condition in labels.items())
+        self.note(
+            f"no workers for {self.cluster.fallback_after_s:g} s (cluster.fallback_after_s): the autoscaler is asked for nodes labelled {{{named}}}"
         )
 
 

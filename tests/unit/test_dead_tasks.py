@@ -239,7 +239,7 @@ def test_a_batch_that_does_not_come_is_said_with_what_was_asked_for_and_what_the
 
 def test_workers_that_do_not_come_are_said_with_what_was_asked_for_and_what_there_is(local_ray: None) -> None:
     cluster = ClusterSection(workers=3, gpus_per_worker=0, cpus_per_worker=1, start_timeout_s=0.2)
-    starting = Starting(cluster)
+    starting = Starting(cluster, print)
     starting.check()
     starting.saw("workers_started")
     time.sleep(0.3)

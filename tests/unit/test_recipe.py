@@ -347,3 +347,11 @@ def test_q_of_stage_three_is_computed_beforehand_where_its_llm_is_frozen() -> No
         assert not parse({**SMALLEST, **change}).caches_blind("instruct")
     alone = {"proxy_mllm": {"from": "a.safetensors"}, **frozen["stages"]}
     assert parse({**SMALLEST, "stages": alone, "cmo": {"blind": "cached"}}).caches_blind("instruct")
+
+
+def test_other_nodes_are_asked_for_before_the_wait_ends() -> None:
+    cluster = {"fallback_label_selector": {"ray.io/market-type": "on-demand"}, "start_timeout_s": 300}
+    values = {**SMALLEST, "cluster": cluster}
+    with pytest.raises(RecipeError, match="expected fallback_after_s < start_timeout_s, found 300 and 300"):
+        parse(values)
+    assert parse({**values, "cluster": cluster | {"fallback_after_s": 60}}).cluster.fallback_after_s == 60
