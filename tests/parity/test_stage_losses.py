@@ -100,6 +100,7 @@ def test_proxy_adapter_is_what_the_method_says(measured: Run) -> None:
     assert all(tensor.abs().max() > 0 for tensor in adapter.values())
 
 
+@pytest.mark.ci
 def test_gemma2_without_bos_two_workers(
     tmp_path: Path, tiny_llm: Callable, tiny_tower: Callable, captions: LlavaData, conversations: LlavaData
 ) -> None:
@@ -125,7 +126,7 @@ MATRIX: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
 }
 
 
-IN_CI = {("gemma2", "vanilla", True), ("mistral", "dpa", True), ("llama", "dpa", False)}
+IN_CI = {("mistral", "vanilla", True), ("llama", "dpa", False)}
 
 
 def _matrix() -> list[Any]:
