@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpa_ray.batch import IGNORE_INDEX, Batch
 from dpa_ray.model.cmo import TargetScores, probability_gain
+from dpa_ray.model.last_layer import only_read
 from dpa_ray.model.packed import positions_of
 from dpa_ray.model.step import StepModule, spread
 
@@ -54,12 +55,14 @@ def both_scores(module: StepModule, batch: Batch) -> BothScores:
 def _both_scores(module: StepModule, batch: Batch) -> BothScores:
     row, column = (batch.labels != IGNORE_INDEX).nonzero(as_tuple=True)
     target, positions = batch.labels[row, column], positions_of(batch)
-    hidden = module.decoder(
-        inputs_embeds=module._embed(batch),
-        attention_mask=batch.attention_mask,
-        position_ids=positions,
-        use_cache=False,
-    ).last_hidden_state
+    embeds = module._embed(batch)
+    with only_read(module.decoder, row, column - 1, batch.labels.shape):
+        hidden = module.decoder(
+            inputs_embeds=embeds,
+            attention_mask=batch.attention_mask,
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
     seen = module.scorer.score(hidden[row, column - 1], target)
     if not module.is_vlm:
         return BothScores(row, column, seen, seen, torch.zeros_like(row, dtype=torch.bool))
