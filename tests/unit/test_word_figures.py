@@ -11,7 +11,7 @@ from dpa_ray.report.content import RunData, WordLosses
 from dpa_ray.report.figures import Figure
 from dpa_ray.report.page import Drawing, Section, Table
 from dpa_ray.report.sweep_page import sweep_page
-from dpa_ray.report.word_figures import by_name_or_method, word_section
+from dpa_ray.report.word_figures import OTHER_DATA, by_name_or_method, word_section
 from tests.report_data import run_data, sweep, words_of
 
 
@@ -88,6 +88,16 @@ def test_runs_of_a_series_are_shown_as_their_mean_over_the_words_that_all_have()
     found = figures(word_section([("x", run_of(first)), ("x", run_of(second)), ("y", run_of(first))]))
     assert [(r[0], *r[2:4]) for r in found["words-instruct"].rows] == [("a", 5, 2.5)]
     assert figures(word_section([("x", run_of([row("a", 1, 1)])), ("x", run_of([row("b", 1, 1)]))])) == {}
+
+
+def test_runs_whose_samples_are_not_the_same_are_told_apart() -> None:
+    """A stage is reused whatever it was looked at with, so that its words may be of another held-out set."""
+    runs = [
+        (name, replace(run_data(name), words={"instruct": WordLosses("held-out", "9", [row("a", 4, 2)], digest)}))
+        for name, digest in (("x", "1"), ("y", "1"), ("z", "2"))
+    ]
+    notes = [figures(word_section(some))["word-groups-instruct"].note for some in (runs[:2], runs)]
+    assert [OTHER_DATA in note for note in notes] == [False, True]
 
 
 def test_many_runs_are_shown_by_method() -> None:
