@@ -120,3 +120,16 @@ def test_a_sweep_shows_its_variants_or_else_its_best_trial(variants: tuple[str |
     values["trials"] = [{**trial, "variant": variants[n % 2]} for n, trial in enumerate(values["trials"])]
     words = {t["name"]: {"instruct": words_of(n / 10)} for n, t in enumerate(values["trials"])}
     assert expected in sweep_page("ranks", "/store/sweeps/ranks", values, words)
+
+
+def test_a_sweep_says_of_how_many_trials_its_words_are() -> None:
+    """A page of many trials has not the words of all."""
+    values = sweep()
+    values["trials"] = [{**trial, "variant": "ab"[n % 2]} for n, trial in enumerate(values["trials"])]
+    done = [trial["name"] for trial in values["trials"] if trial["status"] == "done"]
+    words = {name: {"instruct": words_of()} for name in done}
+    assert "trials that are done" not in sweep_page("ranks", "/store", values, words)
+    del words[done[0]]
+    assert f"Of {len(done) - 1} of the {len(done)} trials that are done." in sweep_page(
+        "ranks", "/store", values, words
+    )
