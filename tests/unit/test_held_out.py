@@ -16,8 +16,8 @@ from dpa_ray.engine.held_out import HeldOut, held_out_loader, while_running
 from dpa_ray.errors import UserError
 from dpa_ray.eval.held_out import VISUAL_GAIN, HeldOutNll, held_out_nll
 from dpa_ray.model.held_out import nll_sums
-from dpa_ray.recipe import Recipe, RecipeError
-from dpa_ray.stages.pipeline import HELD_OUT, HELD_OUT_CAPTIONS, make_plan
+from dpa_ray.recipe import HELD_OUT, HELD_OUT_CAPTIONS, Recipe, RecipeError
+from dpa_ray.stages.pipeline import make_plan
 from dpa_ray.stages.spec import BaseLlm, Connector, InstructTask
 from dpa_ray.store import Store
 from tests.random_models import VOCABULARY, batch_of, make_llm, make_step, make_vlm
