@@ -37,6 +37,11 @@ __all__ = [
     "json_schema", "load", "parse",
 ]  # fmt: skip
 
+TRAINED_ON = ("pretrain", "instruct")
+HELD_OUT, HELD_OUT_CAPTIONS = "heldout", "heldout_captions"
+"""Names of `data.eval` and `data.eval_captions` among a run's sets of data, beside those it is TRAINED_ON; those of
+`data.eval_extra` have their own."""
+
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """Names become folders and object keys."""
 
@@ -235,6 +240,9 @@ def _ignored_in_held_out(recipe: Recipe) -> list[tuple[str, str]]:
     if recipe.eval.every_steps is not None and not any(recipe.held_out(s) for s in ("proxy_mllm", "instruct")):
         found = "expected data.eval (for stage 3) or data.eval_captions (for 1 and 2) to evaluate on, found neither"
         errors.append(("eval.every_steps", found))
+    for name in recipe.data.eval_extra:
+        if name in (*TRAINED_ON, HELD_OUT, HELD_OUT_CAPTIONS):
+            errors.append((f"data.eval_extra.{name}", "expected another name: a run has a set of this name already"))
     for path, section in sets.items():
         if section.fraction != 1.0:
             bound = "eval.running_samples" if path == "data.eval_captions" else "eval.max_samples"

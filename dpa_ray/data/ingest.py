@@ -70,7 +70,8 @@ class Loader:
     `image_processor` is a transformers image processor (its Geometry is kept), None where `encoder` leaves images out (template "text").
     Row numbers are those of the cursor: 0 to prepared.num_rows - 1. `packing` lays a micro-batch's samples into rows
     without padding (see pack.py). `blind` has q of every target, computed beforehand. Of the rows `skipped` nothing
-    reaches the model: they keep their place in a batch with one token that is no target.
+    reaches the model: they keep their place in a batch with one token that is no target. `can_skip`: is the data trained on,
+    so that `data.skip_ids` can name its samples?
     """
 
     store: StoreLike
@@ -83,6 +84,7 @@ class Loader:
     retry_s: float = 0.0  # an S3 outage as long only delays
     blind: BlindScores | None = None
     skipped: frozenset[int] = frozenset()
+    can_skip: bool = True
     _reader: _Reader | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -155,6 +157,8 @@ class Loader:
         try:
             return make(*of)
         except UserError as err:
+            if not self.can_skip:
+                raise UserError(f"{err}; this sample is held out: mend it there, or take it out") from None
             entry = entry_of(self.prepared.digest, row)
             raise UserError(f"{err}; to go on without this sample, add {entry!r} to data.skip_ids") from None
 

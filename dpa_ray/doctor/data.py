@@ -24,7 +24,7 @@ from dpa_ray.data.shards import size_bytes
 from dpa_ray.data.sources import Rejected
 from dpa_ray.doctor.findings import Check, number
 from dpa_ray.errors import UserError
-from dpa_ray.recipe import Recipe, SourceSection
+from dpa_ray.recipe import TRAINED_ON, Recipe, SourceSection
 from dpa_ray.stages import skips
 from dpa_ray.stages.supervision import sampled_rows
 from dpa_ray.store.fs import Store
@@ -109,8 +109,8 @@ def look_up_skipped(recipe: Recipe, store: Store | None, looked: Mapping[str, Lo
     Raises: RecipeError with every entry that means no sample; UserError where a shard cannot be read.
     """
     found = {}
-    if store is not None and all(name in looked for name in skips.SETS):
-        data = {name: (getattr(recipe.data, name), looked[name].digest) for name in skips.SETS}
+    if store is not None and all(name in looked for name in TRAINED_ON):
+        data = {name: (getattr(recipe.data, name), looked[name].digest) for name in TRAINED_ON}
         found = skips.find(recipe, store, data, make=False, report=check.note)
     if found:  # else data is not prepared: an entry without a sample is an error
         check.note(", ".join(f"{number(len(rows), 'row')} of data.{name}" for name, rows in found.items()))

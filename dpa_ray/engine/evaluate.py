@@ -65,7 +65,7 @@ def evaluate(task: EvalTask, store: Store, device: torch.device) -> EvalResult |
     for name, prepared in task.sets.items():
         loader = Loader(
             store=store, prepared=prepared, encoder=encoder, image_processor=processor.image_processor, pad_token_id=0,
-            retry_s=task.recipe.data.retry_s,
+            retry_s=task.recipe.data.retry_s, can_skip=False,
         )  # fmt: skip
         questions = collect(loader, encoder, min(prepared.num_rows, section.max_samples))[: section.max_samples]
         answer = Answering(

@@ -14,6 +14,7 @@ import torch
 from dpa_ray.batch import Batch
 from dpa_ray.data.cursor import shares
 from dpa_ray.data.ingest import Loader
+from dpa_ray.data.prepared import Prepared
 from dpa_ray.engine.protocol import all_sum, barrier, rank, world_size
 from dpa_ray.eval.held_out import PREFIX, TIME, VISUAL_GAIN, HeldOutNll, held_out_nll
 from dpa_ray.model.held_out import SUMS_SHAPE, nll_sums
@@ -58,6 +59,11 @@ class HeldOut:
         self.kept = read
 
 
+def held_out_loader(loader: Loader, held_out: Prepared) -> Loader:
+    """As `loader` reads a stage's samples, but not packed, without a cached q, and those of `held_out`."""
+    return replace(loader, prepared=held_out, packing=False, blind=None, skipped=frozenset(), can_skip=False)
+
+
 def while_running(
     task: TrainTask, module: StepModule, loader: Loader, device: torch.device
 ) -> Callable[[int], dict[str, Any]]:
@@ -69,7 +75,7 @@ def while_running(
     section, size = task.recipe.eval, getattr(task.recipe.stages, task.stage).micro_batch_size
     if task.held_out is None or section.every_steps is None:
         return lambda step: {}
-    loader = replace(loader, prepared=task.held_out, packing=False, blind=None, skipped=frozenset())
+    loader = held_out_loader(loader, task.held_out)
     held_out = HeldOut(module, loader, section.running_samples, size, device, keep=True)
     return partial(_numbers, held_out, section.every_steps, task.num_steps)
 

@@ -21,14 +21,14 @@ from dpa_ray.engine.evaluate import RESULT
 from dpa_ray.engine.messages import FAILED, PROGRESS
 from dpa_ray.engine.node_logs import NodeLogs
 from dpa_ray.errors import LeaseTaken, UserError
-from dpa_ray.recipe import Recipe
+from dpa_ray.recipe import HELD_OUT, Recipe
 from dpa_ray.report import console, trackers
 from dpa_ray.report.goodput import CLAIMED, LAUNCHED, WAITING, Ledger
 from dpa_ray.report.metrics import FILE as METRICS
 from dpa_ray.report.metrics import read
 from dpa_ray.report.watch import Watch
 from dpa_ray.stages import arithmetic
-from dpa_ray.stages.pipeline import HELD_OUT, Claim, Pipeline, Plan, make_plan
+from dpa_ray.stages.pipeline import Claim, Pipeline, Plan, make_plan
 from dpa_ray.stages.runs import RUN_FILE, Run
 from dpa_ray.stages.spec import BLIND, ArtifactRef, Task
 from dpa_ray.store import lease, probe

@@ -191,7 +191,9 @@ def _words(store: Store, artifact: Artifact | None) -> WordLosses | None:
     if artifact is None or words.FILE not in artifact.files:
         return None
     about, rows = words.read(fetch(store, artifact, names=[words.FILE]) / words.FILE)
-    return WordLosses(about.get("samples", "unknown"), about.get("num_samples", "unknown"), rows)
+    return WordLosses(
+        about.get("samples", "unknown"), about.get("num_samples", "unknown"), rows, about.get("digest", "")
+    )
 
 
 def _words_of_trials(store: Store, sweep: dict[str, Any]) -> dict[str, dict[str, WordLosses]]:

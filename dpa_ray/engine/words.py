@@ -21,7 +21,8 @@ from dpa_ray.data.cursor import shares
 from dpa_ray.data.ingest import Loader
 from dpa_ray.data.prepared import Prepared
 from dpa_ray.data.words import join, pieces, runs
-from dpa_ray.engine.protocol import gathered, rank, world_size
+from dpa_ray.engine.held_out import held_out_loader
+from dpa_ray.engine.protocol import barrier, gathered, rank, world_size
 from dpa_ray.errors import UserError
 from dpa_ray.model.held_out import both_scores
 from dpa_ray.model.step import StepModule
@@ -75,10 +76,8 @@ class Words:
         """`loader` reads the stage's data; where there is none held out, they are its own samples. `batch_size`: at most."""
         self.module, self.device, self.note = module, device, note
         self.samples = TRAINING if held_out is None else HELD_OUT
-        loader = replace(loader, blind=None, packing=False)
-        if held_out is not None:
-            loader = replace(loader, prepared=held_out, skipped=frozenset())
-        self.loader = loader
+        own = replace(loader, blind=None, packing=False)
+        self.loader = loader = own if held_out is None else held_out_loader(loader, held_out)
         every = np.linspace(0, loader.prepared.num_rows - 1, MAX_SAMPLES).astype(int)
         self.rows = np.array([row for row in np.unique(every).tolist() if row not in loader.skipped], int)
         self.passes = shares(self.rows, world_size(), min(batch_size, MAX_BATCH))[rank()]
@@ -109,6 +108,7 @@ class Words:
             batches = [self.loader.load(rows, 0) for rows in self.passes]
         except UserError as err:
             problem = str(err)
+        barrier()  # reading may take one worker longer than a collective may
         problems = [told for told in gathered(problem) if told is not None]
         if problems:  # before any forward: no rank may be in one alone
             if rank() == 0:

@@ -29,7 +29,7 @@ from dpa_ray.engine.blind_job import compute_blind
 from dpa_ray.engine.checkpointing import Checkpointer, candidates, restore
 from dpa_ray.engine.evaluate import evaluate
 from dpa_ray.engine.feed import Feed
-from dpa_ray.engine.held_out import while_running
+from dpa_ray.engine.held_out import held_out_loader, while_running
 from dpa_ray.engine.logs import Before, Recorder
 from dpa_ray.engine.loop import Plan, Schedule, train
 from dpa_ray.engine.messages import STARTED, Orders
@@ -212,6 +212,10 @@ class Worker:
             skipped=frozenset(skipped.row for skipped in task.skipped),
         )  # fmt: skip
         loader.check()
+        if (
+            task.held_out is not None
+        ):  # its conversations may have what the stage's own do not: better now than hours later
+            held_out_loader(loader, task.held_out).check()
         whole = Plan(cursor, task.num_steps, rank(), world_size(), section.micro_batch_size)
         words = Words(
             built.module, loader, task.held_out, section.micro_batch_size, self.device,

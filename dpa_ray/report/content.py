@@ -33,6 +33,7 @@ class WordLosses:
     samples: str  # held-out | training: what samples they are of
     num_samples: str
     rows: Sequence[Mapping[str, Any]]  # word, count, nll_before, nll_after, gain, visual: see engine/words.py
+    digest: str = ""  # of the data that the samples are of
 
 
 @dataclass(frozen=True)

@@ -170,9 +170,11 @@ def _words(trials: Sequence[Trial], words: Mapping[str, Mapping[str, WordLosses]
     """Variants or methods side by side, each as the mean of its trials; where there is only one, the best trial."""
     done = [trial for trial in trials if trial.name in words]
     runs = {trial.name: RunData(trial.name, "", {}, words=words[trial.name]) for trial in done}
+    num_done = sum(trial.status == "done" for trial in trials)
+    some = [f"Of {len(done)} of the {num_done} trials that are done."] if 0 < len(done) < num_done else []
     series = [(trial.variant or str(trial.overrides.get("method", "")), runs[trial.name]) for trial in done]
     if len({name for name, _ in series}) > 1:
-        return word_section(series, ["Each the mean of its trials, over the words that all of them have."])
+        return word_section(series, ["Each the mean of its trials, over the words that all of them have.", *some])
     alone = [trial for trial in done if trial.name == best] or done[:1]
     return word_section([(t.name, runs[t.name]) for t in alone], [f"Of the trial {t.name}." for t in alone])
 

@@ -30,6 +30,7 @@ MOST_SERIES = 8
 
 GROUPS = ("visual", "other")
 DUMBBELL = "From the loss before to the dot, the loss after."
+OTHER_DATA = "Not all of the same data, so that a difference may be that of the samples."
 ROW, GROUP_ROW = 22, 30
 """Pixels."""
 
@@ -62,14 +63,17 @@ def word_section(runs: Sequence[tuple[str, RunData]], notes: Sequence[str] = ())
     for stage in STAGES:
         found: dict[str, list[Words]] = {}
         sources: set[str] = set()
+        digests: set[str] = set()
         for name, run in runs:
             if (told := run.words.get(stage)) is not None and (words := _words(told)):
                 found.setdefault(name, []).append(words)
                 sources.add(f"{told.num_samples} {told.samples} samples")
+                digests.add(told.digest)
         series = {name: _mean(each) for name, each in found.items()}
         series = {name: words for name, words in series.items() if words}
         if series:
-            blocks += _blocks(stage, series, f"Of {' and '.join(sorted(sources))}.")
+            source = f"Of {' and '.join(sorted(sources))}."
+            blocks += _blocks(stage, series, f"{source} {OTHER_DATA}" if len(digests) > 1 else source)
     if not blocks:
         return Section(
             "word-losses", "Words learnt and unlearnt", [], "No stage of these runs left the losses of words."

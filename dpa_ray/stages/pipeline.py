@@ -16,7 +16,7 @@ from dpa_ray.data.prepare import Known, Prepared, find_prepared, prepare, source
 from dpa_ray.data.retry import bridging
 from dpa_ray.data.skip import Skipped
 from dpa_ray.errors import LeaseTaken
-from dpa_ray.recipe import Recipe, SourceSection
+from dpa_ray.recipe import HELD_OUT, HELD_OUT_CAPTIONS, TRAINED_ON, Recipe, SourceSection
 from dpa_ray.recipe_stages import PROXY_METHODS
 from dpa_ray.report.metrics import FILE as METRICS
 from dpa_ray.report.metrics import MetricsLog
@@ -49,9 +49,6 @@ Launch = Callable[[Sequence[Task]], None]
 Claim = Callable[[Sequence[Task]], int]
 """Says how many of the leading tasks are this run's to do now; waits where another run does the first, and says 0 when
 that one is done."""
-
-HELD_OUT, HELD_OUT_CAPTIONS = "heldout", "heldout_captions"
-"""Names of `data.eval` and `data.eval_captions` among the data; further held-out sets have their names in the recipe."""
 
 BESIDE_THE_MODEL = ("metrics.jsonl", "examples.jsonl", "words.parquet")
 """In an artifact of `instruct`: what is told of it, and is no part of the model."""
@@ -90,7 +87,7 @@ class Plan:
     @property
     def held_out(self) -> dict[str, tuple[SourceSection, str]]:
         """What the finished model is asked about."""
-        others = ("pretrain", "instruct", HELD_OUT_CAPTIONS)
+        others = (*TRAINED_ON, HELD_OUT_CAPTIONS)
         return {name: value for name, value in self.data.items() if name not in others}
 
     @property

@@ -9,12 +9,9 @@ from dpa_ray.data.bridged import BridgedStore
 from dpa_ray.data.prepare import find_prepared, prepare
 from dpa_ray.data.retry import bridging
 from dpa_ray.data.skip import Skipped
-from dpa_ray.recipe import Recipe, RecipeError, SourceSection
+from dpa_ray.recipe import TRAINED_ON, Recipe, RecipeError, SourceSection
 from dpa_ray.stages.keys import Skipped as InKey
 from dpa_ray.store.fs import Store
-
-SETS = ("pretrain", "instruct")
-"""Of `data`: what is trained on."""
 
 
 def find(
@@ -33,7 +30,7 @@ def find(
     if not recipe.data.skip_ids:
         return {}
     sets = {}
-    for name in SETS:
+    for name in TRAINED_ON:
         section, digest = data[name]
         with bridging(recipe.data.retry_s):
             prepared = find_prepared(BridgedStore(store), digest)

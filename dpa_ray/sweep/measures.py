@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from dpa_ray.eval.exact_match import ExactMatch
 from dpa_ray.eval.held_out import PREFIX, TIME, HeldOutNll
-from dpa_ray.recipe import Recipe
-from dpa_ray.stages.pipeline import HELD_OUT
+from dpa_ray.recipe import HELD_OUT, Recipe
 from dpa_ray.stages.spec import TRAINING_STAGES
 
 WINDOW_FRACTION = 0.1

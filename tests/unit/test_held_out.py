@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from dpa_ray.batch import IGNORE_INDEX, Batch
-from dpa_ray.engine.held_out import HeldOut, while_running
+from dpa_ray.engine.held_out import HeldOut, held_out_loader, while_running
+from dpa_ray.errors import UserError
 from dpa_ray.eval.held_out import VISUAL_GAIN, HeldOutNll, held_out_nll
 from dpa_ray.model.held_out import nll_sums
-from dpa_ray.recipe import Recipe, RecipeError
-from dpa_ray.stages.pipeline import HELD_OUT, HELD_OUT_CAPTIONS, make_plan
+from dpa_ray.recipe import HELD_OUT, HELD_OUT_CAPTIONS, Recipe, RecipeError
+from dpa_ray.stages.pipeline import make_plan
 from dpa_ray.stages.spec import BaseLlm, Connector, InstructTask
 from dpa_ray.store import Store
 from tests.random_models import VOCABULARY, batch_of, make_llm, make_step, make_vlm
@@ -157,6 +158,19 @@ def make_loader(prepared: Any) -> Any:
     from dpa_ray.data.ingest import Loader
 
     return Loader(None, prepared, None, None, 0, packing=True, blind=object(), skipped=frozenset({1}))  # type: ignore[arg-type]
+
+
+def test_who_meets_a_broken_held_out_sample_is_not_sent_to_skip_ids(recipe: Callable[..., Recipe]) -> None:
+    """They mean samples that are trained on: the run would be refused."""
+
+    def broken() -> None:
+        raise UserError("set.json#0: broken")
+
+    loader = make_loader(common(recipe())["data"])
+    with pytest.raises(UserError, match="add 'd:0' to data.skip_ids"):
+        loader._or_skip(0, broken)
+    with pytest.raises(UserError, match=r"^set.json#0: broken; this sample is held out"):
+        held_out_loader(loader, loader.prepared)._or_skip(0, broken)
 
 
 CAPTIONS = "data.eval_captions={source: 'builtin:shapes', options: {style: ornate, split: heldout, size: 3}}"

@@ -174,6 +174,16 @@ def test_a_wrong_value_says_where_what_was_expected_and_what_was_found(
     assert found in errors[path]
 
 
+@pytest.mark.parametrize("name", ["pretrain", "instruct", "heldout", "heldout_captions"])
+def test_a_held_out_set_does_not_take_the_place_of_other_data(name: str) -> None:
+    """A set called pretrain was trained on."""
+    errors = tiny_with(
+        f"data.eval_extra={{{name}: {{source: 'builtin:shapes', options: {{style: ornate, split: heldout, size: 3}}}}}}"
+    )
+    assert list(errors) == [f"data.eval_extra.{name}"]
+    assert "expected another name" in errors[f"data.eval_extra.{name}"]
+
+
 @pytest.mark.parametrize(
     ("override", "path", "hint", "known"),
     [

@@ -11,7 +11,7 @@ from dpa_ray.report.content import RunData, WordLosses
 from dpa_ray.report.figures import Figure
 from dpa_ray.report.page import Drawing, Section, Table
 from dpa_ray.report.sweep_page import sweep_page
-from dpa_ray.report.word_figures import by_name_or_method, word_section
+from dpa_ray.report.word_figures import OTHER_DATA, by_name_or_method, word_section
 from tests.report_data import run_data, sweep, words_of
 
 
@@ -90,6 +90,16 @@ def test_runs_of_a_series_are_shown_as_their_mean_over_the_words_that_all_have()
     assert figures(word_section([("x", run_of([row("a", 1, 1)])), ("x", run_of([row("b", 1, 1)]))])) == {}
 
 
+def test_runs_whose_samples_are_not_the_same_are_told_apart() -> None:
+    """A stage is reused whatever it was looked at with, so that its words may be of another held-out set."""
+    runs = [
+        (name, replace(run_data(name), words={"instruct": WordLosses("held-out", "9", [row("a", 4, 2)], digest)}))
+        for name, digest in (("x", "1"), ("y", "1"), ("z", "2"))
+    ]
+    notes = [figures(word_section(some))["word-groups-instruct"].note for some in (runs[:2], runs)]
+    assert [OTHER_DATA in note for note in notes] == [False, True]
+
+
 def test_many_runs_are_shown_by_method() -> None:
     runs = [run_data(f"run-{n}", method="cmo" if n % 2 else "dpa") for n in range(9)]
     assert {name for name, _ in by_name_or_method(runs)[0]} == {"cmo", "dpa"}
@@ -110,3 +120,16 @@ def test_a_sweep_shows_its_variants_or_else_its_best_trial(variants: tuple[str |
     values["trials"] = [{**trial, "variant": variants[n % 2]} for n, trial in enumerate(values["trials"])]
     words = {t["name"]: {"instruct": words_of(n / 10)} for n, t in enumerate(values["trials"])}
     assert expected in sweep_page("ranks", "/store/sweeps/ranks", values, words)
+
+
+def test_a_sweep_says_of_how_many_trials_its_words_are() -> None:
+    """A page of many trials has not the words of all."""
+    values = sweep()
+    values["trials"] = [{**trial, "variant": "ab"[n % 2]} for n, trial in enumerate(values["trials"])]
+    done = [trial["name"] for trial in values["trials"] if trial["status"] == "done"]
+    words = {name: {"instruct": words_of()} for name in done}
+    assert "trials that are done" not in sweep_page("ranks", "/store", values, words)
+    del words[done[0]]
+    assert f"Of {len(done) - 1} of the {len(done)} trials that are done." in sweep_page(
+        "ranks", "/store", values, words
+    )
