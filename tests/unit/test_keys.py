@@ -28,6 +28,8 @@ CHANGES: dict[str, tuple[Any, str | None]] = {
     "cluster.cpus_per_worker": (1.5, None),
     "cluster.start_timeout_s": (5, None),
     "cluster.label_selector": ({"market-type": "spot"}, None),
+    "cluster.fallback_label_selector": ({"market-type": "on-demand"}, None),
+    "cluster.fallback_after_s": (60, None),
     "cluster.max_failures": (0, None),
     "cluster.max_preemptions": (None, None),
     "cluster.collective_timeout_s": (99, None),
