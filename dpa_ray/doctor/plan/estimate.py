@@ -188,7 +188,7 @@ class Planner:
         if stage == "instruct":
             model = float((work.model.llm + work.model.tower + work.model.connector) * self.item)
             written["artifact"] = model
-            if self.recipe.store.startswith("s3://"):  # on a disk, runs/<name>/model is links
+            if self.recipe.store.startswith(("s3://", "gs://")):  # on a disk, runs/<name>/model is links
                 written["model"] = model
         else:
             written["artifact"] = float(work.trained * self.item)
