@@ -29,6 +29,8 @@ STOP_WAIT_S = 60
 MAIN_JOB = "run_dpa.py"
 AGAIN_S = 5.0
 AFTER_LOG_S = 0.2
+LAST_ATTEMPTS = 3
+"""So often the rest of an ended job's log is asked for again where its connection breaks."""
 GIVE_UP_AFTER_S = 600.0
 """So long a head that does not answer is waited for before the job is left to itself."""
 
@@ -108,25 +110,33 @@ def describe(command: Sequence[str], working_dir: Path) -> dict[str, str]:
 
 
 def follow(job: Job) -> int:
-    """Print the job's log until it ends; returns the exit code. A connection that breaks is taken up again."""
-    log, away_since = _Log(job), None
+    """Print the job's log until it ends; returns the exit code. A connection that breaks is taken up again, and said once."""
+    log, away_since, told, attempts = _Log(job), None, False, LAST_ATTEMPTS
     while True:
+        problem: Exception | None = None
         try:
             asyncio.run(log.show())
+        except Exception as err:  # aiohttp's, requests' and Ray's own; whether the job lives is asked all the same
+            problem = err
+        try:
             info = job.client.get_job_info(job.id)
-        except Exception as err:  # aiohttp's, requests' and Ray's own
-            away_since = away_since or time.monotonic()
+        except Exception as err:
+            problem, away_since = err, away_since or time.monotonic()
             if time.monotonic() - away_since > GIVE_UP_AFTER_S:
                 print(
                     f"{job.address} does not answer ({_first_line(err)}); if it lives, the job goes on", file=sys.stderr
                 )
                 return FAILED
-            time.sleep(AGAIN_S)
-            continue
-        away_since = None
-        if info.status.is_terminal():
-            return _ended(job, info)
-        time.sleep(AFTER_LOG_S)
+        else:
+            away_since = None
+            if info.status.is_terminal():
+                attempts -= problem is not None
+                if problem is None or attempts < 0:
+                    return _ended(job, info)
+        if problem is not None and not told:
+            print(f"{job.address}: {_first_line(problem)}; asking again every {AGAIN_S:g} s", file=sys.stderr)
+        told = problem is not None
+        time.sleep(AFTER_LOG_S if problem is None else AGAIN_S)
 
 
 class _Log:

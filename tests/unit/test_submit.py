@@ -109,6 +109,14 @@ def test_a_log_goes_on_where_its_connection_broke(
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
 
 
+def test_a_job_whose_log_never_comes_still_ends_and_the_problem_is_said_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpa_ray.cluster.submit.AGAIN_S", 0.0)
+    assert follow(Job(Client("STOPPED", None, broken=10**6), "raysubmit_x", "http://head:8265")) == STOPPED
+    assert capsys.readouterr().err.count("WebSocket connection closed unexpectedly") == 1
+
+
 def test_submitting_needs_neither_torch_nor_transformers() -> None:
     code = "import sys, dpa_ray.cluster.submit, dpa_ray.cluster.drain_watcher as w; print([m for m in ('torch', 'transformers') if m in sys.modules], 'ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -117,7 +117,7 @@ class Planner:
         self.recipe, self.facts, self.options, self.costs = recipe, facts, options, costs
         self.item = 2 if recipe.precision == "bf16" else 4
         self.speeds = {stage: self._speed(stage) for stage in facts.works}
-        self.reads: Callable[[str, int], float] = cache(self._reads)
+        self.reads: Callable[[str, int, int], float] = cache(self._reads)
 
     def layout(self, stage: str) -> Layout:
         return layout_of(self.recipe, stage)
@@ -175,7 +175,7 @@ class Planner:
         workers = layout.num_workers(num_gpus)
         step = timing.step_s(work, layout, self.speeds[stage], work.global_batch_size, workers, self.options)
         time_s = work.num_steps * step
-        read = {"data": work.num_taken * work.bytes_per_sample * self.reads(stage, workers)}
+        read = {"data": work.num_taken * work.bytes_per_sample * self.reads(stage, workers, work.global_batch_size)}
         if work.blind == "cached":
             read["q"] = work.num_taken * work.text_tokens * Q_BYTES
         if first:  # fetched once a node
@@ -197,12 +197,12 @@ class Planner:
     def _num_checkpoints(self, num_steps: int, time_s: float) -> int:
         section = self.recipe.checkpoint
         by_time = int(time_s // section.every_s) if section.every_s else 0
-        return by_time + (num_steps // section.every_steps if section.every_steps else 0)
+        return max(by_time, num_steps // section.every_steps if section.every_steps else 0)
 
-    def _reads(self, stage: str, num_workers: int) -> float:
+    def _reads(self, stage: str, num_workers: int, batch: int) -> float:
         work = self.facts.works[stage]
         return amplification(
-            work.num_samples, work.bytes_per_sample, window=self.recipe.data.shuffle_window, batch=work.global_batch_size,
+            work.num_samples, work.bytes_per_sample, window=self.recipe.data.shuffle_window, batch=batch,
             micro_batch_size=self.layout(stage).micro_batch_size, num_workers=num_workers, tasks_per_worker=self.recipe.data.workers,
         )  # fmt: skip
 
@@ -221,7 +221,7 @@ class Planner:
         work, layout, options, every = self.facts.works[stage], self.layout(stage), self.options, self.recipe.checkpoint
         workers = layout.num_workers(num_gpus)
         step, batch = self._step_of(work, workers), self._batch(work, workers)
-        rate, reads = batch / step, self.reads(stage, workers)
+        rate, reads = batch / step, self.reads(stage, workers, batch)
         data = rate * (work.bytes_per_sample * reads + (work.text_tokens * Q_BYTES if work.blind == "cached" else 0))
         between = min(every.every_s or float("inf"), step * every.every_steps if every.every_steps else float("inf"))
         saved = work.checkpoint_bytes / between
