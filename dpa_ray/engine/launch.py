@@ -319,6 +319,11 @@ def _for_user(err: Exception) -> Exception:
     told = next((c for c in causes if isinstance(c, UserError)), None)
     if told is not None:
         return for_user(told)
+    if isinstance(err, ray.exceptions.ActorDiedError):  # not a worker's: those come as failures of the group
+        return UserError(
+            "Ray Train's controller died: it was killed, or its node's memory was full. What was saved stays, and the same "
+            "command goes on from there"
+        )
     if (given_up := getattr(err, "controller_failure", None)) is not None:
         return RuntimeError(first_line(given_up))
     ranks = ", ".join(str(r) for r in failures)

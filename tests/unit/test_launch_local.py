@@ -60,3 +60,14 @@ def test_only_nodes_with_the_labels_count(started: dict[str, Any], monkeypatch: 
     labelled = fitting.model_copy(update={"label_selector": {"market-type": "spot"}})
     with pytest.raises(UserError, match=r"expected 1 CPU on nodes labelled \{market-type: spot\}, found 0 CPU"):
         launch.check_resources(labelled)
+
+
+def test_a_controller_that_dies_is_told_with_what_to_do() -> None:
+    from ray.exceptions import ActorDiedError
+
+    from dpa_ray.engine.launch import _for_user
+    from dpa_ray.errors import UserError
+
+    found = _for_user(ActorDiedError())
+    assert isinstance(found, UserError)
+    assert "the same command goes on from there" in str(found)
