@@ -14,15 +14,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
+from ray._raylet import PlacementGroupID
 from ray.autoscaler.sdk import request_resources
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from dpa_ray.data.ray_tasks import RETRY_ENVIRONMENT
 from dpa_ray.engine import stopping
 from dpa_ray.engine.failures import Failures, first_line, for_user, root_causes
 from dpa_ray.engine.interface import RaysInterface
-from dpa_ray.engine.messages import FAILED, STARTED, Board, Orders
+from dpa_ray.engine.messages import FAILED, STARTED, Board, Orders, Progress
 from dpa_ray.engine.placing import Labels, matches, on_labels, worker_resources
 from dpa_ray.engine.pulse import Standstill
 from dpa_ray.engine.worker import run_worker
@@ -146,15 +148,22 @@ def launch(
         handle("note", {"text": text}, time.time())
 
     fit, starting, standstill = _Fit(trainer), Starting(cluster, note), Standstill(cluster.collective_timeout_s)
+    lost = LostControllers(cluster.max_failures)
     looked_at = time.monotonic()
     try:
         while True:
             ended = fit.ended
             for kind, values, at_s in ray.get(board.take.remote()):
                 starting.saw(kind)
+                lost.saw(kind, values)
                 handle(kind, values, at_s)
             if ended:
-                break
+                if not lost.recovers(fit.error, ray.get(board.progress.remote())):
+                    break
+                note(lost.text)
+                starting.saw(FAILED)
+                handle(FAILED, {"why": "failure"}, time.time())
+                fit = _Fit(trainer)
             starting.check()
             if time.monotonic() - looked_at >= LOOK_EVERY_S:
                 looked_at = time.monotonic()
@@ -191,6 +200,40 @@ class _Fit(threading.Thread):
     @property
     def ended(self) -> bool:
         return not self.is_alive()
+
+
+class LostControllers:
+    """Ray Train does not start its controller again when that dies (killed, or out of memory); its workers die with it, but
+    not the placement group that holds their resources, which Ray keeps as long as the driver lives."""
+
+    def __init__(self, limit: int):
+        """Of deaths one after the other, with nothing new saved in between: as `cluster.max_failures`."""
+        self.limit, self.text = limit, ""
+        self.made = self.number = 0
+        self.group: str | None = None
+
+    def saw(self, kind: str, values: dict[str, Any]) -> None:
+        if kind == STARTED:
+            self.group = values["group"]
+        elif kind == FAILED:
+            self.group = None  # others are on their way
+
+    def recovers(self, error: Exception | None, progress: Progress) -> bool:
+        """Did the work end of that, and may it go on? Then what the workers had is free, and `text` is for people."""
+        if not isinstance(error, ray.exceptions.ActorDiedError) or self.group is None:
+            return False
+        if progress.made > self.made:
+            self.made, self.number = progress.made, 0
+        self.number += 1
+        if self.number > self.limit:
+            return False
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(self.group)))
+        self.group = None
+        self.text = (
+            "Ray Train's controller died; another one is started, and the workers go on from the last checkpoint "
+            f"(failure {self.number} of {self.limit}, {progress})"
+        )
+        return True
 
 
 class Starting:

@@ -71,7 +71,8 @@ def run_worker(orders: Orders) -> None:
     tasks: tuple[AnyTask, ...] = ray.get(orders.tasks)
     recipe = tasks[0].recipe
     worker = Worker(Store(orders.store_uri, through=retried), _device(), orders.board)
-    worker.tell(STARTED, number=world_size())
+    group = ray.util.get_current_placement_group()
+    worker.tell(STARTED, number=world_size(), group=group.id.hex() if group is not None else None)
     with (
         bridging(recipe.data.retry_s, worker.note),
         beating(orders.board, rank(), recipe.cluster.collective_timeout_s),

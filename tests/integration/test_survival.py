@@ -132,6 +132,24 @@ def test_a_lost_worker_is_replaced_and_nothing_changes(
     assert list((tmp_path / "store" / "checkpoints").rglob("*.safetensors")) == [], "finished stages leave none"
 
 
+@pytest.mark.parametrize(
+    "stage", [pytest.param("proxy_mllm", marks=pytest.mark.ci), pytest.param("instruct", marks=pytest.mark.full)]
+)
+def test_a_lost_controller_is_replaced_with_its_workers_and_nothing_changes(
+    tmp_path: Path, recipe: Callable, whole: Callable[..., Run], stage: str
+) -> None:
+    running = start_dpa(recipe(), tmp_path / "store", "run")
+    running.wait_for(stage, 7)
+    (controller,) = running.processes("ray::TrainController")
+    os.kill(controller, signal.SIGKILL)
+    run = running.finished()
+    assert run.returncode == 0, run.output
+    assert "controller died; another one is started" in run.stdout, run.output
+    assert resumed_from(run, stage)[0] >= 7 - EVERY_STEPS
+    assert_same_to_the_bit(run, whole())
+    assert_adds_up(run.info()["goodput"])
+
+
 @pytest.mark.ci
 def test_the_same_command_goes_on_after_all_was_killed(
     tmp_path: Path, recipe: Callable, whole: Callable[..., Run]
@@ -234,6 +252,19 @@ def test_a_worker_that_dies_each_time_ends_the_run_and_keeps_what_was_saved(tmp_
     assert "cluster.max_failures: 0" in run.stderr
     assert "Traceback" not in run.stderr
     assert list((tmp_path / "store" / "checkpoints").glob("proxy-mllm-*/step-*/manifest.json"))
+    assert run.info()["status"] == "failed"
+
+
+@pytest.mark.full
+def test_a_controller_that_dies_once_too_often_ends_the_run(tmp_path: Path, recipe: Callable) -> None:
+    running = start_dpa(recipe(cluster__max_failures=0), tmp_path / "store", "run")
+    running.wait_for("proxy_mllm", 5)
+    (controller,) = running.processes("ray::TrainController")
+    os.kill(controller, signal.SIGKILL)
+    run = running.finished()
+    assert run.returncode == 1, run.output
+    assert "Ray Train's controller died" in run.stderr
+    assert "Traceback" not in run.stderr
     assert run.info()["status"] == "failed"
 
 

@@ -71,3 +71,31 @@ def test_a_controller_that_dies_is_told_with_what_to_do() -> None:
     found = _for_user(ActorDiedError())
     assert isinstance(found, UserError)
     assert "the same command goes on from there" in str(found)
+
+
+def test_controllers_that_die_are_counted_until_something_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.exceptions import ActorDiedError
+
+    from dpa_ray.engine.launch import LostControllers
+    from dpa_ray.engine.messages import Progress
+
+    removed = []
+    monkeypatch.setattr(launch, "remove_placement_group", lambda group: removed.append(group.id.hex()))
+    lost, group = LostControllers(1), "ab" * 18
+
+    def dies(made: int) -> bool:
+        lost.saw("workers_started", {"number": 2, "group": group})
+        return lost.recovers(ActorDiedError(), Progress(made))
+
+    assert not lost.recovers(ActorDiedError(), Progress(0)), "what it holds is not known before there are workers"
+    assert not lost.recovers(RuntimeError("a worker's"), Progress(0))
+    assert not lost.recovers(None, Progress(0))
+    assert dies(0)
+    assert removed == [group]
+    assert not dies(0)
+    assert dies(1)
+    lost.saw("workers_started", {"number": 2, "group": group})
+    lost.saw("failed", {"why": "failure"})
+    assert not lost.recovers(ActorDiedError(), Progress(2)), (
+        "new workers were on their way, in a group that is not known"
+    )
