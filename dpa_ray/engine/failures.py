@@ -31,6 +31,10 @@ POLL_S = 0.5
 KEPT = "what was saved stays, and the same command goes on from there"
 
 
+class GaveUp(RuntimeError):
+    """Workers failed too often of an error of their own."""
+
+
 class Failures(ControllerCallback):
     """Told whenever workers are to be replaced. What it raises ends the run."""
 
@@ -41,7 +45,7 @@ class Failures(ControllerCallback):
         self.made = self.failures = self.preemptions = self.all_preemptions = 0
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Raises: UserError that a worker raised, or where workers were lost too often; RuntimeError where it was an error."""
+        """Raises: UserError that a worker raised, or where workers were lost too often; GaveUp where it was an error."""
         if current_state is previous_state:  # entered anew while there is no room for workers: nothing has happened
             return
         if isinstance(current_state, RestartingState):
@@ -81,7 +85,7 @@ class Failures(ControllerCallback):
         if self.failures > self.max_failures:
             times = f", {self.failures} times without a new checkpoint in between" if self.failures > 1 else ""
             lost = any(isinstance(c, RayActorError) for found in causes.values() for c in found)
-            raise (UserError if lost or hang else RuntimeError)(
+            raise (UserError if lost or hang else GaveUp)(
                 f"{what}{times} (cluster.max_failures: {self.max_failures}); {KEPT}"
             )
         self._go_on(

@@ -18,11 +18,12 @@ from ray._raylet import PlacementGroupID
 from ray.autoscaler.sdk import request_resources
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import ControllerError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from dpa_ray.data.ray_tasks import RETRY_ENVIRONMENT
 from dpa_ray.engine import stopping
-from dpa_ray.engine.failures import Failures, first_line, for_user, root_causes
+from dpa_ray.engine.failures import Failures, GaveUp, first_line, for_user, root_causes
 from dpa_ray.engine.interface import RaysInterface
 from dpa_ray.engine.messages import FAILED, STARTED, Board, Orders, Progress
 from dpa_ray.engine.placing import Labels, matches, on_labels, worker_resources
@@ -148,19 +149,19 @@ def launch(
         handle("note", {"text": text}, time.time())
 
     fit, starting, standstill = _Fit(trainer), Starting(cluster, note), Standstill(cluster.collective_timeout_s)
-    lost = LostControllers(cluster.max_failures)
+    relaunches = Relaunches(cluster.max_failures)
     looked_at = time.monotonic()
     try:
         while True:
             ended = fit.ended
             for kind, values, at_s in ray.get(board.take.remote()):
                 starting.saw(kind)
-                lost.saw(kind, values)
+                relaunches.saw(kind, values)
                 handle(kind, values, at_s)
             if ended:
-                if not lost.recovers(fit.error, ray.get(board.progress.remote())):
+                if not relaunches.recovers(fit.error, ray.get(board.progress.remote())):
                     break
-                note(lost.text)
+                note(relaunches.text)
                 starting.saw(FAILED)
                 handle(FAILED, {"why": "failure"}, time.time())
                 fit = _Fit(trainer)
@@ -202,12 +203,12 @@ class _Fit(threading.Thread):
         return not self.is_alive()
 
 
-class LostControllers:
-    """Ray Train does not start its controller again when that dies (killed, or out of memory); its workers die with it, but
-    not the placement group that holds their resources, which Ray keeps as long as the driver lives."""
+class Relaunches:
+    """Failures that Ray Train does not recover from: its controller died (killed, or out of memory), or workers died or did not
+    find each other while their process group was set up."""
 
     def __init__(self, limit: int):
-        """Of deaths one after the other, with nothing new saved in between: as `cluster.max_failures`."""
+        """Of failures one after the other, with nothing new saved in between: as `cluster.max_failures`."""
         self.limit, self.text = limit, ""
         self.made = self.number = 0
         self.group: str | None = None
@@ -219,21 +220,29 @@ class LostControllers:
             self.group = None  # others are on their way
 
     def recovers(self, error: Exception | None, progress: Progress) -> bool:
-        """Did the work end of that, and may it go on? Then what the workers had is free, and `text` is for people."""
-        if not isinstance(error, ray.exceptions.ActorDiedError) or self.group is None:
+        """May the work that ended of `error` go on? Then what its workers had is free, and `text` is for people."""
+        what = self._what(error)
+        if what is None:
             return False
         if progress.made > self.made:
             self.made, self.number = progress.made, 0
         self.number += 1
         if self.number > self.limit:
             return False
-        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(self.group)))
-        self.group = None
-        self.text = (
-            "Ray Train's controller died; another one is started, and the workers go on from the last checkpoint "
-            f"(failure {self.number} of {self.limit}, {progress})"
-        )
+        if self.group is not None:  # Ray keeps a dead controller's as long as the driver lives
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(self.group)))
+            self.group = None
+        self.text = f"{what}; others are started, and go on from the last checkpoint (failure {self.number} of {self.limit}, {progress})"
         return True
+
+    def _what(self, error: Exception | None) -> str | None:
+        """One line on what happened; None where it is not one of those failures."""
+        if isinstance(error, ray.exceptions.ActorDiedError):
+            return None if self.group is None else "Ray Train's controller died, and its workers with it"
+        causes = root_causes(error) if isinstance(error, ControllerError) else []
+        if not causes or any(isinstance(cause, UserError | GaveUp) for cause in causes):
+            return None
+        return f"workers could not be started: {type(causes[-1]).__name__}: {first_line(causes[-1])}"
 
 
 class Starting:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def test_a_lost_controller_is_replaced_with_its_workers_and_nothing_changes(
     os.kill(controller, signal.SIGKILL)
     run = running.finished()
     assert run.returncode == 0, run.output
-    assert "controller died; another one is started" in run.stdout, run.output
+    assert "controller died, and its workers with it; others are started" in run.stdout, run.output
     assert resumed_from(run, stage)[0] >= 7 - EVERY_STEPS
     assert_same_to_the_bit(run, whole())
     assert_adds_up(run.info()["goodput"])
@@ -253,6 +254,21 @@ def test_a_worker_that_dies_each_time_ends_the_run_and_keeps_what_was_saved(tmp_
     assert "Traceback" not in run.stderr
     assert list((tmp_path / "store" / "checkpoints").glob("proxy-mllm-*/step-*/manifest.json"))
     assert run.info()["status"] == "failed"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("after_s", [0.5, 4.0, 7.0])
+def test_a_worker_that_dies_while_workers_start_is_replaced(tmp_path: Path, recipe: Callable, after_s: float) -> None:
+    """While it imports, while it looks for the others, and in its first task."""
+    running = start_dpa(recipe(), tmp_path / "store", "run")
+    until = time.monotonic() + 120
+    while not (workers := running.processes("ray::RayTrainWorker")):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    time.sleep(after_s)
+    os.kill(workers[-1], signal.SIGKILL)
+    run = running.finished()
+    assert run.returncode == 0, run.output
 
 
 @pytest.mark.full

@@ -76,12 +76,12 @@ def test_a_controller_that_dies_is_told_with_what_to_do() -> None:
 def test_controllers_that_die_are_counted_until_something_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.exceptions import ActorDiedError
 
-    from dpa_ray.engine.launch import LostControllers
+    from dpa_ray.engine.launch import Relaunches
     from dpa_ray.engine.messages import Progress
 
     removed = []
     monkeypatch.setattr(launch, "remove_placement_group", lambda group: removed.append(group.id.hex()))
-    lost, group = LostControllers(1), "ab" * 18
+    lost, group = Relaunches(1), "ab" * 18
 
     def dies(made: int) -> bool:
         lost.saw("workers_started", {"number": 2, "group": group})
@@ -99,3 +99,19 @@ def test_controllers_that_die_are_counted_until_something_is_saved(monkeypatch: 
     assert not lost.recovers(ActorDiedError(), Progress(2)), (
         "new workers were on their way, in a group that is not known"
     )
+
+
+def test_workers_that_do_not_start_are_started_again_unless_they_said_why() -> None:
+    from ray.train.v2.api.exceptions import ControllerError
+
+    from dpa_ray.engine.failures import GaveUp
+    from dpa_ray.engine.launch import Relaunches
+    from dpa_ray.engine.messages import Progress
+
+    relaunches = Relaunches(1)
+    assert not relaunches.recovers(ControllerError(UserError("the store is full")), Progress(0))
+    assert not relaunches.recovers(ControllerError(GaveUp("worker 0 failed, 4 times")), Progress(0))
+    assert relaunches.recovers(ControllerError(RuntimeError("connect() timed out")), Progress(0))
+    assert "workers could not be started: RuntimeError: connect() timed out" in relaunches.text
+    assert "(failure 1 of 1, before the first step)" in relaunches.text
+    assert not relaunches.recovers(ControllerError(RuntimeError("connect() timed out")), Progress(0))
