@@ -91,9 +91,7 @@ class DataSection(Section):
     stall_timeout_s: float = Field(
         900, gt=0, description="how long a worker waits for one batch before the run ends and says so"
     )
-    shuffle_window: int = Field(
-        65536, gt=0, description="samples that are shuffled together; shards are read about once"
-    )
+    shuffle_window: int = Field(65536, gt=0, description="samples that are shuffled together")
     prefetch_batches: int = Field(2, ge=1, le=8)
     workers: int = Field(2, ge=1, description="decode tasks at once for each training worker")
 

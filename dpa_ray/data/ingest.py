@@ -26,7 +26,7 @@ from dpa_ray.data.pixels import Geometry, levels, pixel_shape
 from dpa_ray.data.prepared import Prepared, StoreLike
 from dpa_ray.data.retry import bridging, first_line, retried
 from dpa_ray.data.sample import Sample
-from dpa_ray.data.shard_file import open_shard
+from dpa_ray.data.shard_file import open_shard, read_footer
 from dpa_ray.data.shards import from_row
 from dpa_ray.data.skip import entry_of
 from dpa_ray.errors import UserError
@@ -59,6 +59,8 @@ MAX_BLOCK_BATCHES = 8
 """Small micro-batches are made several to a task: each task costs the caller and Ray's own processes about a millisecond."""
 
 _OPEN_SHARDS = 16
+_FOOTER_BYTES = 64 * 2**20
+"""Of footers that are kept of closed shards: a window's rows lie in all of them."""
 _BYTES_PER_TOKEN = 30  # of a Batch's tensors
 _USUAL_TOKENS = 1024
 
@@ -192,6 +194,8 @@ class _Reader:
         self._ends = np.cumsum(prepared.row_groups)
         self._places = [(s, g) for s, (_, groups) in enumerate(prepared.shards) for g in range(len(groups))]
         self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._footers: OrderedDict[int, bytes] = OrderedDict()
+        self._footers_size = 0
         self._groups: OrderedDict[int, pa.Table] = OrderedDict()
         self._size = 0
 
@@ -230,6 +234,7 @@ class _Reader:
             return self._file(shard).read_row_group(index, use_threads=False)
         except OSError:
             self._files.pop(shard, None)  # an open file may keep what failed
+            self._footers_size -= len(self._footers.pop(shard, b""))
             raise
 
     def _file(self, shard: int) -> pq.ParquetFile:
@@ -237,15 +242,28 @@ class _Reader:
         if file is None:
             system, root = self._store.arrow()
             path = f"{root}/{self._prepared.shard_folder(shard)}/{self._prepared.shards[shard][0]}"
-            found, expected = system.get_file_info(path).size, self._prepared.sizes_bytes[shard]
-            if found != expected:
-                raise self._broken(shard, f"expected {expected} bytes, found {'no file' if found is None else found}")
-            file = open_shard(system.open_input_file(path), self._prepared.footers[shard])
-            self._files[shard] = file
+            footer = self._footers.get(shard)
+            if footer is None:
+                found, expected = system.get_file_info(path).size, self._prepared.sizes_bytes[shard]
+                if found != expected:
+                    raise self._broken(
+                        shard, f"expected {expected} bytes, found {'no file' if found is None else found}"
+                    )
+            opened = system.open_input_file(path)
+            footer = self._keep_footer(shard, footer or read_footer(opened, self._prepared.footers[shard]))
+            file = self._files[shard] = open_shard(opened, footer=footer)
             while len(self._files) > _OPEN_SHARDS:
                 self._files.popitem(last=False)[1].close(force=True)
         self._files.move_to_end(shard)
         return file
+
+    def _keep_footer(self, shard: int, footer: bytes) -> bytes:
+        self._footers_size += 0 if shard in self._footers else len(footer)
+        self._footers[shard] = footer
+        self._footers.move_to_end(shard)
+        while self._footers_size > _FOOTER_BYTES and len(self._footers) > 1:
+            self._footers_size -= len(self._footers.popitem(last=False)[1])
+        return footer
 
     def _broken(self, shard: int, problem: str) -> UserError:
         folder = self._store.url(self._prepared.shard_folder(shard))

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 from dpa_ray.data.sample import ImageFile, Sample, Turn
 from dpa_ray.data.sizes import size_of, to_footer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MAX_GROUP_ROWS = 64
-"""A reader takes in whole row groups: these bound what it reads beside the row it wants."""
-MAX_GROUP_BYTES = 4 * 2**20
+"""A reader takes in whole row groups: these bound what it reads beside the row it wants. (Rows of a window are dealt out to all
+decode processes, so that of many processes none needs a second row of the same group.)"""
+MAX_GROUP_BYTES = 2**19
 
 SCHEMA = pa.schema(
     [

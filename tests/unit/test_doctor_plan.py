@@ -148,7 +148,7 @@ def test_time_from_flops_and_q_at_the_same_rate() -> None:
 def test_one_reader_reads_each_byte_once_and_many_read_what_they_share() -> None:
     """64 samples of one row group dealt to 64 processes: each reads the group."""
     of = {"window": 65_536, "micro_batch_size": 1}
-    assert rows_per_group(100_000) == 41, "4 MiB / 100,000"
+    assert rows_per_group(100_000) == 5, "512 KiB / 100,000"
     assert rows_per_group(1_000) == 64
     assert amplification(64, 1_000, batch=64, num_workers=64, tasks_per_worker=1, **of) == 64
     assert amplification(64, 1_000, batch=64, num_workers=1, tasks_per_worker=1, **of) == 1
