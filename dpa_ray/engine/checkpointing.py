@@ -8,6 +8,7 @@ step sums over the ranks anyway.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -36,6 +37,8 @@ from dpa_ray.store.fs import Store
 
 DRAIN_EVERY_S = 2.0
 """How often the ranks ask whether a node of theirs is about to go."""
+BEFORE_GOING_S = 10.0
+"""How long before a node goes the last checkpoint is begun, beside twice the time that one has taken."""
 WANTED_AGAIN_S = 30.0
 """How soon after a checkpoint, which may have failed, another is made because somebody else wants one."""
 POLL_S = 0.05
@@ -44,6 +47,14 @@ TMP_PREFIX = "dpa_ray-checkpoint-"
 """Of local folders, followed by the number of the process that writes there."""
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """Workers' nodes that are about to go."""
+
+    nodes: tuple[str, ...]
+    at_s: float | None = None  # time.time of the first one's end, where that is known
 
 
 @dataclass
@@ -80,7 +91,7 @@ class Checkpointer:
         *,
         note: Callable[[str], None],
         saved: Callable[[int], None],
-        drained: Callable[[], object | None],
+        drained: Callable[[], Leaving | None],
         confirm: Callable[[], None] = lambda: None,
         wanted: Callable[[], bool] = lambda: False,
     ):
@@ -97,7 +108,8 @@ class Checkpointer:
         self.note, self.saved, self.drained, self.confirm, self.wanted = note, saved, drained, confirm, wanted
         self.stage, self.key = task.result.stage, task.result.key
         self.pending: _Pending | None = None
-        self.leaving: object | None = None
+        self.leaving: Leaving | None = None
+        self.last_chance_s = math.inf  # time.time
         self.last_save = self.last_ask = time.monotonic()
         sweep_tmp()
 
@@ -106,6 +118,7 @@ class Checkpointer:
         now, first, every_s = time.monotonic(), rank() == 0, self.section.every_s
         ask = first and now - self.last_ask >= DRAIN_EVERY_S
         due = first and every_s is not None and now - self.last_save >= every_s
+        due = due or (first and time.time() >= self.last_chance_s)
         due = due or (ask and now - self.last_save >= WANTED_AGAIN_S and self.wanted())
         return [float(vote) for vote in (due, ask, *self._progress())]
 
@@ -137,6 +150,8 @@ class Checkpointer:
         if leaving:
             self._settle()
             self.note(f"{self.task.stage}: a node is about to go; step {step} is saved")
+            if self.leaving is not None and self.leaving.at_s is not None:  # so that hardly a step is made again
+                self.last_chance_s = self.leaving.at_s - BEFORE_GOING_S - 2 * (time.monotonic() - begun)
         self.recorder.saving_s += time.monotonic() - begun
 
     def close(self) -> None:
@@ -174,7 +189,7 @@ class Checkpointer:
             )
 
     def _save(self, step: int, *, by_steps: bool) -> None:
-        self.last_save = time.monotonic()
+        self.last_save, self.last_chance_s = time.monotonic(), math.inf
         attempt = from_rank_0(uuid.uuid4().hex[:8])
         fragments = self.engine.fragments()
         if self.engine.replicated:

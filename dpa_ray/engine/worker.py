@@ -26,7 +26,7 @@ from dpa_ray.data.retry import bridging, retried
 from dpa_ray.data.sizes import ONE_IMAGE, Sizes
 from dpa_ray.engine import examples
 from dpa_ray.engine.blind_job import compute_blind
-from dpa_ray.engine.checkpointing import Checkpointer, candidates, restore
+from dpa_ray.engine.checkpointing import Checkpointer, Leaving, candidates, restore
 from dpa_ray.engine.evaluate import evaluate
 from dpa_ray.engine.feed import Feed
 from dpa_ray.engine.held_out import held_out_loader, while_running
@@ -354,11 +354,14 @@ def has_dropout(module: torch.nn.Module) -> bool:
     )  # fmt: skip
 
 
-def _drained() -> object | None:
-    """Which workers' nodes are about to go, as Ray Train says it, or None. All ranks ask at once."""
+def _drained() -> Leaving | None:
+    """The nodes of workers that are about to go, as Ray Train says it. All ranks ask at once."""
     import ray.train
 
-    return ray.train.get_preemption_info()
+    info = ray.train.get_preemption_info()
+    if info is None:
+        return None
+    return Leaving(tuple(info.preempted_node_ids), info.deadline_ms / 1000 if info.deadline_ms else None)
 
 
 def _build(task: TrainTask, store: Store) -> Built:

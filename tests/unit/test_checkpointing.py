@@ -16,7 +16,7 @@ import torch
 
 from dpa_ray.data.cursor import Cursor
 from dpa_ray.engine import checkpointing
-from dpa_ray.engine.checkpointing import Checkpointer, candidates, restore
+from dpa_ray.engine.checkpointing import Checkpointer, Leaving, candidates, restore
 from dpa_ray.engine.logs import Before, Recorder
 from dpa_ray.engine.plain import PlainEngine
 from dpa_ray.errors import NoAnswer
@@ -36,7 +36,7 @@ class Stage:
         self,
         folder: Path,
         *overrides: str,
-        drained: Callable[[], object | None] = lambda: None,
+        drained: Callable[[], Leaving | None] = lambda: None,
         store: Store | None = None,
     ):
         self.store = store or Store(str(folder / "store"))
@@ -129,12 +129,29 @@ def test_a_node_that_is_about_to_go_means_saving_at_once_and_another_one_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpointing, "DRAIN_EVERY_S", 0.0)
-    answers = iter([None, "a", "a", "a, b", "a, b"])
+    one, two = Leaving(("a",)), Leaving(("a", "b"))
+    answers = iter([None, one, one, two, two])
     stage = Stage(tmp_path, "checkpoint.every_s=1000", drained=lambda: next(answers))
     for step in range(1, NUM_STEPS + 1):
         stage.step(step)
         assert stage.whole() == {1: [], 2: [2], 3: [2], 4: [4, 2], 5: [4, 2]}[step]
     assert any("a node is about to go; step 2 is saved" in note for note in stage.notes)
+
+
+def test_what_is_done_until_a_node_goes_is_saved_shortly_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node goes in an hour: saved at the notice, and once more as its time is nearly over."""
+    monkeypatch.setattr(checkpointing, "DRAIN_EVERY_S", 0.0)
+    now = [1e9]
+    monkeypatch.setattr(checkpointing.time, "time", lambda: now[0])
+    stage = Stage(tmp_path, "checkpoint.every_s=1000", drained=lambda: Leaving(("a",), 1e9 + 3600))
+    expected = {1: [1], 2: [1], 3: [3, 1], 4: [3, 1], 5: [3, 1]}
+    for step, passed in zip(range(1, NUM_STEPS + 1), (0, 3000, 3592, 3593, 3599), strict=True):
+        now[0] = 1e9 + passed
+        stage.step(step)
+        stage.saver.close()
+        assert stage.whole() == expected[step]
 
 
 def test_training_goes_on_when_a_checkpoint_cannot_be_written(tmp_path: Path) -> None:
