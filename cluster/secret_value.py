@@ -38,7 +38,11 @@ def gcp(name: str) -> str:
 
 
 def _get(url: str, headers: dict[str, str]) -> bytes:
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S) as answer:  # noqa: S310
+    """The metadata server is the machine's own (http): no proxy can reach it."""
+    proxies = urllib.request.ProxyHandler({} if url.startswith("http://") else None)
+    with urllib.request.build_opener(proxies).open(
+        urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S
+    ) as answer:  # noqa: S310
         body: bytes = answer.read()
     return body
 

@@ -4,7 +4,7 @@
 set -u
 seconds=${1:?usage: pre_stop.sh SECONDS}
 until=$(($(date +%s) + seconds))
-python -m dpa_ray.cluster.draining --message "the pod ends" --deadline-ms "$((until * 1000))"
+timeout "$seconds" python -m dpa_ray.cluster.draining --message "the pod ends" --deadline-ms "$((until * 1000))"
 while [[ $(date +%s) -lt $until ]] && pgrep --full 'ray::[^I]' > /dev/null; do # ray::IDLE waits for work
   sleep 1
 done

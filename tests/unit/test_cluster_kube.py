@@ -289,10 +289,12 @@ def test_kueue_is_a_component_that_suspends(tmp_path: Path, rendered: dict[str, 
 # -- what a pod does before it ends
 
 
-def run_pre_stop(folder: Path, *, polls_with_work: int) -> tuple[list[str], int]:
+def run_pre_stop(
+    folder: Path, *, polls_with_work: int, seconds: int = 60, after_drain: str = ":"
+) -> tuple[list[str], int]:
     """(arguments of the drain, seconds slept) of pre_stop.sh with the machine's commands in its place."""
     commands = {
-        "python": f'echo "$@" > {folder}/drain',
+        "python": f'echo "$@" > {folder}/drain; {after_drain}',
         "pgrep": f'echo x >> {folder}/polls; [ "$(wc -l < {folder}/polls)" -le {polls_with_work} ]',
         "sleep": f'echo "$1" >> {folder}/slept',
     }
@@ -301,7 +303,7 @@ def run_pre_stop(folder: Path, *, polls_with_work: int) -> tuple[list[str], int]
         (folder / name).chmod(0o755)
     env = {"PATH": f"{folder}:/usr/bin:/bin"}
     done = subprocess.run(
-        [KUBERAY / "pre_stop.sh", "60"], env=env, capture_output=True, text=True, timeout=30, check=False
+        [KUBERAY / "pre_stop.sh", str(seconds)], env=env, capture_output=True, text=True, timeout=30, check=False
     )
     assert done.returncode == 0, done.stderr
     slept = folder / "slept"
@@ -319,3 +321,9 @@ def test_a_pod_drains_its_node_and_waits_for_its_work(tmp_path: Path) -> None:
 
 def test_an_idle_pod_waits_for_nothing(tmp_path: Path) -> None:
     assert run_pre_stop(tmp_path, polls_with_work=0)[1] == 0
+
+
+def test_a_pod_whose_ray_does_not_answer_ends_in_time(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    run_pre_stop(tmp_path, polls_with_work=100, seconds=1, after_drain="exec /bin/sleep 25")
+    assert time.monotonic() - begun < 20
