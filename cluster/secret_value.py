@@ -39,10 +39,9 @@ def gcp(name: str) -> str:
 
 def _get(url: str, headers: dict[str, str]) -> bytes:
     """The metadata server is the machine's own (http): no proxy can reach it."""
-    proxies = urllib.request.ProxyHandler({} if url.startswith("http://") else None)
-    with urllib.request.build_opener(proxies).open(
-        urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S
-    ) as answer:  # noqa: S310
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({} if url.startswith("http://") else None))
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310
+    with opener.open(request, timeout=TIMEOUT_S) as answer:
         body: bytes = answer.read()
     return body
 

@@ -126,4 +126,7 @@ def _positive(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    from dpa_ray.leaving import leave
+
+    leave(code)

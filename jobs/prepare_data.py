@@ -139,4 +139,7 @@ def _start_ray() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    from dpa_ray.leaving import leave
+
+    leave(code)

@@ -98,4 +98,7 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    from dpa_ray.leaving import leave
+
+    leave(code)

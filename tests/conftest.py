@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from dpa_ray.leaving import leave
 from tests.gcs import fake_gcs, gcs_host  # noqa: F401 (fixtures)
 from tests.s3 import ceph_s3, ceph_server, rclone_s3, rclone_server, s3_server  # noqa: F401 (fixtures)
 
@@ -19,6 +20,21 @@ if TYPE_CHECKING:  # torch and transformers are imported in the fixtures: most u
     from tests.integration.runs import Run
     from tests.real_assets import RealAssets
     from tests.tiny_models import LlavaData
+
+
+EXIT_CODE = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[EXIT_CODE] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The tests' verdict is not for threads to decide that Ray leaves behind: see `leave`."""
+    if EXIT_CODE in config.stash:
+        leave(config.stash[EXIT_CODE])
 
 
 @pytest.fixture(scope="session")
