@@ -21,7 +21,7 @@ from dpa_ray.report.metrics import MetricsLog
 from dpa_ray.stages.spec import TrainTask
 from dpa_ray.store.fs import Store
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+METRICS, SAMPLES, WORDS = "metrics.jsonl", "samples.jsonl", "words_before.jsonl"
 
 NOTHING_TO_LEARN, SKIPPED = "nothing_to_learn", "skipped"
 """Reasons of a run's own quarantine: known only with a tokenizer, when the data has long been prepared; and the recipe's
@@ -34,6 +34,7 @@ class Before:
 
     metrics: list[str] = field(default_factory=list)  # lines of metrics.jsonl
     samples: list[str] = field(default_factory=list)  # lines of samples.jsonl
+    words: list[str] = field(default_factory=list)  # lines of WORDS: what `Words.look_before` found
     untaught: dict[int, tuple[str | None, str]] = field(default_factory=dict)  # (id, place) by row
     resumed_from: list[int] = field(default_factory=list)  # the step of each checkpoint that was gone on from
     wall_time_s: float = 0.0
@@ -79,7 +80,11 @@ class Recorder:
     def snapshot(self) -> dict[str, list[str]]:
         """What is written down so far, for a checkpoint, by file."""
         lines = {METRICS: list(self.lines)}
-        return lines if self.samples is None else {**lines, SAMPLES: list(self.samples.lines)}
+        if self.samples is not None:
+            lines[SAMPLES] = list(self.samples.lines)
+        if self.before.words:
+            lines[WORDS] = self.before.words
+        return lines
 
     def meta(self) -> dict[str, Any]:
         """How the stage went so far, all attempts together; steps that were lost and made again are not in it."""

@@ -6,6 +6,7 @@ tokenizers; its p - q is the mean over them, as that is what a token is weighed 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from dpa_ray.data.ingest import Loader
 from dpa_ray.data.prepared import Prepared
 from dpa_ray.data.words import join, pieces, runs
 from dpa_ray.engine.held_out import held_out_loader
-from dpa_ray.engine.protocol import barrier, gathered, rank, world_size
+from dpa_ray.engine.protocol import barrier, from_rank_0, gathered, rank, world_size
 from dpa_ray.errors import UserError
 from dpa_ray.model.held_out import both_scores
 from dpa_ray.model.step import StepModule
@@ -61,6 +62,19 @@ class SampleLosses:
     nll: np.ndarray  # (N,) float32
     gain: np.ndarray  # (N,) float32
 
+    def to_line(self) -> str:
+        words = [[word, tokens.start, tokens.stop] for word, tokens in self.words]
+        arrays = {name: getattr(self, name).tolist() for name in ("visual", "nll", "gain")}
+        return json.dumps({"row": self.row, "words": words, **arrays}) + "\n"
+
+    @classmethod
+    def of_line(cls, line: str) -> SampleLosses:
+        """The same numbers to the bit."""
+        found = json.loads(line)
+        words = [(word, slice(start, stop)) for word, start, stop in found["words"]]
+        nll, gain = (np.array(found[name], np.float32) for name in ("nll", "gain"))
+        return cls(found["row"], words, np.array(found["visual"], bool), nll, gain)
+
 
 class Words:
     """The samples of one stage whose words are looked at, before it and after it.
@@ -84,9 +98,14 @@ class Words:
         self.before: list[SampleLosses] | None = None
         self.after: list[SampleLosses] | None = None
 
-    def look_before(self) -> None:
-        """With the model that the stage begins with."""
+    def look_before(self) -> list[str]:
+        """With the model that the stage begins with; gives lines for `resume`, none where nothing came of it."""
         self.before = self._look()
+        return [sample.to_line() for sample in self.before or ()]
+
+    def resume(self, lines: list[str]) -> None:
+        """Where an attempt before this one looked: what it found, which rank 0 has."""
+        self.before = [SampleLosses.of_line(line) for line in from_rank_0(lines)]
 
     def look_after(self) -> None:
         """With the model that it ends with."""

@@ -92,6 +92,7 @@ def test_every_second_step_is_whole_before_the_one_after_it_is_told(tmp_path: Pa
 
 def test_what_was_saved_is_what_is_restored(tmp_path: Path) -> None:
     stage = Stage(tmp_path, "checkpoint.every_steps=3")
+    stage.begin(Before(words=["a look\n", "and another\n"]))
     for step in (1, 2, 3):
         stage.step(step)
     stage.saver.close()
@@ -104,6 +105,7 @@ def test_what_was_saved_is_what_is_restored(tmp_path: Path) -> None:
     (checkpoint,) = candidates(again.store, again.task)
     before, problem = restore(again.store, checkpoint, again.engine, CPU)
     assert problem is None
+    assert before.words == ["a look\n", "and another\n"]
     assert all(torch.equal(again.parameters()[name], tensor) for name, tensor in at_three.items())
     assert [json.loads(line)["step"] for line in before.metrics] == [1, 2, 3]
     assert (before.resumed_from, len(before.samples)) == ([3], 3)

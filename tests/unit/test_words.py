@@ -146,6 +146,30 @@ def test_both_looks_make_a_file_that_says_what_it_is_of(looked: tuple[Words, lis
     assert notes == []
 
 
+def test_a_stage_that_goes_on_has_the_first_look_of_the_one_before_it(
+    looked: tuple[Words, list[str]], tmp_path: Path
+) -> None:
+    """To the bit, though the model is another one by then."""
+    made, _ = looked
+    lines = made.look_before()
+    assert len(lines) == len(made.rows)
+    expected = made.before
+    with torch.no_grad():
+        made.module.model.get_output_embeddings().weight.mul_(1.5)
+    made.before = None
+    made.resume(lines)
+    assert [vars(sample)["row"] for sample in made.before or ()] == [sample.row for sample in expected or ()]
+    for found, sample in zip(made.before or (), expected or (), strict=True):
+        assert found.words == sample.words
+        for name in ("visual", "nll", "gain"):
+            one, other = getattr(found, name), getattr(sample, name)
+            assert one.dtype == other.dtype
+            assert (one == other).all()
+    made.look_after()
+    made.write(tmp_path)
+    assert all(row["nll_before"] != row["nll_after"] for row in words.read(tmp_path / words.FILE)[1])
+
+
 def test_a_look_leaves_random_numbers_gradients_and_parameters_alone(looked: tuple[Words, list[str]]) -> None:
     made, _ = looked
     made.module.train()
