@@ -25,7 +25,7 @@ import torch
 from dpa_ray.data.bridged import BridgedStore
 from dpa_ray.data.retry import bridging, retried
 from dpa_ray.engine import state
-from dpa_ray.engine.logs import METRICS, SAMPLES, WORDS, Before, Recorder
+from dpa_ray.engine.logs import METRICS, SAMPLES, WORDS_PREFIX, Before, Recorder
 from dpa_ray.engine.protocol import Engine, all_sum, barrier, from_rank_0, rank, world_size
 from dpa_ray.errors import UserError
 from dpa_ray.stages.spec import TrainTask
@@ -330,12 +330,13 @@ def _index(manifest: dict[str, Any]) -> state.Index:
 def _written_until(store: Store, checkpoint: Checkpoint) -> Before:
     """Raises: Damaged where it is."""
     manifest = checkpoint.manifest
-    names = [METRICS, *(name for name in (SAMPLES, WORDS) if name in manifest["files"])]
+    names = [name for name in manifest["files"] if name in (METRICS, SAMPLES) or name.startswith(WORDS_PREFIX)]
     folder = checkpoints.fetch(store, checkpoint, names)
     lines = {name: (folder / name).read_text().splitlines(keepends=True) for name in names}
     meta = manifest["meta"]
+    words = {name: found for name, found in lines.items() if name.startswith(WORDS_PREFIX)}
     return Before(
-        lines.get(METRICS, []), lines.get(SAMPLES, []), lines.get(WORDS, []), {row: (name, place) for row, name, place in manifest["untaught"]},
+        lines.get(METRICS, []), lines.get(SAMPLES, []), words, {row: (name, place) for row, name, place in manifest["untaught"]},
         [*meta["resumed_from"], checkpoint.step], meta["wall_time_s"], meta["saving_s"],
     )  # fmt: skip
 

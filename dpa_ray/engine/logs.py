@@ -21,7 +21,9 @@ from dpa_ray.report.metrics import MetricsLog
 from dpa_ray.stages.spec import TrainTask
 from dpa_ray.store.fs import Store
 
-METRICS, SAMPLES, WORDS = "metrics.jsonl", "samples.jsonl", "words_before.jsonl"
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+WORDS_PREFIX = "words_before-"
+"""Of the file in a checkpoint with what `Words.look_before` found; its name says of which samples."""
 
 NOTHING_TO_LEARN, SKIPPED = "nothing_to_learn", "skipped"
 """Reasons of a run's own quarantine: known only with a tokenizer, when the data has long been prepared; and the recipe's
@@ -34,7 +36,7 @@ class Before:
 
     metrics: list[str] = field(default_factory=list)  # lines of metrics.jsonl
     samples: list[str] = field(default_factory=list)  # lines of samples.jsonl
-    words: list[str] = field(default_factory=list)  # lines of WORDS: what `Words.look_before` found
+    words: dict[str, list[str]] = field(default_factory=dict)  # WORDS_PREFIX's file, if any, and its lines
     untaught: dict[int, tuple[str | None, str]] = field(default_factory=dict)  # (id, place) by row
     resumed_from: list[int] = field(default_factory=list)  # the step of each checkpoint that was gone on from
     wall_time_s: float = 0.0
@@ -82,9 +84,7 @@ class Recorder:
         lines = {METRICS: list(self.lines)}
         if self.samples is not None:
             lines[SAMPLES] = list(self.samples.lines)
-        if self.before.words:
-            lines[WORDS] = self.before.words
-        return lines
+        return lines | self.before.words
 
     def meta(self) -> dict[str, Any]:
         """How the stage went so far, all attempts together; steps that were lost and made again are not in it."""

@@ -6,6 +6,7 @@ tokenizers; its p - q is the mean over them, as that is what a token is weighed 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from dpa_ray.data.ingest import Loader
 from dpa_ray.data.prepared import Prepared
 from dpa_ray.data.words import join, pieces, runs
 from dpa_ray.engine.held_out import held_out_loader
+from dpa_ray.engine.logs import WORDS_PREFIX
 from dpa_ray.engine.protocol import barrier, from_rank_0, gathered, rank, world_size
 from dpa_ray.errors import UserError
 from dpa_ray.model.held_out import both_scores
@@ -98,10 +100,17 @@ class Words:
         self.before: list[SampleLosses] | None = None
         self.after: list[SampleLosses] | None = None
 
-    def look_before(self) -> list[str]:
-        """With the model that the stage begins with; gives lines for `resume`, none where nothing came of it."""
+    @property
+    def file(self) -> str:
+        """A checkpoint's file with the look before the stage. A stage may go on with other held-out data, which its key
+        leaves out, and would compare one look at these samples with another at those."""
+        samples = json.dumps([self.loader.prepared.digest, self.rows.tolist()])
+        return f"{WORDS_PREFIX}{hashlib.sha256(samples.encode()).hexdigest()[:16]}.jsonl"
+
+    def look_before(self) -> dict[str, list[str]]:
+        """With the model that the stage begins with; gives `file` and lines for `resume`, none where nothing came of it."""
         self.before = self._look()
-        return [sample.to_line() for sample in self.before or ()]
+        return {self.file: [sample.to_line() for sample in self.before]} if self.before else {}
 
     def resume(self, lines: list[str]) -> None:
         """Where an attempt before this one looked: what it found, which rank 0 has."""

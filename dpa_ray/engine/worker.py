@@ -30,7 +30,7 @@ from dpa_ray.engine.checkpointing import Checkpointer, Leaving, candidates, rest
 from dpa_ray.engine.evaluate import evaluate
 from dpa_ray.engine.feed import Feed
 from dpa_ray.engine.held_out import held_out_loader, while_running
-from dpa_ray.engine.logs import WORDS, Before, Recorder
+from dpa_ray.engine.logs import Before, Recorder
 from dpa_ray.engine.loop import Plan, Schedule, train
 from dpa_ray.engine.messages import STARTED, Orders
 from dpa_ray.engine.postmortem import Postmortem
@@ -249,7 +249,7 @@ class Worker:
         what is left of `plan`; what was written down before."""
         data = task.recipe.data
         engine: Engine | None = None
-        looked: list[str] | None = None
+        looked: dict[str, list[str]] | None = None
         for checkpoint in [*candidates(self.store, task), None]:
             left = replace(plan, steps_done=checkpoint.step if checkpoint else 0)
             # before the engine, so that the first batches are made while the model is put on it
@@ -260,7 +260,7 @@ class Worker:
             if engine is None:
                 engine = make_engine(built, task, self.device, accumulation_steps=plan.most_passes)
                 limit_waits(task.recipe.collective_limit_s)
-            has_words = checkpoint is not None and WORDS in checkpoint.manifest["files"]
+            has_words = checkpoint is not None and words.file in checkpoint.manifest["files"]
             if not has_words and looked is None:
                 looked = words.look_before()
             if checkpoint is None:
@@ -268,15 +268,15 @@ class Worker:
             before, problem = restore(self.store, checkpoint, engine, self.device, task.recipe.data.retry_s)
             if problem is None:
                 if has_words:
-                    words.resume(before.words)
+                    words.resume(before.words.get(words.file, []))
                 else:
-                    before.words = looked or []
+                    before.words = looked or {}
                 if rank() == 0:
                     self.note(_resumed(task, checkpoint, built))
                 return engine, batches, left, before
             self.note(f"{task.stage}: a checkpoint is passed over: {problem}")
         assert engine is not None
-        return engine, batches, left, Before(words=looked or [])
+        return engine, batches, left, Before(words=looked or {})
 
     def _examples(self, task: TrainTask, built: Built, loader: Loader) -> list[str]:
         """Samples with the weights of their tokens, for the report; a stage does not fail for want of them."""

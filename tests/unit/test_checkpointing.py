@@ -17,7 +17,7 @@ import torch
 from dpa_ray.data.cursor import Cursor
 from dpa_ray.engine import checkpointing
 from dpa_ray.engine.checkpointing import Checkpointer, Leaving, candidates, restore
-from dpa_ray.engine.logs import Before, Recorder
+from dpa_ray.engine.logs import WORDS_PREFIX, Before, Recorder
 from dpa_ray.engine.plain import PlainEngine
 from dpa_ray.errors import NoAnswer
 from dpa_ray.recipe import load
@@ -27,6 +27,7 @@ from tests.engine_worker import SETTINGS, Case, make_module, take_step
 
 CPU = torch.device("cpu")
 NUM_STEPS = 5
+LOOK = {f"{WORDS_PREFIX}abc.jsonl": ["a look\n", "and another\n"]}
 
 
 class Stage:
@@ -92,7 +93,7 @@ def test_every_second_step_is_whole_before_the_one_after_it_is_told(tmp_path: Pa
 
 def test_what_was_saved_is_what_is_restored(tmp_path: Path) -> None:
     stage = Stage(tmp_path, "checkpoint.every_steps=3")
-    stage.begin(Before(words=["a look\n", "and another\n"]))
+    stage.begin(Before(words=LOOK))
     for step in (1, 2, 3):
         stage.step(step)
     stage.saver.close()
@@ -105,7 +106,7 @@ def test_what_was_saved_is_what_is_restored(tmp_path: Path) -> None:
     (checkpoint,) = candidates(again.store, again.task)
     before, problem = restore(again.store, checkpoint, again.engine, CPU)
     assert problem is None
-    assert before.words == ["a look\n", "and another\n"]
+    assert before.words == LOOK
     assert all(torch.equal(again.parameters()[name], tensor) for name, tensor in at_three.items())
     assert [json.loads(line)["step"] for line in before.metrics] == [1, 2, 3]
     assert (before.resumed_from, len(before.samples)) == ([3], 3)

@@ -151,7 +151,8 @@ def test_a_stage_that_goes_on_has_the_first_look_of_the_one_before_it(
 ) -> None:
     """To the bit, though the model is another one by then."""
     made, _ = looked
-    lines = made.look_before()
+    ((file, lines),) = made.look_before().items()
+    assert file == made.file
     assert len(lines) == len(made.rows)
     expected = made.before
     with torch.no_grad():
@@ -165,6 +166,9 @@ def test_a_stage_that_goes_on_has_the_first_look_of_the_one_before_it(
             one, other = getattr(found, name), getattr(sample, name)
             assert one.dtype == other.dtype
             assert (one == other).all()
+    made.rows = made.rows[1:]
+    assert made.file != file, "a look at other samples is another file"
+    made.rows = np.array([sample.row for sample in expected or ()])
     made.look_after()
     made.write(tmp_path)
     assert all(row["nll_before"] != row["nll_after"] for row in words.read(tmp_path / words.FILE)[1])
