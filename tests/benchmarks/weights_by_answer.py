@@ -4,7 +4,8 @@
 
 For finished runs: the visual targets (by the built-in set's own truth) of samples that stage 3 was trained on, by the model that it
 ended with. A target is right where its probability is above a half. Weights are those of `cmo` with the given bounds,
-whatever the run's method was, so that methods can be compared.
+whatever the run's method was, so that methods can be compared. The image token's own row takes part in the softmax, as it does
+not in training.
 """
 
 from __future__ import annotations
