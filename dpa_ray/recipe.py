@@ -60,7 +60,7 @@ class ModelSection(Section):
     vision_layer: int = Field(
         -2, description="hidden state of the tower that feeds the connector; negative counts from the last"
     )
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     compile: bool = Field(
         False,
         description="compile the LLM's layers (torch.compile): fewer seconds a step, about half a minute more a stage",

@@ -62,8 +62,8 @@ def fit(
     num_rows = min(section.micro_batch_size, -(-section.global_batch_size // world_size))
     model.to(precision_dtype(recipe))
     decoder = model.base_model if stage == "proxy_llm" else model.model.language_model
-    if recipe.model.attention == "eager":
-        decoder.config._attn_implementation = "eager"
+    if recipe.model.attention != "auto":
+        decoder.config._attn_implementation = recipe.model.attention
     with_images = stage != "proxy_llm" and tower is not None
     pictures = None
     if with_images and tower is not None:

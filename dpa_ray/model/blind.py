@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dpa_ray.batch import NO_SAMPLE
 from dpa_ray.model.last_layer import only_read
-from dpa_ray.model.packed import by_layer_type, takes_one_row
+from dpa_ray.model.packed import Mask, by_layer_type, takes_one_row
 from dpa_ray.model.score import TargetScorer
 from dpa_ray.pack import pack
 
@@ -111,7 +111,7 @@ def sliding_window_of(config: Any) -> int | None:
     return getattr(config, "sliding_window", None) if slides else None
 
 
-def attention_argument(text: TextRows, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+def attention_argument(text: TextRows, config: Any, dtype: torch.dtype) -> Mask | dict[str, Mask]:
     """The `attention_mask` to call a transformers decoder with: 2-D, or 4-D masks by sample and position where texts
     share a row or a window matters.
 

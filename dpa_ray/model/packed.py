@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from dpa_ray.batch import IGNORE_INDEX, NO_SAMPLE, Batch
+
+Mask = Tensor | BlockMask
 
 
 def positions_of(batch: Batch) -> Tensor:
@@ -92,7 +95,7 @@ def num_slots(batch: Batch, config: Any) -> int:
     return batch.input_ids.numel()
 
 
-def block_masks(batch: Batch, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor] | None:
+def block_masks(batch: Batch, config: Any, dtype: torch.dtype) -> Mask | dict[str, Mask] | None:
     """The `attention_mask` to call a transformers decoder with on a packed batch; None for flash attention.
 
     Args:
@@ -112,23 +115,36 @@ def block_masks(batch: Batch, config: Any, dtype: torch.dtype) -> Tensor | dict[
 
 def by_layer_type(
     config: Any, full: Tensor, within: Callable[[int], Tensor], dtype: torch.dtype
-) -> Tensor | dict[str, Tensor]:
-    """4-D float masks (exact under sdpa and eager; bool ones only under sdpa) for each kind of layer that `config` has.
+) -> Mask | dict[str, Mask]:
+    """Masks for each kind of layer that `config` has: 4-D float ones (exact under sdpa and eager; bool ones only under
+    sdpa), or for flex attention, which skips the blocks of 128 x 128 that nobody sees, its own.
 
     Args:
         full: (B, T, T) bool, what each query sees; within: the same, of a sliding window of so many positions.
     """
+
+    def mask_of(visible: Tensor) -> Mask:
+        return _as_blocks(visible) if config._attn_implementation == "flex_attention" else _as_float(visible, dtype)
+
     window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if layer_types is None:
-        return _as_float(full if window is None else within(window), dtype)
+        return mask_of(full if window is None else within(window))
     masks = {}
     if "sliding_attention" in layer_types:
-        masks["sliding_attention"] = _as_float(full if window is None else within(window), dtype)
+        masks["sliding_attention"] = mask_of(full if window is None else within(window))
     if "full_attention" in layer_types:
-        masks["full_attention"] = _as_float(full, dtype)
+        masks["full_attention"] = mask_of(full)
     return masks
 
 
 def _as_float(visible: Tensor, dtype: torch.dtype) -> Tensor:
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def _as_blocks(visible: Tensor) -> BlockMask:
+    def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visible[row, query, key]
+
+    num_rows, length, _ = visible.shape
+    return create_block_mask(seen, num_rows, None, length, length, device=str(visible.device))

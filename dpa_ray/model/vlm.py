@@ -148,9 +148,11 @@ def assemble(llm: Any, vision_tower: Any, tower: TowerSpec, row: ImageRow, *, dt
 
     `llm` already has its image row (`append_image_row`). The connector is a two-layer MLP with GELU (LLaVA-1.5).
     """
+    attention = llm.config._attn_implementation
     config = llava_config(llm.config, tower, row)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
+    llm.config._attn_implementation = attention  # LLaVA has given the LLM, whose config it takes over, its own default
     model.model.language_model = llm.base_model
     model.model.vision_tower = vision_tower
     model.lm_head = llm.get_output_embeddings()

@@ -47,7 +47,13 @@ def check_template(recipe: Recipe, stage: str, vocabulary: build.Vocabulary, num
 
 
 def check_attention(recipe: Recipe, llm: ModelRef) -> None:
-    """Raises: UserError where the blind pass needs masks by position, which flash attention does not take."""
+    """Raises: UserError where the workers' devices do not train with that attention, or where the blind pass needs masks by
+    position, which flash attention does not take."""
+    if recipe.model.attention == "flex_attention" and not recipe.cluster.gpus_per_worker:
+        raise UserError(
+            "model.attention: flex_attention trains on GPUs only (torch has no backward of it on CPUs), found "
+            "cluster.gpus_per_worker 0; expected auto, sdpa or eager"
+        )
     window = sliding_window_of(vlm.load_llm_config(llm))
     if window is None or recipe.model.attention != "flash_attention_2":
         return

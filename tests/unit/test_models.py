@@ -18,7 +18,7 @@ from dpa_ray.errors import UserError
 from dpa_ray.model import vlm
 from dpa_ray.model.export import check_same_logits, export, load_exported
 from dpa_ray.model.vlm import ModelRef
-from tests.random_models import VOCABULARY, make_llm
+from tests.random_models import VOCABULARY, make_llm, make_vlm
 from tests.small_models import logits_of, put_together
 
 FAMILIES = ["llama", "qwen2", "gemma2", "mistral"]
@@ -181,6 +181,19 @@ def test_a_head_that_llava_cannot_hold_is_refused() -> None:
     biased.lm_head = torch.nn.Linear(32, VOCABULARY)
     with pytest.raises(UserError, match="expected a head that is one matrix without bias"):
         vlm.check_head(biased)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"), [("llama", "eager"), ("llama", "flex_attention"), ("gemma2", None), ("gemma2", "sdpa")]
+)
+def test_the_model_put_together_has_the_llms_attention(family: str, attention: str | None) -> None:
+    """And the tower its own."""
+    whole = make_vlm(family, attention=attention)
+    expected = make_llm(family, attention=attention).config._attn_implementation
+    assert attention in (None, expected)
+    assert whole.model.language_model.config._attn_implementation == expected
+    assert {layer.self_attn.config._attn_implementation for layer in whole.model.language_model.layers} == {expected}
+    assert whole.model.vision_tower.config._attn_implementation == "sdpa"
 
 
 def test_disabled_dropout_is_off_in_train_mode() -> None:

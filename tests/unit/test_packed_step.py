@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from dpa_ray.model import packed
 from dpa_ray.model.lora import attach
@@ -74,6 +76,37 @@ def test_images_blind_pass_and_smoothing_stay_inside_their_samples(family: str, 
     module = make_step(make_vlm(family), kind).train()
     check_same(module, MIXED, [[5, 0, 1], [3, 2], [6, 4]])
     check_same(module, MIXED, [[6, 5, 4, 3, 2, 1, 0]])
+
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Flex attention's own mathematics with its backward: torch has kernels of the latter on GPUs only, and refuses here."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.usefixtures("flex_on_cpu")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flex_attention_is_the_same_model(family: str) -> None:
+    """Masks of blocks for packed samples and for texts beside an image, windows, soft-capped scores."""
+    usual, flex = (make_step(make_vlm(family, attention=name), "prob").train() for name in (None, "flex_attention"))
+    masks: list[Any] = []
+    flex.decoder.register_forward_pre_hook(
+        lambda m, _, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    batch = batch_of(MIXED)
+    for each in (batch, packed_of(batch, [[5, 0, 1], [3, 2], [6, 4]])):
+        expected, expected_gradients = numbers_and_gradients(usual, each)
+        found, gradients = numbers_and_gradients(flex, each)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert gradients.keys() == expected_gradients.keys()
+        scale = max(float(g.abs().max()) for g in expected_gradients.values())
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected_gradients[name], rtol=0, atol=1e-5 * scale, msg=name)
+    ours = [list(mask.values()) if isinstance(mask, dict) else [mask] for mask in masks if not isinstance(mask, Tensor)]
+    assert ours, "no mask of blocks was made"
+    assert all(isinstance(mask, BlockMask) for each in ours for mask in each)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -92,6 +92,12 @@ def test_flash_attention_is_refused_where_the_blind_pass_needs_masks(
     from_configs(recipe(flash))  # no layer slides
 
 
+def test_flex_attention_is_refused_on_cpus(recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(UserError, match=r"model.attention: flex_attention trains on GPUs only.*expected auto, sdpa"):
+        from_configs(recipe("model.attention=flex_attention", "cluster.gpus_per_worker=0"))
+    from_configs(recipe("model.attention=flex_attention", "cluster.gpus_per_worker=1"))
+
+
 def from_configs(made: Recipe) -> Any:
     stages = ("proxy_llm", "proxy_mllm", "instruct")
     return trainables(made, ModelRef(made.model.llm), ModelRef(made.model.vision), stages)
