@@ -7,27 +7,24 @@ import math
 import os
 import shutil
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray._raylet import PlacementGroupID
 from ray.autoscaler.sdk import request_resources
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import ControllerError
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from dpa_ray.data.ray_tasks import RETRY_ENVIRONMENT
 from dpa_ray.engine import stopping
-from dpa_ray.engine.failures import Failures, GaveUp, first_line, for_user, root_causes
+from dpa_ray.engine.failures import Failures, first_line, for_user, root_causes
 from dpa_ray.engine.interface import RaysInterface
-from dpa_ray.engine.messages import FAILED, STARTED, Board, Orders, Progress
+from dpa_ray.engine.messages import FAILED, STARTED, Board, Orders
 from dpa_ray.engine.placing import Labels, matches, on_labels, worker_resources
 from dpa_ray.engine.pulse import Standstill
+from dpa_ray.engine.relaunching import Fit, Relaunches
 from dpa_ray.engine.worker import run_worker
 from dpa_ray.errors import UserError
 from dpa_ray.recipe_running import ClusterSection
@@ -148,7 +145,7 @@ def launch(
     def note(text: str) -> None:
         handle("note", {"text": text}, time.time())
 
-    fit, starting, standstill = _Fit(trainer), Starting(cluster, note), Standstill(cluster.collective_timeout_s)
+    fit, starting, standstill = Fit(trainer), Starting(cluster, note), Standstill(cluster.collective_timeout_s)
     relaunches = Relaunches(cluster.max_failures)
     looked_at = time.monotonic()
     try:
@@ -164,7 +161,7 @@ def launch(
                 note(relaunches.text)
                 starting.saw(FAILED)
                 handle(FAILED, {"why": "failure"}, time.time())
-                fit = _Fit(trainer)
+                fit = Fit(trainer)
             starting.check()
             if time.monotonic() - looked_at >= LOOK_EVERY_S:
                 looked_at = time.monotonic()
@@ -181,68 +178,6 @@ def launch(
         elif ray.get_runtime_context().get_actor_id() is None:
             ray.shutdown()  # ends the workers, before anybody else may take the run over
         shutil.rmtree(storage, ignore_errors=True)
-
-
-class _Fit(threading.Thread):
-    """`trainer.fit` in a thread, so that the driver can give up waiting, and Ctrl-C is the driver's own."""
-
-    def __init__(self, trainer: TorchTrainer):
-        super().__init__(name="fit", daemon=True)
-        self.trainer = trainer
-        self.error: Exception | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.trainer.fit()
-        except Exception as err:
-            self.error = err
-
-    @property
-    def ended(self) -> bool:
-        return not self.is_alive()
-
-
-class Relaunches:
-    """Failures that Ray Train does not recover from: its controller died (killed, or out of memory), or workers died or did not
-    find each other while their process group was set up."""
-
-    def __init__(self, limit: int):
-        """Of failures one after the other, with nothing new saved in between: as `cluster.max_failures`."""
-        self.limit, self.text = limit, ""
-        self.made = self.number = 0
-        self.group: str | None = None
-
-    def saw(self, kind: str, values: dict[str, Any]) -> None:
-        if kind == STARTED:
-            self.group = values["group"]
-        elif kind == FAILED:
-            self.group = None  # others are on their way
-
-    def recovers(self, error: Exception | None, progress: Progress) -> bool:
-        """May the work that ended of `error` go on? Then what its workers had is free, and `text` is for people."""
-        what = self._what(error)
-        if what is None:
-            return False
-        if progress.made > self.made:
-            self.made, self.number = progress.made, 0
-        self.number += 1
-        if self.number > self.limit:
-            return False
-        if self.group is not None:  # Ray keeps a dead controller's as long as the driver lives
-            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(self.group)))
-            self.group = None
-        self.text = f"{what}; others are started, and go on from the last checkpoint (failure {self.number} of {self.limit}, {progress})"
-        return True
-
-    def _what(self, error: Exception | None) -> str | None:
-        """One line on what happened; None where it is not one of those failures."""
-        if isinstance(error, ray.exceptions.ActorDiedError):
-            return None if self.group is None else "Ray Train's controller died, and its workers with it"
-        causes = root_causes(error) if isinstance(error, ControllerError) else []
-        if not causes or any(isinstance(cause, UserError | GaveUp) for cause in causes):
-            return None
-        return f"workers could not be started: {type(causes[-1]).__name__}: {first_line(causes[-1])}"
 
 
 class Starting:

@@ -19,12 +19,18 @@ import torch
 from safetensors import SafetensorError
 
 from dpa_ray.batch import Batch
-from dpa_ray.data.blind_scores import BlindScores
-from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.ingest import Loader
 from dpa_ray.data.retry import bridging, retried
-from dpa_ray.data.sizes import ONE_IMAGE, Sizes
 from dpa_ray.engine import examples
+from dpa_ray.engine.assembling import (
+    blind_scores,
+    build,
+    cursor_of,
+    has_dropout,
+    make_engine,
+    pad_token,
+    probe_arguments,
+)
 from dpa_ray.engine.blind_job import compute_blind
 from dpa_ray.engine.checkpointing import Checkpointer, Leaving, candidates, restore
 from dpa_ray.engine.evaluate import evaluate
@@ -34,21 +40,18 @@ from dpa_ray.engine.logs import Before, Recorder
 from dpa_ray.engine.loop import Plan, Schedule, train
 from dpa_ray.engine.messages import STARTED, Orders
 from dpa_ray.engine.postmortem import Postmortem
-from dpa_ray.engine.protocol import Engine, OptimizerSettings, barrier, from_rank_0, limit_waits, rank, world_size
+from dpa_ray.engine.protocol import Engine, barrier, from_rank_0, limit_waits, rank, world_size
 from dpa_ray.engine.pulse import beating
 from dpa_ray.engine.words import Words
 from dpa_ray.errors import UserError
 from dpa_ray.report.metrics import MetricsLog
-from dpa_ray.stages import instruct, proxy_llm, proxy_mllm
+from dpa_ray.stages import instruct, proxy_llm
 from dpa_ray.stages.build import Built
 from dpa_ray.stages.spec import (
     AnyTask,
-    ArtifactFile,
     BlindTask,
     EvalTask,
-    InstructTask,
     MergeTask,
-    ProxyMllmTask,
     Task,
     TrainTask,
 )  # fmt: skip
@@ -199,7 +202,7 @@ class Worker:
         start = time.perf_counter()
         recipe, stage = task.recipe, task.stage
         section = getattr(recipe.stages, stage)
-        built = _build(task, self.store)
+        built = build(task, self.store)
         trained = select_trainable(built.module.model, stage, built.llm_mode)
         cursor = cursor_of(task, self.store)
         self.tell(
@@ -208,8 +211,8 @@ class Worker:
         )  # fmt: skip
         loader = Loader(
             store=self.store, prepared=task.data, encoder=built.encoder, image_processor=built.image_processor,
-            pad_token_id=_pad_token(built.encoder.tokenizer), packing=getattr(section, "packing", False),
-            retry_s=recipe.data.retry_s, blind=_blind_scores(task, self.store),
+            pad_token_id=pad_token(built.encoder.tokenizer), packing=getattr(section, "packing", False),
+            retry_s=recipe.data.retry_s, blind=blind_scores(task, self.store),
             skipped=frozenset(skipped.row for skipped in task.skipped),
         )  # fmt: skip
         loader.check()
@@ -294,7 +297,7 @@ class Worker:
         tensors = engine.gather(list(trained.names))
         expected = None
         if built.finish is not None:
-            expected = instruct.probe_logits(built.module.model, *_probe_arguments(built, self.device))
+            expected = instruct.probe_logits(built.module.model, *probe_arguments(built, self.device))
         if rank() == 0:
             with scratch() as folder:
                 built.save(tensors, folder)
@@ -351,16 +354,6 @@ def _resumed(task: TrainTask, checkpoint: Checkpoint, built: Built) -> str:
     return text
 
 
-def has_dropout(module: torch.nn.Module) -> bool:
-    """Does anything in it draw dropout in training? (Attention does without a module of its own, by its config.)"""
-    configs = [getattr(part, "config", None) for part in module.modules()]
-    return any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in module.modules()) or any(
-        isinstance(value, float) and value > 0
-        for config in configs if config is not None
-        for value in (getattr(config, "attention_dropout", 0.0),)
-    )  # fmt: skip
-
-
 def _drained() -> Leaving | None:
     """The nodes of workers that are about to go, as Ray Train says it. All ranks ask at once."""
     import ray.train
@@ -369,80 +362,3 @@ def _drained() -> Leaving | None:
     if info is None:
         return None
     return Leaving(tuple(info.preempted_node_ids), info.deadline_ms / 1000 if info.deadline_ms else None)
-
-
-def _build(task: TrainTask, store: Store) -> Built:
-    builders = {"proxy_llm": proxy_llm, "proxy_mllm": proxy_mllm, "instruct": instruct}
-    with one_node_at_a_time():
-        built: Built = builders[task.stage].build_stage(task, store)
-    return built
-
-
-@contextmanager
-def one_node_at_a_time() -> Iterator[None]:
-    """Rank 0 first, then the others: the first fills caches (hub, downloaded artifacts) that the others find.
-
-    All leave together: what comes next has a time limit, and a model may take longer than that to come.
-    """
-    if rank() != 0:
-        barrier()
-        yield
-    else:
-        try:
-            yield
-        finally:
-            barrier()
-    barrier()
-
-
-def _blind_scores(task: TrainTask, store: Store) -> BlindScores | None:
-    """q of the stage's samples, where it was computed beforehand."""
-    if not isinstance(task, ProxyMllmTask | InstructTask) or task.blind is None:
-        return None
-    return BlindScores(task.data, ArtifactFile(store, task.blind), store.url(task.blind.path))
-
-
-ORDERS = {"proxy_mllm": 1}
-"""Stage 2 takes the samples of stage 1, but not in its order."""
-
-
-def cursor_of(task: TrainTask, store: Store) -> Cursor:
-    """The stage's order of samples."""
-    recipe = task.recipe
-    section = getattr(recipe.stages, task.stage)
-    source = recipe.data.instruct if task.stage == "instruct" else recipe.data.pretrain
-    grouped = getattr(section, "group_by_length", False)
-    return Cursor(
-        [n for _, groups in task.data.shards for n in groups], seed=recipe.seed,
-        global_batch_size=section.global_batch_size, window=recipe.data.shuffle_window,
-        fraction=source.fraction, order=ORDERS.get(task.stage, 0),
-        sizes=Sizes(store, task.data, retry_s=recipe.data.retry_s) if grouped else None, one_image=ONE_IMAGE,
-    )  # fmt: skip
-
-
-def make_engine(built: Built, task: TrainTask, device: torch.device, *, accumulation_steps: int) -> Engine:
-    """DeepSpeed or plain torch, as the recipe says."""
-    recipe = task.recipe
-    section = getattr(recipe.stages, task.stage)
-    settings = OptimizerSettings(tuple(section.betas), section.weight_decay, section.grad_clip)
-    if recipe.engine == "torch":
-        from dpa_ray.engine.plain import PlainEngine
-
-        return PlainEngine(built.module, settings, device)
-    from dpa_ray.engine.zero import ZeroEngine
-
-    return ZeroEngine(
-        built.module, settings, device, zero_stage=recipe.deepspeed.zero_stage, bf16=recipe.precision == "bf16",
-        micro_batch_size=section.micro_batch_size, accumulation_steps=accumulation_steps,
-    )  # fmt: skip
-
-
-def _pad_token(tokenizer: Any) -> int:
-    return int(tokenizer.pad_token_id or 0)
-
-
-def _probe_arguments(built: Built, device: torch.device) -> tuple[Any, torch.device, int]:
-    encoder = built.encoder
-    size = built.image_processor.crop_size["height"]
-    vocab_rows = built.module.num_softmax_rows or built.module.model.get_output_embeddings().out_features
-    return instruct.probe_sample(encoder.num_image_tokens, encoder.image_token_id, size), device, vocab_rows

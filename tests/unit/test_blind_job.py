@@ -19,7 +19,7 @@ from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.ingest import Loader
 from dpa_ray.data.prepared import Prepared
 from dpa_ray.data.skip import entry_of
-from dpa_ray.engine import blind_job, worker
+from dpa_ray.engine import assembling, blind_job
 from dpa_ray.engine.blind_job import chosen_rows, compute_blind, share, staging
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import Recipe
@@ -66,7 +66,7 @@ class Told:
 
 def run(task: BlindTask) -> Told:
     store, told = Store(task.recipe.store), Told()
-    compute_blind(task, store, CPU, worker.cursor_of(task.reader, store), told)
+    compute_blind(task, store, CPU, assembling.cursor_of(task.reader, store), told)
     return told
 
 
@@ -74,7 +74,7 @@ def loader_of(task: ProxyMllmTask, *, cached: bool = True) -> tuple[Loader, Any]
     """Stage 2's loader and module, as the worker makes them."""
     store = Store(task.recipe.store)
     built = proxy_mllm.build_stage(task, store)
-    blind = worker._blind_scores(task, store) if cached else None
+    blind = assembling.blind_scores(task, store) if cached else None
     return Loader(store, task.data, built.encoder, built.image_processor, 0, blind=blind), built.module
 
 
@@ -116,7 +116,7 @@ def test_a_frozen_stage_three_computes_the_same_with_it_as_live(recipe: Callable
     assert find(store, "blind-instruct", task.result.key) is None
     run(task)
     built = proxy_mllm.build_stage(captions, store)
-    encode, blind = blind_job.encoder(task, store), worker._blind_scores(task.reader, store)
+    encode, blind = blind_job.encoder(task, store), assembling.blind_scores(task.reader, store)
     live, cached = (
         Loader(store, task.reader.data, encode, built.image_processor, 0, blind=scores).load(np.arange(9), 0).to(CPU)
         for scores in (None, blind)
@@ -200,7 +200,7 @@ def test_only_samples_that_stage_two_takes_are_computed(
     """10 of 20 captions, or two steps of four; what was not asked for is refused, by its place."""
     task = small(*overrides, "data.shuffle_window=6")
     told = run(task)
-    cursor = worker.cursor_of(task.reader, Store(task.recipe.store))
+    cursor = assembling.cursor_of(task.reader, Store(task.recipe.store))
     taken = {int(r) for step in range(task.reader.num_steps) for r in cursor.rows(0, step)}
     assert len(taken) == (10 if "fraction" in overrides[0] else 8)
     assert sum(v["num_samples"] for kind, v in told.events if kind == "blind_shard") == len(taken)
@@ -292,7 +292,7 @@ def test_q_that_is_not_finite_of_one_caption_spoils_no_other(
     skipping = small(f"data.skip_ids=['{entry}']")
     assert skipping.result == sound.result
     run(skipping)
-    blind = worker._blind_scores(skipping.reader, store)
+    blind = assembling.blind_scores(skipping.reader, store)
     assert blind is not None
     for other in set(range(20)) - {row}:
         np.testing.assert_allclose(blind.scores(other), expected[other], atol=1e-4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dpa_ray.data.prepared import Prepared
-from dpa_ray.engine import worker
+from dpa_ray.engine import assembling
 from dpa_ray.engine.evaluate import evaluate
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import Recipe
@@ -69,7 +69,7 @@ class Case:
         elif kind == "proxy-merged":
             proxy_mllm.build_stage(self._stage_two(common, MergedProxy(ref)), self.store)
         elif kind == "blind":
-            scores = worker._blind_scores(self._stage_two(common, self.base, ref), self.store)
+            scores = assembling.blind_scores(self._stage_two(common, self.base, ref), self.store)
             assert scores is not None
             scores.scores(0)
         elif kind == "proxy-mllm":

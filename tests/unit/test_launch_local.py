@@ -76,11 +76,11 @@ def test_a_controller_that_dies_is_told_with_what_to_do() -> None:
 def test_controllers_that_die_are_counted_until_something_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.exceptions import ActorDiedError
 
-    from dpa_ray.engine.launch import Relaunches
     from dpa_ray.engine.messages import Progress
+    from dpa_ray.engine.relaunching import Relaunches
 
     removed = []
-    monkeypatch.setattr(launch, "remove_placement_group", lambda group: removed.append(group.id.hex()))
+    monkeypatch.setattr("dpa_ray.engine.relaunching.remove_placement_group", lambda group: removed.append(group.id.hex()))
     lost, group = Relaunches(1), "ab" * 18
 
     def dies(made: int) -> bool:
@@ -105,8 +105,8 @@ def test_workers_that_do_not_start_are_started_again_unless_they_said_why() -> N
     from ray.train.v2.api.exceptions import ControllerError
 
     from dpa_ray.engine.failures import GaveUp
-    from dpa_ray.engine.launch import Relaunches
     from dpa_ray.engine.messages import Progress
+    from dpa_ray.engine.relaunching import Relaunches
 
     relaunches = Relaunches(1)
     assert not relaunches.recovers(ControllerError(UserError("the store is full")), Progress(0))

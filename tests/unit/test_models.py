@@ -184,7 +184,8 @@ def test_a_head_that_llava_cannot_hold_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "attention"), [("llama", "eager"), ("llama", "flex_attention"), ("gemma2", None), ("gemma2", "flex_attention")]
+    ("family", "attention"),
+    [("llama", "eager"), ("llama", "flex_attention"), ("gemma2", None), ("gemma2", "flex_attention")],
 )
 def test_the_model_put_together_has_the_llms_attention(family: str, attention: str | None) -> None:
     """And the tower its own."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dpa_ray.data.prepare import Prepared
 from dpa_ray.data.retry import bridged_s
-from dpa_ray.engine import worker
+from dpa_ray.engine import assembling
 from dpa_ray.errors import LeaseTaken, UserError
 from dpa_ray.model import lora, vlm
 from dpa_ray.model.vlm import ModelRef
@@ -177,7 +177,7 @@ def test_all_that_reads_data_waits_for_s3_as_long_as_the_recipe_says(
     tuned = carry_out(made, tmp_path)[4]
     assert {kind for kind, _ in waited} == {"source_digest", "exists", "upload", "arrow"}  # arrow: check_supervision
     num = len(waited)
-    worker.cursor_of(tuned, Store(made.store)).rows(0, 0)
+    assembling.cursor_of(tuned, Store(made.store)).rows(0, 0)
     assert [kind for kind, _ in waited[num:]] == ["arrow"], "the sizes in the footer of its one shard"
     assert {seconds for _, seconds in waited} == {7}
     assert bridged_s() == 0
