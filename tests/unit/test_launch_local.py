@@ -80,7 +80,9 @@ def test_controllers_that_die_are_counted_until_something_is_saved(monkeypatch: 
     from dpa_ray.engine.relaunching import Relaunches
 
     removed = []
-    monkeypatch.setattr("dpa_ray.engine.relaunching.remove_placement_group", lambda group: removed.append(group.id.hex()))
+    monkeypatch.setattr(
+        "dpa_ray.engine.relaunching.remove_placement_group", lambda group: removed.append(group.id.hex())
+    )
     lost, group = Relaunches(1), "ab" * 18
 
     def dies(made: int) -> bool:
