@@ -45,6 +45,8 @@ DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Of a Ray started here: else a data task's process is ended after a second without a task, and the next one imports anew.
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
 }
 CHECKSUM_VARIABLES = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
 """What the store set for S3 servers other than AWS's; Ray Train's own S3 clients in the workers need it too."""

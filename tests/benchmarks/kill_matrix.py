@@ -35,7 +35,7 @@ from tests.s3 import S3, environment, free_port, fresh_bucket, rclone_process
 
 NUM_STEPS = 60
 FAULT_AT = 7
-AUTH = {"RAY_AUTH_MODE": "disabled"}
+AUTH = {"RAY_AUTH_MODE": "disabled", "RAY_idle_worker_killing_time_threshold_ms": "60000"}  # the latter as in the image
 MARK = "DPA_TEST_MATRIX"
 """Variable that tells the cluster's processes from others of this machine."""
 
