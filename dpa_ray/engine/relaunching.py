@@ -9,7 +9,7 @@ import ray
 from ray._raylet import PlacementGroupID
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from dpa_ray.engine.failures import GaveUp, first_line, root_causes
 from dpa_ray.engine.messages import FAILED, STARTED, Progress
@@ -62,17 +62,40 @@ class Relaunches:
         self.number += 1
         if self.number > self.limit:
             return False
-        if self.group is not None:  # Ray keeps a dead controller's as long as the driver lives
-            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(self.group)))
-            self.group = None
+        for group in self._held():  # Ray keeps a dead controller's as long as the driver lives
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
+        self.group = None
         self.text = f"{what}; others are started, and go on from the last checkpoint (failure {self.number} of {self.limit}, {progress})"
         return True
 
     def _what(self, error: Exception | None) -> str | None:
         """One line on what happened; None where it is not one of those failures."""
         if isinstance(error, ray.exceptions.ActorDiedError):
-            return None if self.group is None else "Ray Train's controller died, and its workers with it"
+            # of one that dies while its workers start, a trial of a sweep does not know what it holds
+            if self.group is None and is_trial():
+                return None
+            return "Ray Train's controller died, and its workers with it"
         causes = root_causes(error) if isinstance(error, ControllerError) else []
         if not causes or any(isinstance(cause, UserError | GaveUp) for cause in causes):
             return None
         return f"workers could not be started: {type(causes[-1]).__name__}: {first_line(causes[-1])}"
+
+    def _held(self) -> list[str]:
+        """The placement groups that this run's workers had, or were to have."""
+        if is_trial():
+            return [] if self.group is None else [self.group]
+        return groups_of_this_driver()
+
+
+def is_trial() -> bool:
+    """Does this process share its driver with other runs?"""
+    return ray.get_runtime_context().get_actor_id() is not None
+
+
+def groups_of_this_driver() -> list[str]:
+    """The placement groups that its processes made and nobody removed, by their ids, which end with the driver's."""
+    job: str = ray.get_runtime_context().get_job_id()
+    return [
+        str(group) for group, about in placement_group_table().items()
+        if group.endswith(job) and about["state"] != "REMOVED"
+    ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Does the whole job work on real input? A real LLM and tower, real pictures and texts, a real S3 server, two workers.
 
 SmolLM2-135M behind DINOv2-S at 112 px; captions of the tuxpaint stamps for stages 1 and 2, easy-vqa for stage 3; images,
-data files and store in buckets; ZeRO-2, global batch 8, 15 steps a stage. About 10 minutes on two cores.
+data files and store in buckets; ZeRO-2, global batch 8, 10 steps a stage. About 5 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.s3 import S3
 
 pytestmark = pytest.mark.ci
 
-NUM_STEPS, GLOBAL_BATCH_SIZE = 15, 8
+NUM_STEPS, GLOBAL_BATCH_SIZE = 10, 8
 NUM_SAMPLES = NUM_STEPS * GLOBAL_BATCH_SIZE + 5
 LEARNING_RATES = {"proxy_llm": 1.0e-3, "proxy_mllm": 2.0e-3, "instruct": 1.0e-4}
 TIMEOUT_S = 1800

@@ -272,6 +272,24 @@ def test_a_worker_that_dies_while_workers_start_is_replaced(tmp_path: Path, reci
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("after_s", [0.5, 2.0, 5.0])
+def test_a_controller_that_dies_while_workers_start_is_replaced(
+    tmp_path: Path, recipe: Callable, after_s: float
+) -> None:
+    """Before and after it has asked for their placement group, and while they import."""
+    running = start_dpa(recipe(), tmp_path / "store", "run")
+    until = time.monotonic() + 120
+    while not (controllers := running.processes("ray::TrainController")):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    time.sleep(after_s)
+    os.kill(controllers[0], signal.SIGKILL)
+    run = running.finished()
+    assert run.returncode == 0, run.output
+    assert "Ray Train's controller died" in run.output
+
+
+@pytest.mark.full
 def test_a_controller_that_dies_once_too_often_ends_the_run(tmp_path: Path, recipe: Callable) -> None:
     running = start_dpa(recipe(cluster__max_failures=0), tmp_path / "store", "run")
     running.wait_for("proxy_mllm", 5)

@@ -73,23 +73,31 @@ def test_a_controller_that_dies_is_told_with_what_to_do() -> None:
     assert "the same command goes on from there" in str(found)
 
 
-def test_controllers_that_die_are_counted_until_something_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("trial", [False, True], ids=["driver", "trial of a sweep"])
+def test_controllers_that_die_are_counted_until_something_is_saved(
+    monkeypatch: pytest.MonkeyPatch, trial: bool
+) -> None:
+    """A driver knows by their ids which groups are its own; a trial shares its driver, and only knows its workers'."""
     from ray.exceptions import ActorDiedError
 
+    from dpa_ray.engine import relaunching
     from dpa_ray.engine.messages import Progress
     from dpa_ray.engine.relaunching import Relaunches
 
-    removed = []
-    monkeypatch.setattr(
-        "dpa_ray.engine.relaunching.remove_placement_group", lambda group: removed.append(group.id.hex())
-    )
-    lost, group = Relaunches(1), "ab" * 18
+    job, group, removed = "03000000", "ab" * 14 + "03000000", []
+    table = {
+        group: {"state": "CREATED"}, "cd" * 14 + job: {"state": "REMOVED"}, "ef" * 14 + "04000000": {"state": "CREATED"}
+    }  # fmt: skip
+    context = SimpleNamespace(get_actor_id=lambda: "a1" if trial else None, get_job_id=lambda: job)
+    monkeypatch.setattr(relaunching.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(relaunching, "placement_group_table", lambda: table)
+    monkeypatch.setattr(relaunching, "remove_placement_group", lambda group: removed.append(group.id.hex()))
+    lost = Relaunches(1)
 
     def dies(made: int) -> bool:
         lost.saw("workers_started", {"number": 2, "group": group})
         return lost.recovers(ActorDiedError(), Progress(made))
 
-    assert not lost.recovers(ActorDiedError(), Progress(0)), "what it holds is not known before there are workers"
     assert not lost.recovers(RuntimeError("a worker's"), Progress(0))
     assert not lost.recovers(None, Progress(0))
     assert dies(0)
@@ -98,18 +106,20 @@ def test_controllers_that_die_are_counted_until_something_is_saved(monkeypatch: 
     assert dies(1)
     lost.saw("workers_started", {"number": 2, "group": group})
     lost.saw("failed", {"why": "failure"})
-    assert not lost.recovers(ActorDiedError(), Progress(2)), (
-        "new workers were on their way, in a group that is not known"
-    )
+    assert lost.recovers(ActorDiedError(), Progress(2)) != trial, "new workers were on their way"
+    assert removed == [group] * (2 if trial else 3)
 
 
-def test_workers_that_do_not_start_are_started_again_unless_they_said_why() -> None:
+def test_workers_that_do_not_start_are_started_again_unless_they_said_why(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.train.v2.api.exceptions import ControllerError
 
+    from dpa_ray.engine import relaunching
     from dpa_ray.engine.failures import GaveUp
     from dpa_ray.engine.messages import Progress
     from dpa_ray.engine.relaunching import Relaunches
 
+    monkeypatch.setattr(relaunching, "is_trial", lambda: False)
+    monkeypatch.setattr(relaunching, "groups_of_this_driver", list)
     relaunches = Relaunches(1)
     assert not relaunches.recovers(ControllerError(UserError("the store is full")), Progress(0))
     assert not relaunches.recovers(ControllerError(GaveUp("worker 0 failed, 4 times")), Progress(0))
