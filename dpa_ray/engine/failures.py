@@ -7,6 +7,7 @@ replaced because a node's time was over, or because the cluster grew. Imports li
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -43,6 +44,10 @@ class Failures(ControllerCallback):
         self.board, self.max_failures, self.max_preemptions = board, max_failures, max_preemptions
         self.collective_timeout_s = collective_timeout_s
         self.made = self.failures = self.preemptions = self.all_preemptions = 0
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Ten times a second the controller would write that it is too soon to look for room, 250 MB a day."""
+        logging.getLogger("ray.train.v2._internal.execution.scaling_policy.elastic").setLevel(logging.INFO)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Raises: UserError that a worker raised, or where workers were lost too often; GaveUp where it was an error."""

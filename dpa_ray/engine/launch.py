@@ -56,6 +56,12 @@ TRAIN_COLLECTIVE = "RAY_TRAIN_COLLECTIVE_TIMEOUT_S"
 """How long Ray Train's controller waits for a worker that does not answer, and its own barriers for one that does not come;
 it passes them on from the driver."""
 
+PLACING = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+PLACING_S = {"elastic": "10", "fixed": "60"}
+"""How long Ray Train's controller waits for a placement group before it counts the nodes anew. Elastic workers are asked for
+where there is room: if they find none, a node has died that was still counted. Workers of a fixed number may wait for nodes that
+an autoscaler starts."""
+
 LOCAL = "DPA_RAY_LOCAL"
 """Set in the workers of a Ray that `connect` started on this machine. (RAY_ADDRESS is set for the driver of a cluster, but
 not for its workers, some of which are drivers of a sweep's trials.)"""
@@ -125,6 +131,7 @@ def launch(
     limit_s = tasks[0].recipe.collective_limit_s
     os.environ[SILENT_WORKER] = str(cluster.collective_timeout_s)
     os.environ[TRAIN_COLLECTIVE] = str(limit_s)
+    os.environ[PLACING] = PLACING_S["fixed" if cluster.min_workers == cluster.max_workers else "elastic"]
     trainer = TorchTrainer(
         run_worker,
         train_loop_config=Orders(store.uri, order, board, uuid.uuid4().hex),

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
@@ -154,12 +155,20 @@ def worker_killed_while_saving(scene: Scene, stage: str) -> None:
     raise AssertionError("no checkpoint was seen on its way")
 
 
+def node_of_a_worker(bench: Bench) -> Any:
+    """The raylet of a node is the parent of its workers."""
+    parents = {psutil.Process(pid).ppid() for pid in processes("ray::RayTrainWorker")}
+    return next(node for node in bench.nodes if node.all_processes["raylet"][0].process.pid in parents)
+
+
 def node_removed(scene: Scene, stage: str) -> None:
-    scene.bench.cluster.remove_node(scene.bench.nodes.pop(), allow_graceful=False)
+    node = node_of_a_worker(scene.bench)
+    scene.bench.nodes.remove(node)
+    scene.bench.cluster.remove_node(node, allow_graceful=False)
 
 
 def node_drained(scene: Scene, stage: str) -> None:
-    node = scene.bench.nodes[-1]
+    node = node_of_a_worker(scene.bench)
     done = subprocess.run(
         ["ray", "drain-node", "--address", scene.bench.cluster.address, "--node-id", node.node_id, "--reason",
          "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "10"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -313,6 +314,17 @@ def test_preemptions_and_failures_have_budgets_of_their_own_and_progress_restore
         failures.after_controller_state_update(RunningState(), died())
     assert events(board) == [], "a run that ends waits for no workers"
     ray.kill(board)
+
+
+def test_rays_controller_does_not_fill_its_disk_with_that_it_is_too_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.train.v2._internal.execution.scaling_policy import elastic
+
+    monkeypatch.setattr(elastic.logger, "level", logging.DEBUG)
+    elastic.logger.manager._clear_cache()
+    assert elastic.logger.isEnabledFor(logging.DEBUG)
+    Failures(None, max_failures=0, max_preemptions=0, collective_timeout_s=600).after_controller_start(None)
+    assert not elastic.logger.isEnabledFor(logging.DEBUG)
+    assert elastic.logger.isEnabledFor(logging.INFO)
 
 
 def test_without_a_limit_preemptions_go_on(local_ray: None) -> None:
