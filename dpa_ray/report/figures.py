@@ -1,7 +1,8 @@
 """Which figures does a report have? Each is a Vega-Lite specification with its data as a table beside it.
 
 Data go in under names of our own (`x`, `series`), never as field names or expressions: keys and words that come from
-recipes and captions may hold anything.
+recipes and captions may hold anything. Their order is a scale's domain: Vega-Lite makes an expression of a `sort`, in which Vega
+takes the word "if" for its own.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ def curves(
                     "axis": {**TICKS, "tickMinStep": 1},
                 },
                 "y": {"field": "y", "type": "quantitative", "title": y, "scale": {"zero": False}},
-                "color": {"field": "series", "type": "nominal", "sort": order, "title": None},
-                "strokeDash": {"field": "series", "type": "nominal", "sort": order, "title": None},
+                "color": {"field": "series", "type": "nominal", "scale": {"domain": order}, "title": None},
+                "strokeDash": {"field": "series", "type": "nominal", "scale": {"domain": order}, "title": None},
             },
         }
     ]
@@ -137,7 +138,7 @@ def gain_histogram(
             "field": "y", "type": "quantitative", "title": "share of targets", "stack": None,
             "scale": {"type": "sqrt", "domainMin": 0}, "axis": {"format": "%"},
         },
-        "color": {"field": "series", "type": "nominal", "sort": order, "title": None},
+        "color": {"field": "series", "type": "nominal", "scale": {"domain": order}, "title": None},
     }  # fmt: skip
     layers: list[Spec] = []
     for series, found in shares.items():
@@ -264,7 +265,7 @@ def parallel_coordinates(
             if value is not None and last is not None:
                 lines.append({"trial": trial, "axis": axis, "y": scale(value), "value": value, "score": last})
     across = {
-        "field": "axis", "type": "nominal", "sort": names, "title": None,
+        "field": "axis", "type": "nominal", "scale": {"domain": names}, "title": None,
         "axis": {"labelAngle": -25, "labelPadding": 18, "domain": False, "ticks": False, "grid": True, "labelLimit": 130},
     }  # fmt: skip
     upright = {"field": "y", "type": "quantitative", "axis": None, "scale": {"domain": [0, 1]}}
@@ -343,7 +344,7 @@ class Interval:
 def intervals(name: str, title: str, found: Sequence[Interval], *, x: str) -> Figure:
     """Differences as points with their intervals, and a rule at 0: an interval across it shows no difference."""
     values = [{"name": i.name, "x": i.middle, "low": i.low, "high": i.high} for i in found]
-    y = {"field": "name", "type": "nominal", "sort": [i.name for i in found], "title": None}
+    y = {"field": "name", "type": "nominal", "scale": {"domain": [i.name for i in found]}, "title": None}
     layers: list[Spec] = [
         {
             "data": {"values": values},

@@ -221,7 +221,7 @@ def _changes(stage: str, series: Mapping[str, Words], visual: set[str]) -> Figur
         rows.append((word, _group(word, visual), *map(_short, both)))
     heads = (f"{name}: nll {when}" for name in names for when in ("before", "after"))
     y = _rows_axis([labels[word] for word in shown])
-    told = {"field": "series", "type": "nominal", "sort": names, "title": None}
+    told = {"field": "series", "type": "nominal", "scale": {"domain": names}, "title": None}
     layers: list[Spec] = [
         {
             "data": {"values": [{"x": 0}]},
@@ -257,7 +257,6 @@ def _dumbbells(values: list[Spec], order: Sequence[str], height: int) -> Spec:
     colour = {
         "field": "group",
         "type": "nominal",
-        "sort": list(GROUPS),
         "title": None,
         "scale": {"domain": list(GROUPS)},
     }
@@ -287,7 +286,7 @@ def _rows_axis(order: Sequence[str]) -> Spec:
     return {
         "field": "row",
         "type": "nominal",
-        "sort": list(order),
+        "scale": {"domain": list(order)},
         "title": None,
         "axis": {"labelLimit": 150, "grid": True},
     }

@@ -32,9 +32,15 @@
       const name = place.dataset.spec;
       const canvas = document.createElement("div");
       place.replaceChildren(canvas);
-      await vegaEmbed(canvas, structuredClone(specs[name]), {
-        renderer: "svg", actions: false, ast: true, config: config(), tooltip: { theme: dark.matches ? "dark" : "light" },
-      });
+      try {
+        await vegaEmbed(canvas, structuredClone(specs[name]), {
+          renderer: "svg", actions: false, ast: true, config: config(), tooltip: { theme: dark.matches ? "dark" : "light" },
+        });
+      } catch (error) {
+        console.error(`${name}: ${error}`); // the others are drawn, and its table has its data
+        canvas.textContent = "This figure cannot be drawn; its data are in the table.";
+        continue;
+      }
       const picture = canvas.querySelector("svg");
       picture.setAttribute("role", "img");
       picture.setAttribute("aria-labelledby", `title-${name}`);
