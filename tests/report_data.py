@@ -40,7 +40,13 @@ def record(stage: str, step: int, shift: float = 0.0) -> dict[str, Any]:
 def words_of(shift: float = 0.0, *, is_known: bool = True) -> WordLosses:
     """Twelve visual words and twenty-eight others, learnt the less the more the image helps; `shift` helps the visual. In an
     expression of Vega's "if" is a word of its own, as a text too."""
-    names = [*(f"red-{n}" for n in range(12)), *(f"style-{n}" for n in range(18)), "if", *(f"style-{n}" for n in range(18, 26)), HOSTILE.lower()]
+    names = [
+        *(f"red-{n}" for n in range(12)),
+        *(f"style-{n}" for n in range(18)),
+        "if",
+        *(f"style-{n}" for n in range(18, 26)),
+        HOSTILE.lower(),
+    ]
     rows = [
         {"word": name, "count": 40 - n, "num_tokens": 1.5, "nll_before": 5.0 - n / 20, "nll_after": 3.0 - n / 30 - shift * (n < 12),
          "gain": 0.3 - n / 100 if n < 12 else 0.01, "visual": float(is_known and n < 12)}
