@@ -188,20 +188,20 @@ def run(recipe: Recipe, options: Options) -> int:
         try:
             budget_is_over = _carry_out(recipe, plan, store, record)
         except BaseException as err:
-            _interrupted(record, err)
+            _interrupted(plan, record, err)
             raise
         finally:
             _settle(record)
         return _close(plan, record, where, budget_is_over)
 
 
-def _interrupted(record: Record, err: BaseException) -> None:
+def _interrupted(plan: Plan, record: Record, err: BaseException) -> None:
     """Write down what can be of a sweep that ends with `err`, which matters more than that something cannot be."""
     for trial in record.trials:
         if trial["status"] == "running":
             trial["status"] = "interrupted"
     try:
-        record.write("interrupted", record.store.brief(), error=one_line(err))
+        record.write("interrupted", record.store.brief(), error=one_line(err), **_of_variants(plan, record))
     except (UserError, OSError) as also:
         _print(f"not everything about this sweep's end could be written: {also}")
 
@@ -269,19 +269,24 @@ def _close(plan: Plan, record: Record, where: str, budget_is_over: bool) -> int:
         trial["status"] in (*FINISHED, "failed") for trial in wanted
     )
     has_failed = bool(trials) and all(trial["status"] == "failed" for trial in trials)
-    values: dict[str, Any] = {}
-    if plan.space.labels:
-        named = {name for trial in trials for name in trial["metrics"]}
-        held_out = {name for name in named if name.startswith("eval.") and name.endswith(COMPARED)}
-        metrics = [record.values["metric"], *sorted(held_out - {record.values["metric"]})]
-        values["compare"] = compared(trials, metrics)
-    record.write("failed" if has_failed else "done" if is_whole else "interrupted", **values)
+    status = "failed" if has_failed else "done" if is_whole else "interrupted"
+    record.write(status, **_of_variants(plan, record))
     screen.closing(record.values, where)
     _write_report(record)
     if not is_whole:
         why = "the time budget is over" if budget_is_over else "not every trial is finished"
         _print(f"{why}; the same command goes on from here")
     return 1 if has_failed or not is_whole else 0
+
+
+def _of_variants(plan: Plan, record: Record) -> dict[str, Any]:
+    """Of a comparison: what its finished trials say, as `compare`."""
+    if not plan.space.labels:
+        return {}
+    named = {name for trial in record.trials for name in trial["metrics"]}
+    held_out = {name for name in named if name.startswith("eval.") and name.endswith(COMPARED)}
+    metrics = [record.values["metric"], *sorted(held_out - {record.values["metric"]})]
+    return {"compare": compared(record.trials, metrics)}
 
 
 def _write_report(record: Record) -> None:

@@ -112,3 +112,21 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(recipe: Recipe, monkeypa
     monkeypatch.setattr(main, "_carry_out", look)
     assert run(recipe, Options(trials=2)) == 1, "no trial was run"
     assert asked == ["nowhere", "nowhere"]
+
+
+def test_a_comparison_that_was_interrupted_says_what_its_finished_trials_show(recipe: Recipe) -> None:
+    plan = make_plan_of(recipe, Options(compare=("vanilla", "dpa"), seeds=2))
+    record = Record(Store(recipe.store), plan.name, recipe, plan.what)
+    Sweep(record, plan.search, plan.space.recipe, label=plan.space.label).propose_all()
+    metric = record.values["metric"]
+    for trial, score in zip(record.trials, (0.75, 0.5, 0.5), strict=False):
+        trial |= {"status": "done", "metrics": {metric: score}}
+    record.trials[3]["status"] = "running"
+    main._interrupted(plan, record, KeyboardInterrupt())
+    found = record.store.read_json(f"{record.path}/sweep.json")
+    assert found["status"] == "interrupted"
+    assert found["trials"][3]["status"] == "interrupted"
+    vanilla, dpa = found["compare"]["metrics"][metric]
+    assert vanilla["values"] == {"0": 0.75, "1": 0.5}
+    assert dpa["difference"]["num_pairs"] == 1
+    assert dpa["difference"]["mean"] == pytest.approx(-0.25)
