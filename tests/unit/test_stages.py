@@ -132,6 +132,30 @@ def trained(model: Any, stage: str, mode: str) -> dict[str, Tensor]:
     return {name: named[name].detach().clone() for name in names}
 
 
+def test_the_export_is_checked_with_the_attention_that_it_was_trained_with(
+    recipe: Callable[..., Recipe], connector_artifact: Callable[[Store], ArtifactRef], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """And a stage is trained with the attention that the recipe asks for."""
+    made = recipe("model.attention=eager")
+    store = Store(made.store)
+    built = instruct.build_stage(instruct_task(made, connector_artifact(store)), store)
+    built.save(trained(built.module.model, "instruct", made.stages.instruct.llm), tmp_path / "out")
+    seen, probe = [], instruct.probe_logits
+
+    def watched(model: Any, *rest: Any) -> Tensor:
+        seen.append(model.model.language_model.config._attn_implementation)
+        return probe(model, *rest)
+
+    monkeypatch.setattr(instruct, "probe_logits", watched)
+    sample = instruct.probe_sample(16, built.encoder.image_token_id, 28)
+    device = torch.device("cpu")
+    expected = instruct.probe_logits(built.module.model.eval(), sample, device, built.module.num_softmax_rows or 0)
+    assert built.finish is not None
+    built.finish(tmp_path / "out", expected, device)
+    assert seen == ["eager", "eager"]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", ["full", "lora", "frozen"])
 def test_the_finished_model_is_the_trained_one(
