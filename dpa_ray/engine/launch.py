@@ -57,7 +57,7 @@ TRAIN_COLLECTIVE = "RAY_TRAIN_COLLECTIVE_TIMEOUT_S"
 it passes them on from the driver."""
 
 PLACING = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
-PLACING_S = {"elastic": "10", "fixed": "60"}
+PLACING_S = {"elastic": "5", "fixed": "60"}
 """How long Ray Train's controller waits for a placement group before it counts the nodes anew. Elastic workers are asked for
 where there is room: if they find none, a node has died that was still counted. Workers of a fixed number may wait for nodes that
 an autoscaler starts."""
