@@ -46,7 +46,9 @@ def both_scores(module: StepModule, batch: Batch) -> BothScores:
     training = module.training
     module.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):  # a few samples are not worth compiling layers again
+        # A few samples are not worth compiling layers again; but flex attention is fused only where it is compiled.
+        flex = module.decoder.config._attn_implementation == "flex_attention"
+        with torch.compiler.set_stance("default" if flex else "force_eager"):
             return _both_scores(module, batch)
     finally:
         module.train(training)

@@ -59,11 +59,11 @@ def check_attention(recipe: Recipe, llm: ModelRef) -> None:
         return
     for stage in ("proxy_mllm", "instruct"):
         max_length = getattr(recipe.stages, stage).max_length
-        if recipe.weights(stage) != "uniform" and max_length > window:
+        if max_length > window:
             raise UserError(
-                f"model.attention: stages.{stage} has {recipe.weights(stage)} weights, whose pass without the image needs "
-                f"masks of its own where the LLM's sliding window ({window}) is shorter than max_length ({max_length}), and "
-                "flash_attention_2 takes none; expected sdpa, or a max_length of the window at most"
+                f"model.attention: in stages.{stage} the pass without the image, which weights, losses of words and held-out "
+                f"losses come from, needs masks of its own where the LLM's sliding window ({window}) is shorter than max_length "
+                f"({max_length}), and flash_attention_2 takes none; expected sdpa, or a max_length of the window at most"
             )
 
 

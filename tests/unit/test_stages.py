@@ -83,11 +83,15 @@ def test_flash_attention_is_refused_where_the_blind_pass_needs_masks(
         "model.attention=flash_attention_2",
         [f"stages.{s}.max_length=16" for s in ("proxy_mllm", "instruct")],
     )
-    with pytest.raises(UserError, match=r"stages\.proxy_mllm has prob weights.*window \(16\).*expected sdpa"):
+    with pytest.raises(
+        UserError, match=r"in stages\.proxy_mllm the pass without the image.*window \(16\).*expected sdpa"
+    ):
         from_configs(recipe(sliding, flash))
-    with pytest.raises(UserError, match=r"stages\.instruct has prob weights.*max_length \(2048\)"):
+    with pytest.raises(UserError, match=r"in stages\.instruct the pass.*max_length \(2048\)"):
         from_configs(recipe(sliding, flash, short[0]))
-    for allowed in ([flash, *short], [flash, "method=pmo"], ["model.attention=sdpa"]):
+    with pytest.raises(UserError, match=r"losses of words"):
+        from_configs(recipe(sliding, flash, "method=pmo"))
+    for allowed in ([flash, *short], ["model.attention=sdpa"]):
         from_configs(recipe(sliding, *allowed))
     from_configs(recipe(flash))  # no layer slides
 
