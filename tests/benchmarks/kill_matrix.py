@@ -181,7 +181,7 @@ def node_drained(scene: Scene, stage: str) -> None:
     node = node_of_a_worker(scene.bench)
     done = subprocess.run(
         ["ray", "drain-node", "--address", scene.bench.cluster.address, "--node-id", node.node_id, "--reason",
-         "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "10"],
+         "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "4"],
         capture_output=True, text=True, timeout=60, env={**os.environ, **AUTH},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
