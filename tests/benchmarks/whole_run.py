@@ -6,6 +6,9 @@ beyond them: imports, Ray's start, data, models, the export. Ratios are medians 
 
     python -m tests.benchmarks.whole_run --recipe tiny --rounds 3 --out FILE
     python -m tests.benchmarks.whole_run --recipe tiny stages.instruct.max_steps=20
+    python -m tests.benchmarks.whole_run --recipe real --rounds 1
+
+`real` is SmolLM2-135M behind DINOv2-S at 112 px, one worker: 15 steps of 8 stamps' captions in stages 1 and 2, 20 of easy-vqa in 3.
 """
 
 from __future__ import annotations
@@ -21,7 +24,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests import real_assets
+from tests.integration.test_real import GLOBAL_BATCH_SIZE, make_recipe
+
 ROOT = Path(__file__).resolve().parents[2]
+REAL_STEPS = {"proxy_llm": 15, "proxy_mllm": 15, "instruct": 20}
 METHODS = ("vanilla", "dpa")
 PARTS = ("proxy-llm", "proxy-merged", "blind", "proxy-mllm", "instruct", "eval")
 """Artifacts that take time, in their order."""
@@ -53,6 +60,22 @@ def one_run(recipe: str, method: str, overrides: list[str]) -> Times:
     return {**times, "rest": total - sum(times.values()), "total": total}
 
 
+def real_recipe(folder: Path) -> str:
+    """The file of the recipe `real`, with its data beside it."""
+    real = real_assets.ensure()
+    sources = [
+        str(real_assets.subset(file, REAL_STEPS[stage] * GLOBAL_BATCH_SIZE, folder / stage))
+        for file, stage in ((real.stamps / "captions.json", "proxy_mllm"), (real.easy_vqa / "train.json", "instruct"))
+    ]
+    recipe = make_recipe(real, *sources)
+    recipe["cluster"]["workers"] = 1
+    for stage, num_steps in REAL_STEPS.items():
+        recipe["stages"][stage]["max_steps"] = num_steps
+    file = folder / "real.yaml"
+    file.write_text(json.dumps(recipe))  # JSON is YAML
+    return str(file)
+
+
 def table(rounds: dict[str, list[Times]]) -> str:
     """Medians of each part by method, and of the ratio to the first method where it has that part."""
     lines = [f"{'':14}" + "".join(f"{method + ', s':>14}" for method in rounds) + f"{'ratio':>8}"]
@@ -73,9 +96,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file of all rounds")
     args = parser.parse_args()
     rounds: dict[str, list[Times]] = {method: [] for method in METHODS}
+    folder = tempfile.TemporaryDirectory(prefix="dpa-real-")
+    recipe = real_recipe(Path(folder.name)) if args.recipe == "real" else args.recipe
     for number in range(args.rounds):
         for method in METHODS if number % 2 == 0 else METHODS[::-1]:
-            rounds[method].append(one_run(args.recipe, method, args.overrides))
+            rounds[method].append(one_run(recipe, method, args.overrides))
             print(f"round {number}, {method}: {rounds[method][-1]['total']:.1f} s", file=sys.stderr, flush=True)
     print(f"{args.recipe} {' '.join(args.overrides)}, {os.cpu_count()} CPUs, medians of {args.rounds} rounds")
     print(table(rounds))
