@@ -30,13 +30,14 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
+from tests import image
 from tests.benchmarks.random_kills import recipe, result
 from tests.integration.runs import STAGES, Run, Running, start_dpa
 from tests.s3 import S3, environment, free_port, fresh_bucket, rclone_process
 
 NUM_STEPS = 60
 FAULT_AT = 7
-AUTH = {"RAY_AUTH_MODE": "disabled", "RAY_idle_worker_killing_time_threshold_ms": "60000"}  # the latter as in the image
+AUTH = {"RAY_AUTH_MODE": "disabled", **image.ray_settings()}
 MARK = "DPA_TEST_MATRIX"
 """Variable that tells the cluster's processes from others of this machine."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import boto3
 import pytest
 
-from tests import hosts, tiny_models
+from tests import hosts, image, tiny_models
 from tests.hosts import PORT, Host
 from tests.integration.runs import STAGES, Run, Running, losses, make_recipe, start_dpa
 from tests.s3 import KEY, SECRET, environment, rclone_process
@@ -55,7 +55,14 @@ def site(tmp_path: Path) -> Iterator[Site]:
             region_name=aws["AWS_REGION"],
         )  # fmt: skip
         client.create_bucket(Bucket=BUCKET)
-        env = {**os.environ, **aws, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        env = {
+            **os.environ,
+            **image.ray_settings(),
+            **aws,
+            "RAY_AUTH_MODE": "disabled",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
         env["PYTHONPATH"] = str(hosts.ROOT)
         for name, cpus in (("head", 0), ("one", 2), ("two", 2)):
             own = {**env, "DPA_RAY_CACHE": str(tmp_path / "cache" / name)}

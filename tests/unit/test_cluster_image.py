@@ -11,12 +11,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import ray
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from tests import image
+from tests.image import DOCKERFILE
+
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
-DOCKERFILE = (CLUSTER / "Dockerfile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FILES = sorted(p for p in CLUSTER.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
 
@@ -47,6 +50,15 @@ def test_the_lock_gives_what_the_package_asks_for() -> None:
     for text in asked:
         requirement = Requirement(text)
         assert requirement.specifier.contains(lock[requirement.name.lower()]), text
+
+
+def test_ray_knows_its_settings_in_the_image_by_these_names() -> None:
+    """It passes over one that it does not know, as after an upgrade that gave it another name."""
+    programs = Path(ray.__file__).parent / "core/src/ray"
+    text = b"".join((programs / name).read_bytes() for name in ("gcs/gcs_server", "raylet/raylet"))
+    settings = image.ray_settings()
+    assert len(settings) == 4
+    assert [name for name in settings if name.removeprefix("RAY_").encode() not in text] == []
 
 
 def test_every_package_of_the_lock_has_a_hash_and_no_index_is_named() -> None:
