@@ -18,10 +18,11 @@ TIMEOUT_S = 10.0
 
 
 def aws(name: str) -> str:
-    """From Secrets Manager, in the region of the environment, with the instance's role."""
+    """From Secrets Manager, in the region of the environment, with the instance's role. (boto3 does not read AWS_REGION.)"""
     import boto3
 
-    value: str = boto3.client("secretsmanager").get_secret_value(SecretId=name)["SecretString"]
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    value: str = boto3.client("secretsmanager", region_name=region).get_secret_value(SecretId=name)["SecretString"]
     return value
 
 

@@ -197,16 +197,20 @@ def test_secrets_are_named_and_not_held(cluster: dict[str, Any]) -> None:
     assert not any(manifest["kind"] == "Secret" for manifest in base())
 
 
-def test_ray_is_reached_by_its_own_pods_and_the_operator_alone(cluster: dict[str, Any]) -> None:
+def test_ray_is_reached_by_its_own_pods_the_operator_and_prometheus_alone(cluster: dict[str, Any]) -> None:
     policy = of_kind(base(), "NetworkPolicy")["spec"]
     own = {"matchLabels": {"app.kubernetes.io/part-of": "dpa-ray"}}
     assert policy["podSelector"] == own
     assert policy["policyTypes"] == ["Ingress"]
-    inside, operator = policy["ingress"]
+    inside, operator, prometheus = policy["ingress"]
     assert inside == {"from": [{"podSelector": own}]}
     assert operator["from"][0]["podSelector"] == {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}
     assert operator["ports"] == [{"port": 8265, "protocol": "TCP"}]
+    assert prometheus["from"][0]["podSelector"] == {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}
     spec = cluster["spec"]
+    (head,) = spec["headGroupSpec"]["template"]["spec"]["containers"]
+    (port,) = [port["containerPort"] for port in head["ports"] if port["name"] == "metrics"]
+    assert prometheus["ports"] == [{"port": port, "protocol": "TCP"}]
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         assert group["template"]["metadata"]["labels"].items() >= own["matchLabels"].items(), (
             "else the policy is not theirs"

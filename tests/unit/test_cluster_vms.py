@@ -13,6 +13,7 @@ import yaml
 from ray.autoscaler._private.docker import docker_start_cmds
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from tests import image
 from tests.ray_scheduler import launched
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
@@ -190,12 +191,19 @@ def test_options_reach_docker_as_they_are_written(config: dict[str, Any]) -> Non
     for name in WORKERS:
         options = config["docker"]["run_options"] + config["available_node_types"][name]["docker"]["worker_run_options"]
         command = docker_start_cmds(
-            "ubuntu", "image", config["file_mounts"], "dpa_ray", options, "dpa-ray", "/home/ray", "docker"
+            "ubuntu",
+            "image",
+            config["file_mounts"],
+            "dpa_ray",
+            options,
+            "dpa-ray",
+            image.environment()["HOME"],
+            "docker",
         )
         for option in options:
             assert re.fullmatch(r"--[\w.-]+=[\w.,:/=^-]+", option), option
             assert f" {option} " in command
-        assert ":/home/ray/.ray/auth_token " in command
+        assert ":/home/ray/.ray/auth_token " in command  # where Ray looks for it: the home of the image's user
 
 
 def ray_start_options(command: str) -> dict[str, Any]:

@@ -64,7 +64,8 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv("GCE_METADATA_HOST", address)
         monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_SECRETMANAGER", f"http://{address}/")
         monkeypatch.setenv("AWS_ENDPOINT_URL_SECRETS_MANAGER", f"http://{address}")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
+        monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
+        monkeypatch.setenv("AWS_REGION", "us-west-2")  # which is what cluster/aws.yaml sets
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of-the-role")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of-the-role")
         yield
