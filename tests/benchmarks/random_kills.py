@@ -2,7 +2,7 @@
 
     pip install -e '.[test]' && python -m tests.benchmarks.random_kills --kills 50 --out kills.json
 
-Tiny models on two local workers (ZeRO-2, dropout in stage 1), 24 steps a stage, `checkpoint.every_steps: 2`. Some runs
+Tiny models on two local workers (ZeRO-2, dropout in stage 1), 150 steps a stage, `checkpoint.every_steps: 2`. Some runs
 share the kills, all by SIGKILL: one worker, both, or everything (the job, its workers and all of Ray, after which the same
 command is given again), each after a time drawn anew, from when the stage is heard of again. Each run must end with the
 weights, losses and samples of one that nobody disturbed, to the last bit; a kill after a committed checkpoint must be gone
@@ -28,11 +28,11 @@ from typing import Any
 from tests import tiny_models
 from tests.integration.runs import STAGES, Run, Running, losses, make_recipe, start_dpa
 
-NUM_STEPS = 24
+NUM_STEPS = 150
 EVERY_STEPS = 2
 KINDS = ("worker", "workers", "everything")
-DELAY_S = (0.3, 2.5)
-"""From a sign of life to the kill: about as long as a stage, and enough for the job to say where it goes on."""
+DELAY_S = (0.3, 4.0)
+"""From a sign of life to the kill: shorter than a stage, most of the time, so that few kills fall between two."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ def recipe(folder: Path) -> dict[str, Any]:
         stages__proxy_llm__lora__dropout=0.1,
     )  # fmt: skip
     for stage, lr in zip(STAGES, (2.0e-3, 2.0e-3, 5.0e-4), strict=True):
-        made["stages"][stage] |= {"lr": lr, "global_batch_size": 8, "epochs": 4, "max_steps": NUM_STEPS}
+        made["stages"][stage] |= {"lr": lr, "global_batch_size": 8, "epochs": 100, "max_steps": NUM_STEPS}
     return made
 
 
