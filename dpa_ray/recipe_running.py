@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from dpa_ray.recipe_sources import Section
 
@@ -36,6 +36,12 @@ def _is_range(workers: Any) -> str:
     return "<range>" if isinstance(workers, dict | ElasticSection) else "<number>"
 
 
+def _one_or_none(gpus: float) -> float:
+    if gpus not in (0, 1):
+        raise ValueError(f"expected 1, or 0 (training on CPUs), found {gpus:g}: one worker trains on one GPU")
+    return gpus
+
+
 class ClusterSection(Section):
     workers: Annotated[
         Annotated[int, Field(gt=0), Tag("<number>")] | Annotated[ElasticSection, Tag("<range>")],
@@ -44,7 +50,9 @@ class ClusterSection(Section):
         8,
         description="a number, or {min, max}: as many as there is room for, fewer when nodes go and more when they come",
     )
-    gpus_per_worker: float = Field(1, ge=0)
+    gpus_per_worker: Annotated[float, AfterValidator(_one_or_none)] = Field(
+        1, description="1, or 0: workers train on CPUs", json_schema_extra={"enum": [0, 1]}
+    )
     cpus_per_worker: float = Field(0.5, gt=0)
     label_selector: dict[LabelKey, LabelCondition] = Field(
         default_factory=dict,

@@ -18,6 +18,7 @@ from typing import Any
 
 import jinja2
 
+from dpa_ray.data.tokens import bos_ids
 from dpa_ray.errors import UserError
 
 Message = dict[str, str]
@@ -48,6 +49,22 @@ class Span:
     end: int
     content: int
     offset: int
+
+
+def begun_with_bos(template: str, tokenizer: Any) -> str:
+    """`template`, beginning with the BOS that the tokenizer puts before every text, where the template itself writes none.
+
+    Without it, whoever tokenises what it renders would give chats another beginning than training: transformers'
+    processors add a BOS that they do not find, vLLM adds none.
+    """
+    if bos_ids(tokenizer) != [tokenizer.bos_token_id]:
+        return template
+    message = [{"role": "user", "content": "x"}]
+    try:
+        text = tokenizer.apply_chat_template(message, chat_template=template, tokenize=False)
+    except Exception:  # a template that does not take it is told of where conversations are encoded
+        return template
+    return template if text.startswith(tokenizer.bos_token) else "{{ bos_token }}" + template
 
 
 def pin_template(template: str, template_date: str | None) -> str:

@@ -44,9 +44,7 @@ def device(recipe: Recipe, nodes: Nodes, gpu_bytes: int) -> Device:
     """`gpu_bytes`: what the user says that the GPUs will have, or 0."""
     cluster = recipe.cluster
     if cluster.gpus_per_worker:
-        whole = gpu_bytes or nodes.gpu_bytes
-        share = int(whole * min(1.0, cluster.gpus_per_worker))  # 0.5: two workers on one GPU
-        return Device("GPU" if whole == share else f"{cluster.gpus_per_worker:g} GPU", share, True)
+        return Device("GPU", gpu_bytes or nodes.gpu_bytes, True)
     found = placing.place(nodes.resources, cluster, recipe.data.workers, nodes.labels)
     shares = [node.memory_bytes // num for node, num in zip(nodes.nodes, found.workers_by_node, strict=True) if num]
     return Device("worker's share of its node's memory", min(shares, default=0), False)

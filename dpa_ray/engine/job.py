@@ -193,6 +193,7 @@ def _start(recipe: Recipe, view: View) -> None:
         view.progress.note(stopping.hint(job))
     start = time.perf_counter()
     where = launch.connect(recipe.cluster)
+    launch.check_reach(view.run_record.store)
     view.exporter = prometheus.Exporter(recipe.name)
     view.logs.joined()
     view.progress.note(f"{where}, up in {time.perf_counter() - start:.0f} s")

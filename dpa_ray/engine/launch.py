@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import shutil
+import socket
 import tempfile
 import time
 import uuid
@@ -134,7 +135,7 @@ def launch(
     os.environ[PLACING] = PLACING_S["fixed" if cluster.min_workers == cluster.max_workers else "elastic"]
     trainer = TorchTrainer(
         run_worker,
-        train_loop_config=Orders(store.uri, order, board, uuid.uuid4().hex),
+        train_loop_config=Orders(store.uri, order, board, uuid.uuid4().hex, socket.gethostname()),
         torch_config=RaysInterface(backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=math.ceil(limit_s)),
         scaling_config=ScalingConfig(
             num_workers=_num_workers(cluster),
@@ -273,6 +274,16 @@ def node_resources(selector: Labels | None = None) -> list[dict[str, float]]:
 def node_labels() -> list[dict[str, str]]:
     """Of each node that lives, in the order of `node_resources()`."""
     return [node["Labels"] for node in _nodes()]
+
+
+def check_reach(store: Store) -> None:
+    """Raises: UserError where the store is a folder and the cluster has nodes on several machines."""
+    machines = sorted({str(node["NodeManagerHostname"]) for node in _nodes()})
+    if store.is_local and len(machines) > 1:
+        raise UserError(
+            f"store: expected one that all {len(machines)} machines of the cluster reach ({', '.join(machines[:4])}"
+            f"{', ...' if len(machines) > 4 else ''}), found the folder {store.uri}; take s3:// or gs://"
+        )
 
 
 def _nodes() -> list[dict[str, Any]]:

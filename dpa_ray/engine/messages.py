@@ -29,6 +29,7 @@ class Orders:
     tasks: Any  # ObjectRef of a tuple of Task: read on the workers only
     board: Any  # actor handle of a Board, or None
     owner: str  # of the leases that these workers, and those that take their place, hold
+    machine: str  # the driver's
 
 
 @dataclass(frozen=True)

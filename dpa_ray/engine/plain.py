@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpa_ray.batch import Batch
-from dpa_ray.engine.protocol import OptimizerSettings, Unsharded, rank, trained_names, world_size
+from dpa_ray.engine.protocol import OptimizerSettings, Unsharded, emptied, rank, trained_names, world_size
 from dpa_ray.engine.state import Fragment, num_updates
 from dpa_ray.model.step import StepModule, StepSums
 
@@ -63,3 +63,7 @@ class PlainEngine:
             return {}
         own = dict(self.module.model.named_parameters(remove_duplicate=False))
         return {name: own[name].detach().cpu().clone() for name in names}
+
+    def close(self) -> None:
+        del self.unsharded, self.parameters, self.sums
+        emptied(self.module)

@@ -67,6 +67,10 @@ class Engine(Protocol):
     def restored(self, num_updates: int) -> None:
         """The fragments were filled: go on as after `num_updates` updates. All ranks call it."""
 
+    def close(self) -> None:
+        """Give back the memory of parameters, gradients and optimizer, whoever still holds them. Neither this nor `module`
+        is of use after it: the next task of the same process needs the room."""
+
 
 def make_optimizer(parameters: list[Tensor], settings: OptimizerSettings) -> torch.optim.AdamW:
     """AdamW over `parameters`; its learning rate is set at every update."""
@@ -125,6 +129,13 @@ class Unsharded:
         self.optimizer.zero_grad(set_to_none=True)
         self._write_back()
         return norm
+
+
+def emptied(module: torch.nn.Module) -> None:
+    """Let go of the memory of all of a module's tensors, which others may still hold."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        tensor.grad = None
+        tensor.data = tensor.data.new_empty(0)
 
 
 def trained_names(module: StepModule) -> list[str]:

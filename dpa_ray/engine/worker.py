@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import re
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -74,6 +75,11 @@ def run_worker(orders: Orders) -> None:
     tasks: tuple[AnyTask, ...] = ray.get(orders.tasks)
     recipe = tasks[0].recipe
     worker = Worker(Store(orders.store_uri, through=retried), _device(), orders.board)
+    if worker.store.is_local and socket.gethostname() != orders.machine:  # a node that came since the run began
+        raise UserError(
+            f"store: expected one that {socket.gethostname()}, where a worker was started, reaches as {orders.machine} "
+            f"does, found the folder {orders.store_uri}; take s3:// or gs://"
+        )
     group = ray.util.get_current_placement_group()
     worker.tell(STARTED, number=world_size(), group=group.id.hex() if group is not None else None)
     with (
@@ -125,6 +131,9 @@ class Worker:
             )
         else:
             self._train(task)
+        self._clean_up()
+
+    def _clean_up(self) -> None:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -298,6 +307,8 @@ class Worker:
         expected = None
         if built.finish is not None:
             expected = instruct.probe_logits(built.module.model, *probe_arguments(built, self.device))
+        engine.close()
+        self._clean_up()
         if rank() == 0:
             with scratch() as folder:
                 built.save(tensors, folder)

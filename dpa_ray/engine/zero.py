@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from dpa_ray.batch import Batch
-from dpa_ray.engine.protocol import OptimizerSettings, Unsharded, make_optimizer, rank, trained_names, world_size
+from dpa_ray.engine.protocol import (
+    OptimizerSettings,
+    Unsharded,
+    emptied,
+    make_optimizer,
+    rank,
+    trained_names,
+    world_size,
+)
 from dpa_ray.engine.state import Fragment, adam_fragment, num_updates, set_num_updates
 from dpa_ray.model.step import StepModule, StepSums
 
@@ -62,7 +70,8 @@ class ZeroEngine:
         accumulation_steps: int,
     ):
         deepspeed = _import_deepspeed(device)
-        self.module = module
+        # DeepSpeed moves a whole model too, but after the fp32 masters of stage 0 were made of it
+        self.module = module if zero_stage else module.to(device)
         self.device = device
         self.zero_stage = zero_stage
         self.replicated = zero_stage == 0
@@ -143,6 +152,22 @@ class ZeroEngine:
                 if rank() == 0:
                     full[name] = own[name].detach().cpu().clone()
         return full
+
+    def close(self) -> None:
+        self.engine.destroy()
+        # Hooks of the module, and of its parameters by ways that the garbage collector does not see, hold engine and optimizer.
+        optimizers = {id(optimizer): optimizer for optimizer in (self._adam, self.engine.optimizer)}
+        self.engine.optimizer = self.engine.basic_optimizer = None
+        for optimizer in optimizers.values():
+            vars(optimizer).clear()
+        if self.sharded:
+            from deepspeed.runtime.zero import parameter_offload
+
+            parameter_offload.FWD_MODULE_STACK.clear()  # keeps the outermost module
+            for parameter in self.module.parameters():
+                parameter.ds_tensor = None  # type: ignore[attr-defined]
+        del self.engine, self.unsharded, self.parameters
+        emptied(self.module)
 
 
 def _fragments_1_2(zero: Any, names: Sequence[str], parameters: Sequence[Tensor]) -> Iterator[Fragment]:

@@ -25,7 +25,7 @@ class HeldOutNll:
 
     Visual targets are the visually grounded words where the set knows them (builtin:shapes); else the targets whose
     probability the image raised by more than VISUAL_GAIN in this very model, so that another model's are others, and
-    `num_visual` belongs beside their nll. `_blind` is the same without the image, over the targets that any text comes
+    `num_visual` belongs beside their nll: where `num_visual_known` is 0, models are not to be compared by it. `_blind` is the same without the image, over the targets that any text comes
     before.
     """
 
@@ -35,6 +35,7 @@ class HeldOutNll:
     num_visual: int
     visual_nll: float | None
     visual_nll_blind: float | None
+    num_visual_known: int  # of the visual targets, those that the set knows to be: all or none
 
 
 def held_out_nll(sums: Sequence[Sequence[float]]) -> HeldOutNll:
@@ -48,7 +49,7 @@ def held_out_nll(sums: Sequence[Sequence[float]]) -> HeldOutNll:
     visual = known if known[0] else helped
     return HeldOutNll(
         int(every[0]), _mean(every[1], every[0]), _mean(every[3], every[2]),
-        int(visual[0]), _mean(visual[1], visual[0]), _mean(visual[3], visual[2]),
+        int(visual[0]), _mean(visual[1], visual[0]), _mean(visual[3], visual[2]), int(known[0]),
     )  # fmt: skip
 
 

@@ -45,6 +45,18 @@ def processor_for(tokenizer: Any, image_processor: Any, tower: TowerSpec) -> Lla
     )  # fmt: skip
 
 
+NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
+"""Towers whose tensors have `vision_model.` in their names in every published LLaVA model."""
+
+
+def _as_published(tensors: dict[str, Tensor], tower_type: str) -> dict[str, Tensor]:
+    """Names as vLLM and transformers before 5.6 know them: later ones write them without `vision_model.`, and read both."""
+    if tower_type not in NESTED_TOWERS:
+        return tensors
+    prefix = "model.vision_tower."
+    return {name.replace(prefix, f"{prefix}vision_model.", 1): tensor for name, tensor in tensors.items()}
+
+
 def export(model: Any, tensors: dict[str, Tensor], processor: LlavaProcessor, folder: Path, dtype: torch.dtype) -> None:
     """Write `folder` from full tensors by the names of LlavaForConditionalGeneration's state dict.
 
@@ -55,7 +67,7 @@ def export(model: Any, tensors: dict[str, Tensor], processor: LlavaProcessor, fo
     for part in (model.config.text_config, model.config.vision_config):
         part.dtype = dtype
     with quiet_loading():
-        model.save_pretrained(folder, state_dict=tensors)
+        model.save_pretrained(folder, state_dict=_as_published(tensors, model.config.vision_config.model_type))
     model.config.dtype = dtype  # saving has put the first parameter's there, a frozen tower's
     model.config.save_pretrained(folder)
     processor.save_pretrained(folder)

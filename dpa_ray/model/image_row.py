@@ -79,7 +79,7 @@ def add_image_token(tokenizer: Any, num_rows: int) -> tuple[Any, ImageRow]:
     if IMAGE_TOKEN in vocab:
         _add_special(tokenizer)
         return _finished(tokenizer, ImageRow(vocab[IMAGE_TOKEN], num_rows, IMAGE_TOKEN))
-    reserved = [token for token in vocab if RESERVED.fullmatch(token)]
+    reserved = [token for token in vocab if RESERVED.fullmatch(token) and not _is_used(tokenizer, token)]
     if reserved:
         token = min(reserved, key=lambda t: vocab[t])
         return _finished(_renamed(tokenizer, token), ImageRow(vocab[token], num_rows, token))
@@ -87,6 +87,13 @@ def add_image_token(tokenizer: Any, num_rows: int) -> tuple[Any, ImageRow]:
     _add_special(tokenizer)
     token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     return _finished(tokenizer, ImageRow(token_id, num_rows, f"row {token_id}" if token_id < num_rows else None))
+
+
+def _is_used(tokenizer: Any, token: str) -> bool:
+    """Has somebody given the reserved token a meaning: padding, the end of a text, a sign of the chat template?"""
+    roles = [value for value in tokenizer.special_tokens_map.values() if isinstance(value, str)]
+    templates = tokenizer.chat_template or ""
+    return token in roles or token in (templates if isinstance(templates, str) else "".join(templates.values()))
 
 
 def _add_special(tokenizer: Any) -> None:

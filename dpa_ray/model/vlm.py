@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from dpa_ray.model.image_row import ImageRow
 from dpa_ray.model.tower import TowerSpec
 
 CONNECTOR_FILE = "connector.safetensors"
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
+"""Settings of generation that mean nothing but where it samples, and their defaults."""
 CONNECTOR_KEYS = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
 
 
@@ -58,13 +61,38 @@ def load_llm(ref: ModelRef, dtype: torch.dtype | str, attention: str = "auto") -
     implementation = None if attention == "auto" else attention
     with quiet_loading():
         try:
-            return AutoModelForCausalLM.from_pretrained(**ref.kwargs(), dtype=dtype, attn_implementation=implementation)
+            llm = AutoModelForCausalLM.from_pretrained(**ref.kwargs(), dtype=dtype, attn_implementation=implementation)
+            return _mended_generation(llm, ref)
         except (ImportError, ValueError) as err:
             if implementation is None:
                 raise
             raise UserError(
                 f"model.attention {attention} is not to be had for {ref.location}: {_first_line(err)}"
             ) from None
+
+
+def _mended_generation(llm: Any, ref: ModelRef) -> Any:
+    """The same LLM with a generation config that can be saved: transformers reads what it refuses to write.
+
+    Raises: UserError where it could not be written at the end of training either.
+    """
+    generation = llm.generation_config
+    if generation is None:
+        return llm
+    if generation.pad_token_id is not None and generation.pad_token_id < 0:
+        generation.pad_token_id = None
+    if not generation.do_sample and any(
+        getattr(generation, name) not in (None, value) for name, value in SAMPLING.items()
+    ):
+        generation.do_sample = True  # which is what settings for sampling are for (Vicuna's, say)
+    try:
+        generation.validate(strict=True)
+    except ValueError as err:
+        raise UserError(
+            f"model.llm {ref.location}: expected a generation_config.json that transformers can write again, found one "
+            f"that it refuses: {' '.join(str(err).split())}"
+        ) from None
+    return llm
 
 
 def load_tower(ref: ModelRef, dtype: torch.dtype | str) -> Any:
@@ -101,13 +129,23 @@ def _append_mean_rows(module: Any, num_new: int) -> None:
     )
 
 
+@contextmanager
+def _eager(config: Any) -> Iterator[None]:
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
 def check_head(llm: Any) -> None:
     """Raises: UserError where the LLM's logits are more than `head(hidden)` and soft-capping: LLaVA has only those."""
     head = llm.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise UserError(f"model.llm: expected a head that is one matrix without bias, found {head}")
     ids = torch.arange(4).unsqueeze(0) % head.out_features
-    with torch.no_grad():
+    with torch.no_grad(), _eager(llm.config):  # it is on the CPU still, where not every kernel runs
         was_training = llm.training
         llm.eval()
         hidden = llm.base_model(input_ids=ids, use_cache=False).last_hidden_state

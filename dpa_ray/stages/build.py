@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpa_ray.data.chat import pin_template
+from dpa_ray.data.chat import begun_with_bos, pin_template
 from dpa_ray.data.encode import Encoder
 from dpa_ray.data.sample import Sample, Turn
 from dpa_ray.errors import UserError
@@ -26,7 +26,7 @@ from dpa_ray.recipe import Recipe
 from dpa_ray.store.fs import Store
 
 Save = Callable[[dict[str, Tensor], Path], None]
-"""Writes a stage's artifact from its trained tensors (full, by parameter name) into a folder."""
+"""Writes a stage's artifact from its trained tensors (full, by parameter name) into a folder. The module is empty by then."""
 
 
 @dataclass
@@ -53,9 +53,21 @@ def vocabulary(ref: vlm.ModelRef, recipe: Recipe) -> Vocabulary:
     """The base LLM's tokenizer, as every stage uses it and the result is exported with."""
     config = vlm.load_llm_config(ref)
     tokenizer, row = add_image_token(load_tokenizer(ref), config.vocab_size)
+    if isinstance(tokenizer.chat_template, dict):  # several by name: "default" is that for chats
+        tokenizer.chat_template = _default_template(tokenizer.chat_template, ref)
     if isinstance(tokenizer.chat_template, str):
-        tokenizer.chat_template = pin_template(tokenizer.chat_template, recipe.model.template_date)
+        template = pin_template(tokenizer.chat_template, recipe.model.template_date)
+        tokenizer.chat_template = begun_with_bos(template, tokenizer)
     return Vocabulary(tokenizer, row)
+
+
+def _default_template(templates: dict[str, str], ref: vlm.ModelRef) -> str:
+    if "default" not in templates:
+        raise UserError(
+            f"model.llm {ref.location}: expected a chat template, or one called default among several, found "
+            f"{', '.join(sorted(templates))}"
+        )
+    return templates["default"]
 
 
 def weighting(recipe: Recipe, stage: str) -> Weighting:

@@ -15,7 +15,7 @@ from dpa_ray.stages import build
 from dpa_ray.stages.spec import InstructTask, precision_dtype
 from dpa_ray.store.fs import Store
 
-VERSION = 2
+VERSION = 3
 """Raise when a change of code changes this stage's result: it is part of the key."""
 
 
@@ -55,7 +55,12 @@ def build_stage(task: InstructTask, store: Store) -> build.Built:
         # the same kernels: bf16 sums in another order would be other logits
         loaded.model.language_model.config._attn_implementation = llm.config._attn_implementation
         sample = probe_sample(spec.num_image_tokens, vocab.row.token_id, spec.image_size)
-        check_same_logits(expected, probe_logits(loaded.to(device), sample, device, vocab.row.num_base_rows))
+        try:
+            found = probe_logits(loaded.to(device), sample, device, vocab.row.num_base_rows)
+        except torch.OutOfMemoryError:  # it was trained in shares, and is too large for one GPU
+            loaded.model.language_model.config._attn_implementation = "eager"
+            found = probe_logits(loaded.to("cpu"), sample, torch.device("cpu"), vocab.row.num_base_rows)
+        check_same_logits(expected, found)
 
     return build.Built(module, section.llm, chat, processor_images, save, finish)
 

@@ -14,7 +14,7 @@ NOT_IN_KEYS = ("micro_batch_size", "packing", "gradient_checkpointing", "weights
 """Of a stage's section: how it is computed, not what; weights are in the key as what they resolve to."""
 
 MERGE_VERSION = 1
-EVAL_VERSION = 2
+EVAL_VERSION = 3
 FORMAT = 1
 """Raise to make every artifact anew."""
 

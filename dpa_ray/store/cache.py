@@ -62,8 +62,9 @@ def cached(
 
 
 def forget(path: str) -> None:
-    """Remove the local copies of what was under `path` of an S3 store, and will not be asked for again."""
-    for folder in root().glob(f"{glob.escape(path.replace('/', '-'))}-*"):
+    """Remove the local copies of `path` of an S3 store, or of what was under it, which will not be asked for again."""
+    name = path.replace("/", "-")
+    for folder in [root() / name, *root().glob(f"{glob.escape(name)}-*")]:
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -220,6 +220,7 @@ def _carry_out(recipe: Recipe, plan: Plan, store: Store, record: Record) -> bool
         return False
     at_most = plan.settings.max_concurrent
     _print(tuner.connect(recipe.cluster, at_most))
+    launch.check_reach(store)
     _prepare(plan.space.recipe, [trial["overrides"] for trial in record.trials], store)
     claims = tuner.start_claims()
     limit = min(at_most or plan.search.num_trials, plan.search.num_trials)
@@ -285,8 +286,20 @@ def _of_variants(plan: Plan, record: Record) -> dict[str, Any]:
         return {}
     named = {name for trial in record.trials for name in trial["metrics"]}
     held_out = {name for name in named if name.startswith("eval.") and name.endswith(COMPARED)}
-    metrics = [record.values["metric"], *sorted(held_out - {record.values["metric"]})]
+    metrics = [record.values["metric"], *sorted(held_out - _other_for_each(record) - {record.values["metric"]})]
     return {"compare": compared(record.trials, metrics)}
+
+
+def _other_for_each(record: Record) -> set[str]:
+    """Metrics that are means over other targets in each trial, as each model has its own visual ones: differences of them
+    say nothing."""
+    known: dict[str, bool] = {}
+    for metrics in (trial["metrics"] for trial in record.trials):
+        for name in metrics:
+            base, _, key = name.rpartition(".")
+            if key == "visual_nll":
+                known[name] = known.get(name, True) and metrics.get(f"{base}.num_visual_known", 0) > 0
+    return {name for name, is_known in known.items() if not is_known}
 
 
 def _write_report(record: Record) -> None:

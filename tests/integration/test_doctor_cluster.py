@@ -48,7 +48,7 @@ def test_workers_gpus_and_their_memory_are_those_of_the_cluster(cluster: Cluster
     assert found["memory"]["status"] == "ok"
     assert "24.0 GiB of a GPU" in found["memory"]["detail"]
 
-    _, found = doctor(cluster, tmp_path / "store", "cluster={workers: 3, gpus_per_worker: 2, cpus_per_worker: 0.5}")
+    _, found = doctor(cluster, tmp_path / "store", "cluster={workers: 5, gpus_per_worker: 1, cpus_per_worker: 0.5}")
     assert found["cluster"]["status"] == "fail"
-    assert "expected room for 3 workers of 0.5 CPU and 2 GPU each" in found["cluster"]["detail"]
-    assert "found room for 2 on 3 nodes" in found["cluster"]["detail"]
+    assert "expected room for 5 workers of 0.5 CPU and 1 GPU each" in found["cluster"]["detail"]
+    assert "found room for 4 on 3 nodes" in found["cluster"]["detail"]

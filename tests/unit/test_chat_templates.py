@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from dpa_ray.data.chat import pin_template
+from dpa_ray.data.chat import begun_with_bos, pin_template
 from dpa_ray.data.encode import Encoder
 from dpa_ray.errors import UserError
 from tests.encoders import CHATML, IM, STYLES, byte_level, encoder, sample, style
@@ -87,6 +87,18 @@ def test_pinning_keeps_the_blanks_at_the_start_of_a_template():
             [{"role": "user", "content": ""}], chat_template=pin_template(template, "1 Jan 2024"), tokenize=False
         )
         assert pinned == given
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_chats_begin_as_the_tokenizer_begins_texts(adds_bos: bool) -> None:
+    """Else training has no BOS, and transformers' processors, which add the one that they miss, another first token."""
+    tokenizer = byte_level([*IM, "<s>"], bos="<s>", adds_bos=adds_bos)
+    tokenizer.chat_template = begun_with_bos(CHATML, tokenizer)
+    assert (tokenizer.chat_template == CHATML) == (not adds_bos)
+    ids = list(encoder(tokenizer)(sample("What?", "Yes")).input_ids)
+    assert ids.count(tokenizer.bos_token_id) == ids[:1].count(tokenizer.bos_token_id) == int(adds_bos)
+    own = "{{ bos_token }}" + CHATML
+    assert begun_with_bos(own, tokenizer) == own
 
 
 def test_a_slow_tokenizer_is_refused():

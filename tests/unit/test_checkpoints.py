@@ -10,8 +10,10 @@ import pytest
 
 from dpa_ray.errors import NoAnswer, UserError
 from dpa_ray.store import checkpoints
+from dpa_ray.store.cache import forget
 from dpa_ray.store.digests import digest_folder
 from dpa_ray.store.fs import Store
+from tests.s3 import S3
 
 STAGE, KEY = "proxy-llm", "abc123"
 
@@ -164,3 +166,22 @@ def test_a_finished_stage_leaves_none(store: Store) -> None:
     checkpoints.drop(store, STAGE, KEY)
     assert store.list("checkpoints") == []
     checkpoints.drop(store, STAGE, KEY)
+
+
+@pytest.mark.parametrize("what", ["the checkpoint", "the stage"])
+def test_the_local_copy_of_a_checkpoint_is_forgotten(
+    what: str, rclone_s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes that go on from many of them would fill their disks."""
+    monkeypatch.setenv("DPA_RAY_CACHE", str(tmp_path / "cache"))
+    store, made = Store(rclone_s3.uri), Store(str(tmp_path / "made"))
+    for step in (2, 20):  # the folder of one begins as that of the other
+        path = save(made, step)
+        store.upload(Path(made.url(path)), path)
+    latest, before = checkpoints.whole_ones(store, STAGE, KEY)
+    for checkpoint in (latest, before):
+        assert (checkpoints.fetch(store, checkpoint, ["file"]) / "file").read_text() == "state"
+    forget(before.path if what == "the checkpoint" else checkpoints.folder(STAGE, KEY))
+    left = [file for file in (tmp_path / "cache").rglob("file") if file.is_file()]
+    assert len(left) == (1 if what == "the checkpoint" else 0)
+    assert (checkpoints.fetch(store, before, ["file"]) / "file").read_text() == "state"

@@ -300,7 +300,7 @@ def test_a_plan_of_a_recipe_whose_data_is_not_there(tmp_path: Path, capsys: pyte
 
 
 def test_a_plan_takes_the_steps_of_a_run(tmp_path: Path) -> None:
-    made = recipe(store=str(tmp_path), name="before", cluster={"workers": 4, "gpus_per_worker": 2})
+    made = recipe(store=str(tmp_path), name="before", cluster={"workers": 8, "gpus_per_worker": 1})
     store = Store(str(tmp_path))
     run = Run(store, made)
     run.write("done")

@@ -42,23 +42,35 @@ def test_a_match_is_exact_but_for_surrounding_blanks(given: str, expected: str, 
     assert matches(given, expected) == same
 
 
-def test_majority_by_hand() -> None:
-    """`Colour?`: red twice of three; `Shape?`: each once of two; so 3 of 5. Blanks around an answer do not count."""
-    answers = [("Colour?", "red"), ("Colour?", "red "), ("Colour?", "blue"), ("Shape?", "star"), ("Shape?", "circle")]
-    questions = [question(i, text, answer) for i, (text, answer) in enumerate(answers)]
-    assert majority_accuracy(questions) == pytest.approx(3 / 5)
+def test_majority_is_found_in_the_other_half_of_the_set() -> None:
+    """Blanks around an answer do not count."""
+    often = [question(i, "Colour?", ("red", " red", "red\n", "blue")[i % 4]) for i in range(400)]
+    assert majority_accuracy(often) == 0.75
+    balanced = [question(i, f"Is it {i % 4}?", ("yes", "no")[i // 4 % 2]) for i in range(400)]
+    assert 0.35 < majority_accuracy(balanced) < 0.55
+
+
+def test_a_question_that_comes_once_is_not_its_own_majority() -> None:
+    different = [question(i, f"What is {i}?", f"it is {i}") for i in range(40)]
+    assert majority_accuracy(different) == 0
+    of_one_picture = [question(0, f"What is {i}?", "red") for i in range(40)]
+    assert majority_accuracy(of_one_picture) == 0, "they are all in the same half"
+    unseen = [question(i, f"What is {i}?", "no" if i % 10 == 0 else "yes") for i in range(400)]
+    assert majority_accuracy(unseen) == 0.9, "what is most frequent of all"
 
 
 def test_majority_of_nothing_and_of_one() -> None:
     assert majority_accuracy([]) == 0
-    assert majority_accuracy([question(0)]) == 1
+    assert majority_accuracy([question(0)]) == 0
 
 
 def test_score_by_hand() -> None:
-    """Four questions: three answered right, two with another's image, two by the majority; so it leads by a quarter."""
-    questions = [question(i, "Colour?", answer) for i, answer in enumerate(("red", "red", "blue", "green"))]
-    found = score(questions, ["red", " red", "blue", "blue"], ["red", "blue", "red", "green"])
-    assert found == ExactMatch(num_questions=4, accuracy=0.75, shuffled=0.5, majority=0.5)
+    """Eight questions: six answered right, four with another's image; all are red, which each half knows of the other."""
+    questions = [question(i, "Colour?", "red") for i in range(8)]
+    found = score(questions, ["red", " red", "blue"] * 2 + ["red", "red "], ["red", "blue"] * 4)
+    assert found == ExactMatch(num_questions=8, accuracy=0.75, shuffled=0.5, majority=1.0)
+    assert found.lead == pytest.approx(-0.25)
+    found = ExactMatch(4, accuracy=0.75, shuffled=0.5, majority=0.5)
     assert found.lead == pytest.approx(0.25)
     assert ExactMatch(4, accuracy=0.5, shuffled=0.75, majority=0.5).lead == pytest.approx(-0.25)
 
@@ -177,8 +189,15 @@ def test_batches_answer_as_one_by_one(model: Any) -> None:
     assert answering(model, 4)(questions[::-1]) == expected[::-1]
 
 
-def test_an_answer_is_what_comes_after_the_prompt(model: Any) -> None:
-    """Against greedy decoding by hand, one forward a token, the image token left out."""
+@pytest.mark.parametrize(
+    "own", [{}, {"repetition_penalty": 5.0, "do_sample": True, "temperature": 9.0, "num_beams": 2}]
+)
+def test_an_answer_is_what_comes_after_the_prompt(
+    model: Any, own: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against greedy decoding by hand, one forward a token, the image token left out, whatever the base LLM's settings are."""
+    for name, value in own.items():
+        monkeypatch.setattr(model.generation_config, name, value)
     asked = some_questions(3)[2]
     ids = torch.from_numpy(asked.input_ids).unsqueeze(0)
     images = torch.from_numpy(np.stack([pixels(image) for image in asked.images]))

@@ -91,10 +91,10 @@ def test_a_model_that_cannot_see_has_no_blind_nll() -> None:
 def test_means_by_hand() -> None:
     """Known visual words come before those that the image helps; nothing has no mean."""
     every, known, helped = [4, 6.0, 2, 5.0], [1, 3.0, 1, 4.0], [2, 1.0, 2, 2.0]
-    assert held_out_nll([every, known, helped]) == HeldOutNll(4, 1.5, 2.5, 1, 3.0, 4.0)
-    assert held_out_nll([every, [0] * 4, helped]) == HeldOutNll(4, 1.5, 2.5, 2, 0.5, 1.0)
+    assert held_out_nll([every, known, helped]) == HeldOutNll(4, 1.5, 2.5, 1, 3.0, 4.0, 1)
+    assert held_out_nll([every, [0] * 4, helped]) == HeldOutNll(4, 1.5, 2.5, 2, 0.5, 1.0, 0)
     assert held_out_nll([[4, math.inf, 2, math.nan], known, helped]).nll is None
-    assert held_out_nll([[0] * 4] * 3) == HeldOutNll(0, None, None, 0, None, None)
+    assert held_out_nll([[0] * 4] * 3) == HeldOutNll(0, None, None, 0, None, None, 0)
 
 
 # While a stage runs
@@ -134,7 +134,7 @@ def test_it_is_time_every_few_steps_and_after_the_last(recipe: Callable[..., Rec
             asked.append((*arguments[1:4], keep))
 
         def nll(self) -> HeldOutNll:
-            return HeldOutNll(9, 1.5, 2.5, 0, None, None)
+            return HeldOutNll(9, 1.5, 2.5, 0, None, None, 0)
 
     monkeypatch.setattr("dpa_ray.engine.held_out.HeldOut", Told)
     own = common(made)
@@ -145,8 +145,20 @@ def test_it_is_time_every_few_steps_and_after_the_last(recipe: Callable[..., Rec
     evaluate = while_running(task, None, loader, torch.device("cpu"))  # type: ignore[arg-type]
     found = {step: evaluate(step) for step in range(1, 9)}
     assert [step for step, values in found.items() if values] == [3, 6, 8]
-    assert found[3] == found[3] | {"eval_num_targets": 9, "eval_nll": 1.5, "eval_nll_blind": 2.5, "eval_num_visual": 0}
-    assert found[3].keys() - {"eval_time_s"} == {"eval_num_targets", "eval_nll", "eval_nll_blind", "eval_num_visual"}
+    assert found[3] == found[3] | {
+        "eval_num_targets": 9,
+        "eval_nll": 1.5,
+        "eval_nll_blind": 2.5,
+        "eval_num_visual": 0,
+        "eval_num_visual_known": 0,
+    }
+    assert found[3].keys() - {"eval_time_s"} == {
+        "eval_num_targets",
+        "eval_nll",
+        "eval_nll_blind",
+        "eval_num_visual",
+        "eval_num_visual_known",
+    }
     ((read, num_samples, batch_size, keep),) = asked
     assert (num_samples, batch_size, keep) == (7, made.stages.instruct.micro_batch_size, True)
     assert (read.packing, read.blind, read.skipped) == (False, None, frozenset())

@@ -39,6 +39,21 @@ def test_a_reserved_token_becomes_the_image_token() -> None:
     assert tokenizer.chat_template == before.chat_template
 
 
+@pytest.mark.parametrize("use", ["padding", "template"])
+def test_a_reserved_token_that_has_a_meaning_is_left_alone(use: str) -> None:
+    """Fine-tunes pad with one, or end turns with it."""
+    tokenizer = make_tokenizer("llama", bos=True, reserved="token")
+    name = "<|reserved_special_token_0|>"
+    if use == "padding":
+        tokenizer.pad_token = name
+    else:
+        tokenizer.chat_template += f"{{{{ '{name}' }}}}"
+    tokenizer, row = add_image_token(tokenizer, len(tokenizer))
+    assert row.appended
+    assert name in tokenizer.get_vocab()
+    assert tokenizer.pad_token_id != row.token_id
+
+
 def test_an_unused_row_of_the_embedding_becomes_the_image_token() -> None:
     tokenizer = make_tokenizer("qwen2", bos=False)
     size = len(tokenizer)

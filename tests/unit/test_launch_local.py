@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import ray
 from dpa_ray.engine import launch
 from dpa_ray.errors import UserError
 from dpa_ray.recipe_running import ClusterSection
+from dpa_ray.store.fs import Store
 
 CLUSTER = ClusterSection(workers=2, gpus_per_worker=0, cpus_per_worker=1)
 
@@ -127,3 +129,19 @@ def test_workers_that_do_not_start_are_started_again_unless_they_said_why(monkey
     assert "workers could not be started: RuntimeError: connect() timed out" in relaunches.text
     assert "(failure 1 of 1, before the first step)" in relaunches.text
     assert not relaunches.recovers(ControllerError(RuntimeError("connect() timed out")), Progress(0))
+
+
+def test_a_folder_is_no_store_for_several_machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def nodes(*machines: str) -> None:
+        made = [{"Alive": True, "NodeManagerHostname": machine} for machine in machines]
+        monkeypatch.setattr(ray, "nodes", lambda: [*made, {"Alive": False, "NodeManagerHostname": "gone"}])
+
+    local, shared = Store(str(tmp_path)), Store("s3://bucket/dpa")
+    nodes("head", "head")  # two nodes of one machine, as in tests
+    launch.check_reach(local)
+    nodes("head", "one")
+    launch.check_reach(shared)
+    with pytest.raises(
+        UserError, match=r"all 2 machines of the cluster reach \(head, one\), found the folder .*take s3://"
+    ):
+        launch.check_reach(local)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GraniteConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpa_ray.batch import IMAGE_TOKEN
 from dpa_ray.errors import UserError
@@ -35,6 +37,10 @@ def test_export_and_load_give_the_same_model(
     export(whole.model, dict(whole.model.state_dict()), whole.processor, tmp_path / "out", torch.float32)
     loaded, processor = load_exported(tmp_path / "out")
     assert type(loaded).__name__ == "LlavaForConditionalGeneration"
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
+    inner = "vision_model." if tower in ("clip", "siglip") else ""
+    assert {n[: len(f"vision_tower.{inner}")] for n in names if "vision_tower" in n} == {f"vision_tower.{inner}"}
+    assert {n.partition(".")[0] for n in names} <= {"vision_tower", "multi_modal_projector", "language_model"}
 
     parts = [{"type": "image"}, {"type": "text", "text": "Which colour is the shape?"}]
     text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
@@ -195,6 +201,48 @@ def test_the_model_put_together_has_the_llms_attention(family: str, attention: s
     assert whole.model.language_model.config._attn_implementation == expected
     assert {layer.self_attn.config._attn_implementation for layer in whole.model.language_model.layers} == {expected}
     assert whole.model.vision_tower.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "odd", [{"temperature": 0.9, "top_p": 0.6}, {"pad_token_id": -1}, {"top_k": 5, "pad_token_id": -1}]
+)
+def test_an_odd_generation_config_does_not_break_the_export(
+    odd: dict[str, Any], llm_folder: Callable, tiny_tower: Callable, tmp_path: Path
+) -> None:
+    """Vicuna's, for one: transformers reads it, and refuses to write it."""
+    folder = tmp_path / "llm"
+    shutil.copytree(llm_folder("llama"), folder)
+    (folder / "generation_config.json").write_text(json.dumps(odd))
+    whole = put_together(folder, tiny_tower("clip"))
+    export(whole.model, dict(whole.model.state_dict()), whole.processor, tmp_path / "out", torch.float32)
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written["top_p" if "top_p" in odd else "transformers_version"] == odd.get(
+        "top_p", written["transformers_version"]
+    )
+    assert written.get("pad_token_id") != -1
+
+
+def test_a_generation_config_that_cannot_be_written_is_told_before_training(
+    llm_folder: Callable, tmp_path: Path
+) -> None:
+    folder = tmp_path / "llm"
+    shutil.copytree(llm_folder("llama"), folder)
+    (folder / "generation_config.json").write_text(json.dumps({"num_beams": 1, "early_stopping": True}))
+    with pytest.raises(UserError, match=r"generation_config.json that transformers can write .*early_stopping"):
+        vlm.load_llm(ModelRef(str(folder)), torch.float32)
+
+
+def test_a_head_is_checked_where_the_llms_own_kernel_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked at on the CPU, before training on a GPU with flash attention."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a kernel for GPUs was given a tensor on the CPU")
+
+    llm = make_llm("llama")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", refuse)
+    assert llm.config._attn_implementation == "sdpa"
+    vlm.check_head(llm)
+    assert llm.config._attn_implementation == "sdpa"
 
 
 def test_disabled_dropout_is_off_in_train_mode() -> None:

@@ -293,6 +293,14 @@ def test_workers_that_are_neither_are_told_by_their_key(workers: str, told: str)
     assert told in f"{key} {text}"
 
 
+@pytest.mark.parametrize("gpus", ["2", "0.5", "-1"])
+def test_a_worker_has_one_gpu_or_none(gpus: str) -> None:
+    """Ray would place them, and DeepSpeed take the wrong device."""
+    assert (
+        "expected 1, or 0 (training on CPUs)" in tiny_with(f"cluster.gpus_per_worker={gpus}")["cluster.gpus_per_worker"]
+    )
+
+
 # The schema for editors
 
 

@@ -130,3 +130,21 @@ def test_a_comparison_that_was_interrupted_says_what_its_finished_trials_show(re
     assert vanilla["values"] == {"0": 0.75, "1": 0.5}
     assert dpa["difference"]["num_pairs"] == 1
     assert dpa["difference"]["mean"] == pytest.approx(-0.25)
+
+
+@pytest.mark.parametrize("known", [(9.0, 9.0, 9.0, 9.0), (9.0, 0.0, 9.0, 9.0), None])
+def test_losses_of_visual_words_are_compared_where_they_are_the_same_words(
+    recipe: Recipe, known: tuple[float, ...] | None
+) -> None:
+    """Where nobody knows them, each model has its own, and a difference would be one of selection."""
+    plan = make_plan_of(recipe, Options(compare=("vanilla", "dpa"), seeds=2))
+    record = Record(Store(recipe.store), plan.name, recipe, plan.what)
+    Sweep(record, plan.search, plan.space.recipe, label=plan.space.label).propose_all()
+    for number, trial in enumerate(record.trials):
+        metrics = {record.values["metric"]: 0.5, "eval.heldout.nll": 1.0, "eval.heldout.visual_nll": 1.0}
+        if known is not None:
+            metrics["eval.heldout.num_visual_known"] = known[number]
+        trial |= {"status": "done", "metrics": metrics}
+    compared = main._of_variants(plan, record)["compare"]["metrics"]
+    assert "eval.heldout.nll" in compared
+    assert ("eval.heldout.visual_nll" in compared) == (known is not None and all(known))
