@@ -64,7 +64,7 @@ class AccuracyRow:
     split: str
     num_questions: int
     exact_match: float
-    majority: float  # the most frequent answer to each question text
+    majority: float  # the most frequent answer to each question text, as the other half of the set has it
     shuffled: float  # the trained model, each question with another's image
 
 

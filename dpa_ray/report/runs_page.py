@@ -147,8 +147,8 @@ def _scores(runs: Sequence[RunData]) -> Section:
         row += [last_mean(run.of_stage(stage), "nll_mean") for stage in STAGES if any(stage in r.stages for r in runs)]
         rows.append(tuple(row))
     note = (
-        "Without sight: majority is the most frequent answer to each question text, shuffled the model shown another "
-        "sample's image; the lead is over the better of them. " if sets else "No held-out set was evaluated. "
+        "Without sight: majority is the most frequent answer to each question text as the other half of the set has it, "
+        "shuffled the model shown another sample's image; the lead is over the better of them. " if sets else "No held-out set was evaluated. "
     )  # fmt: skip
     note += "The nll at the end is the mean over the last tenth of a stage's steps."
     return Section("scores", "Scores", [Table("scores-table", "Scores by run", tuple(columns), rows)], note)
