@@ -15,7 +15,7 @@ from typing import Any
 from dpa_ray.data.files import asked
 from dpa_ray.data.prepared import StoreLike
 
-VERSION = 1
+VERSION = 2
 """Of what the scans of tars and Parquet files give: a change of that must change this."""
 
 _SETTLED_S = 60.0  # S3 tells seconds: a file that changed just now may change again without a sign of it

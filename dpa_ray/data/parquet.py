@@ -169,7 +169,9 @@ class _Leaves:
 
     def __init__(self, file: pq.ParquetFile, names: _Names):
         stored = [file.schema.column(i) for i in range(len(file.schema))]
-        wanted = {name: [i for i, c in enumerate(stored) if c.path.split(".")[0] == name] for name in names.all}
+        wanted = {  # a column's own name may have dots too
+            name: [i for i, c in enumerate(stored) if f"{c.path}.".startswith(f"{name}.")] for name in names.all
+        }
         image = wanted.get(names.image or "", [])
         self.data = [i for i in image if stored[i].physical_type == "BYTE_ARRAY" and not _is_path(stored[i])]
         self.read = [stored[i].path for columns in wanted.values() for i in columns if i not in self.data]

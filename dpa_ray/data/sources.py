@@ -28,7 +28,7 @@ from dpa_ray.data.threads import LruBytes, ordered_map
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import SourceOptions
 
-RULES_VERSION = 2
+RULES_VERSION = 3
 """Of what is accepted and how it is written down: a change of that must change this, which is part of every digest."""
 
 TARGET_PART_BYTES = 128 * 2**20

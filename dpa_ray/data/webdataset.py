@@ -89,7 +89,7 @@ class WebDataset:
             for _, member in group.members:
                 _check_member(member)
             texts = {ending: _text(tar, member) for ending, member in self._texts(group)}
-            images = sorted(self._images(group), key=_image_order)
+            images = sorted(self._each_once(self._images(group)), key=_image_order)
             meta = from_json(texts.pop("json")) if "json" in texts else {}
             if not isinstance(meta, dict):
                 found = meta.detail if isinstance(meta, NotJson) else str(meta)[:40]
@@ -105,17 +105,21 @@ class WebDataset:
     def _texts(self, group: _Group) -> list[tuple[str, Member]]:
         wanted = (self.columns.text, self.columns.prompt)
         found = [(e, m) for e, m in group.members if _is_text(e) or e in [w.lower() for w in wanted if w]]
-        if len({ending for ending, _ in found}) < len(found):
-            raise Unusable(
-                "bad_record", f"expected each member once, found {', '.join(m.name for _, m in found)}"[:300]
-            )
-        return found
+        return self._each_once(found)
 
     def _images(self, group: _Group) -> list[tuple[str, Member]]:
         pattern = self.columns.image
         if pattern is not None:
             return [(e, m) for e, m in group.members if fnmatch.fnmatchcase(e, pattern.lower())]
         return [(e, m) for e, m in group.members if e.rpartition(".")[2] in _IMAGES]
+
+    def _each_once(self, found: list[tuple[str, Member]]) -> list[tuple[str, Member]]:
+        """A member that was corrected by adding it again is another one, and the old one stays."""
+        if len({ending for ending, _ in found}) < len(found):
+            raise Unusable(
+                "bad_record", f"expected each member once, found {', '.join(m.name for _, m in found)}"[:300]
+            )
+        return found
 
     def _record(self, identity: str, meta: dict[str, Any], texts: dict[str, str], names: list[str]) -> Any:
         columns = self.columns

@@ -29,7 +29,7 @@ from dpa_ray.report.metrics import read
 from dpa_ray.report.watch import Watch
 from dpa_ray.stages import arithmetic
 from dpa_ray.stages.pipeline import Claim, Pipeline, Plan, make_plan
-from dpa_ray.stages.runs import RUN_FILE, Run
+from dpa_ray.stages.runs import RUN_FILE, Run, identity
 from dpa_ray.stages.spec import BLIND, ArtifactRef, Task
 from dpa_ray.store import lease, probe
 from dpa_ray.store.artifacts import find
@@ -123,7 +123,7 @@ def run(recipe: Recipe, company: Company | None = None) -> dict[str, Any]:
 def _close(view: View, store: Store) -> None:
     """The end of a run's events. What it made does not depend on the trackers' files."""
     try:
-        view.close(store)
+        view.close(store, "done")
     except (UserError, OSError) as err:
         view.progress.note(f"the trackers' files could not be written: {err}")
 
@@ -131,11 +131,11 @@ def _close(view: View, store: Store) -> None:
 def _failed(err: BaseException, run_record: Run, view: View, store: Store) -> None:
     """Write down what can be of a run that ends with `err`, which matters more than that something cannot be; `store`
     does not wait."""
+    status: trackers.Status = "failed" if isinstance(err, Exception) else "stopped"
     try:
         if run_record.values:  # else nothing was begun
-            status = "failed" if isinstance(err, Exception) else "stopped"
             run_record.write(status, store, error=without_credentials(str(err)) or type(err).__name__)
-        view.close(store)
+        view.close(store, status)
         if run_record.values and isinstance(err, Exception):  # who interrupts does not want to wait
             _write_report(store, run_record.recipe, view.progress.note)
     except (UserError, OSError) as also:
@@ -244,7 +244,7 @@ class View:
         """Before anything starts: a tracking server that does not answer is told at once."""
         group = None if self.company is None else self.company.group
         self.trackers = trackers.Trackers(
-            self.recipe.trackers, self.folder, self.recipe.name, self.recipe.to_dict(), group
+            self.recipe.trackers, self.folder, self.recipe.name, identity(self.recipe), self.recipe.to_dict(), group
         )
 
     def handle(self, kind: str, values: dict[str, Any], at_s: float) -> None:
@@ -307,10 +307,10 @@ class View:
             return []
         return [record for record in every if record["stage"] == stage]
 
-    def close(self, store: Store) -> None:
+    def close(self, store: Store, status: trackers.Status) -> None:
         """TensorBoard's files into the store: runs/<name>/tensorboard, and the sweep's folder."""
         if self.trackers is not None:
-            self.trackers.close()
+            self.trackers.close(status)
         files = [p for p in self.folder.rglob("*") if p.is_file() and not p.is_symlink()]
         events = self.folder / trackers.TENSORBOARD_FOLDER
         try:

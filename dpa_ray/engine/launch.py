@@ -190,6 +190,10 @@ def launch(
         shutil.rmtree(storage, ignore_errors=True)
 
 
+ASK_AGAIN_S = 60.0
+"""How often other nodes are asked for while there are no workers."""
+
+
 class Starting:
     """Are there workers, or are they waited for, at first and after each failure? Ray would wait for ever."""
 
@@ -197,6 +201,7 @@ class Starting:
         self.cluster, self.note = cluster, note
         self.since: float | None = time.monotonic()
         self.asks_for_others = False
+        self.asked_at = 0.0
 
     def saw(self, kind: str) -> None:
         """An event: FAILED begins the wait for new workers; only theirs that they are there ends it, as what is left of
@@ -219,9 +224,9 @@ class Starting:
         if self.since is None:
             return
         waited_s, other = time.monotonic() - self.since, self.cluster.fallback_label_selector
-        if other and not self.asks_for_others and waited_s >= self.cluster.fallback_after_s:
-            self.asks_for_others = True
-            self._ask_for_others(other)
+        if other and waited_s >= self.cluster.fallback_after_s and time.monotonic() >= self.asked_at + ASK_AGAIN_S:
+            self._ask_for_others(other, tell=not self.asks_for_others)
+            self.asks_for_others, self.asked_at = True, time.monotonic()
         if waited_s < self.cluster.start_timeout_s:
             return
         raise UserError(
@@ -231,12 +236,21 @@ class Starting:
             "cluster.cpus_per_worker, cluster.label_selector. What was saved stays, and the same command goes on from there"
         )
 
-    def _ask_for_others(self, other: Labels) -> None:
+    def _ask_for_others(self, other: Labels, *, tell: bool) -> None:
         """Ray's autoscaler goes on asking for nodes that a cloud refuses (it counts only those that came and never joined), and
-        workers fit on whatever comes: so nodes of a kind that the recipe names are asked for by name."""
+        workers fit on whatever comes: so nodes of a kind that the recipe names are asked for by name.
+
+        The request is one for the whole cluster, and counts what is there, in use or not: it is for room beside what others
+        have, and made again, as another run's, or its end, takes this one's place.
+        """
         labels = {**self.cluster.label_selector, **other}
-        num = self.cluster.min_workers
-        request_resources(bundles=[worker_resources(self.cluster)] * num, bundle_label_selectors=[labels] * num)
+        wanted = worker_resources(self.cluster)
+        num = self.cluster.min_workers + sum(
+            int(min(node.get(name, 0.0) / amount for name, amount in wanted.items())) for node in node_resources(labels)
+        )
+        request_resources(bundles=[wanted] * num, bundle_label_selectors=[labels] * num)
+        if not tell:
+            return
         named = ", ".join(f"{label}: {condition}" for label, condition in labels.items())
         self.note(
             f"no workers for {self.cluster.fallback_after_s:g} s (cluster.fallback_after_s): the autoscaler is asked for nodes labelled {{{named}}}"
@@ -274,6 +288,18 @@ def node_resources(selector: Labels | None = None) -> list[dict[str, float]]:
 def node_labels() -> list[dict[str, str]]:
     """Of each node that lives, in the order of `node_resources()`."""
     return [node["Labels"] for node in _nodes()]
+
+
+def has_autoscaler() -> bool:
+    """Does the cluster that was joined bring nodes for what waits? (Ray's autoscaler v2, which `ray up` and KubeRay start,
+    tells the head what it does.)"""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+    reply = GetClusterStatusReply()
+    address = ray.get_runtime_context().gcs_address
+    reply.ParseFromString(GcsClient(address=address).get_cluster_status(timeout_s=10))
+    return bool(reply.autoscaling_state.autoscaler_state_version > 0)
 
 
 def check_reach(store: Store) -> None:

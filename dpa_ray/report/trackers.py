@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import logging
@@ -11,7 +10,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from dpa_ray.errors import UserError
 from dpa_ray.recipe_running import MlflowSection, TrackersSection, WandbSection
@@ -54,17 +53,21 @@ def check(section: TrackersSection) -> None:
             ) from None
 
 
+Status = Literal["done", "failed", "stopped"]
+"""How a run ended, or why it goes on later."""
+
+
 class Tracker(Protocol):
     """One place that metrics go to."""
 
     def log(self, stage: str, step: int, numbers: dict[str, float]) -> None: ...
-    def close(self) -> None: ...
+    def close(self, status: Status) -> None: ...
 
 
 class Trackers:
     """All places that a recipe's `trackers` names. One process uses it: the one that writes metrics.jsonl.
 
-    A run is found again by its name and recipe, so that a resumed one goes on where it was. A place that fails on the
+    A run is found again by its name and what it is, so that a resumed one goes on where it was. A place that fails on the
     way is left out with a warning: a training run does not die of its dashboard, and metrics.jsonl has every line.
     """
 
@@ -73,15 +76,17 @@ class Trackers:
         section: TrackersSection,
         run_dir: Path,
         run_name: str,
+        identity: str,
         config: Mapping[str, Any],
         group: str | None = None,
     ):
-        """`run_dir`: a local folder that TensorBoard's and W&B's files go to; `config`: the resolved recipe; `group`: the
-        sweep that the run belongs to (W&B's group, MLflow's tag dpa_ray.sweep).
+        """`run_dir`: a local folder that TensorBoard's and W&B's files go to; `identity`: what the run is, whatever changes in
+        how it is done; `config`: the resolved recipe; `group`: the sweep that the run belongs to (W&B's group, MLflow's
+        tag dpa_ray.sweep).
 
         Raises: UserError where a tracker cannot be started.
         """
-        run_id = f"{run_name}-{hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]}"
+        run_id = f"{run_name}-{identity}"
         self._trackers: dict[str, Tracker] = {}
         if section.tensorboard:
             self._trackers["tensorboard"] = _TensorBoard(run_dir / TENSORBOARD_FOLDER)
@@ -100,9 +105,9 @@ class Trackers:
         numbers = {key: value for key, value in numbers.items() if math.isfinite(value)}
         self._each("log", stage, step, numbers)
 
-    def close(self) -> None:
+    def close(self, status: Status = "done") -> None:
         """Send what is still held back, and end."""
-        self._each("close")
+        self._each("close", status)
         self._trackers = {}
 
     def _each(self, method: str, *args: Any) -> None:
@@ -132,7 +137,7 @@ class _TensorBoard:
         for key, value in numbers.items():
             self.writers[stage].add_scalar(key, value, step)
 
-    def close(self) -> None:
+    def close(self, status: Status) -> None:
         for writer in self.writers.values():
             writer.close()
 
@@ -176,8 +181,8 @@ class _Wandb:
             self.stages.add(stage)
         self.run.log({f"{stage}/step": step, **{f"{stage}/{key}": value for key, value in numbers.items()}})
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, status: Status) -> None:
+        self.run.finish(exit_code=0 if status == "done" else 1)
 
 
 class _Mlflow:
@@ -221,9 +226,9 @@ class _Mlflow:
         if len(self.held) >= MLFLOW_BATCH or time.monotonic() - self.sent >= MLFLOW_EVERY_S:
             self._send()
 
-    def close(self) -> None:
+    def close(self, status: Status) -> None:
         self._send()
-        self.client.set_terminated(self.run_id)
+        self.client.set_terminated(self.run_id, {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}[status])
 
     def _send(self) -> None:
         for first in range(0, len(self.held), MLFLOW_BATCH):

@@ -182,10 +182,21 @@ class GcsFolder:
         begun = call("POST", f"/upload/storage/v1/b/{self.bucket}/o", params=params, patience=self.patience)
         place = {name.lower(): value for name, value in begun.headers.items()}["location"]
         with source.open("rb") as file:
-            for start in range(0, size, UPLOAD_BYTES):
+            start = 0
+            while True:
+                file.seek(start)
                 data = file.read(UPLOAD_BYTES)  # sent again after a lost answer, it is passed over
                 headers = {"Content-Range": f"bytes {start}-{start + len(data) - 1}/{size}"}
-                call("PUT", place, headers=headers, body=data, patience=self.patience, also=frozenset({308}))
+                answer = call("PUT", place, headers=headers, body=data, patience=self.patience, also=frozenset({308}))
+                if answer.status != 308:
+                    return
+                kept = _kept_bytes(answer.headers)  # the server may have taken a part of it only
+                if kept <= start:
+                    raise NoAnswer(
+                        f"{self.bucket}/{self.key(path)}: the server has kept {kept} of {size} bytes, and none of those from "
+                        f"{start} on that were sent again"
+                    )
+                start = kept
 
     def get_file(self, path: str, target: Path) -> None:
         size, pinned = self._parts(path)
@@ -216,3 +227,9 @@ class GcsFolder:
 
     def arrow(self) -> tuple[Any, str]:
         return arrow_filesystem(), "/".join(part for part in (self.bucket, self.prefix) if part)
+
+
+def _kept_bytes(headers: dict[str, str]) -> int:
+    """How many bytes of an upload the server says that it has: `Range: bytes=0-N`, or no header where it has none."""
+    found = {name.lower(): value for name, value in headers.items()}.get("range", "")
+    return int(found.rpartition("-")[2]) + 1 if found else 0

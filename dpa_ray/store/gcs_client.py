@@ -52,6 +52,7 @@ class NoAccount(Exception):
 class Answer:
     body: bytes
     headers: dict[str, str]
+    status: int
 
     def json(self) -> Any:
         return json.loads(self.body) if self.body else {}
@@ -113,7 +114,7 @@ def call(
             failure = NoReply(type(err).__name__)
         else:
             if answer.status_code < 300 or answer.status_code in also:
-                return Answer(answer.content, dict(answer.headers))
+                return Answer(answer.content, dict(answer.headers), answer.status_code)
             failure = Refused(answer.status_code, _reason(answer), repeated=attempt > 0)
             if answer.status_code not in AGAIN:
                 break

@@ -161,15 +161,16 @@ class S3Folder:
         self._drop_markers(path)
 
     def _drop_markers(self, path: str) -> None:
-        """Delete empty objects named like the folders above `path`: Arrow leaves them where Ray makes a folder, and
-        tools that copy a prefix stumble over them."""
+        """Delete empty objects named like the folders above `path`, up to the store's own: Arrow leaves them where Ray makes
+        a folder, and tools that copy a prefix stumble over them. What is above the store is others'."""
         parents = self.key(path).split("/")[:-1]
-        for depth in range(len(parents), 0, -1):
+        own = len(self.prefix.split("/")) if self.prefix else 1
+        for depth in range(len(parents), own - 1, -1):
             marker = "/".join(parents[:depth]) + "/"
             found = (
                 client(self.patience).list_objects_v2(Bucket=self.bucket, Prefix=marker, MaxKeys=1).get("Contents", ())
             )
-            if found and found[0]["Key"] == marker:
+            if found and found[0]["Key"] == marker and found[0]["Size"] == 0:
                 client(self.patience).delete_object(Bucket=self.bucket, Key=marker)
 
     def _all(self, start: str) -> list[str]:

@@ -20,7 +20,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from dpa_ray.credentials import without_credentials
@@ -64,6 +63,7 @@ class Record:
         self._brief = store.brief()
         self._away_until = 0.0  # by time.monotonic: the store did not answer
         self._metas: dict[str, dict[str, Any]] = {}
+        self._never_made: set[str] = set()  # artifacts that trials that ended have left unmade
         self.values: dict[str, Any] = {
             "name": name, "status": "running", **what, "digest": hashlib.sha256(content.encode()).hexdigest()[:12],
             "device": "gpu" if recipe.cluster.gpus_per_worker else "cpu", "started": self.started, "wall_time_s": 0.0,
@@ -159,7 +159,7 @@ class Record:
             self.values["status"] = status
         self.values["wall_time_s"] = self.earlier_s + time.time() - self.started
         self.values["stages"], self.values["gpu_s"] = account(
-            self.trials, partial(self._meta, store), workers=self.workers, gpus_per_worker=self.gpus
+            self.trials, self._look(store, anew=status is not None), workers=self.workers, gpus_per_worker=self.gpus
         )
         self.values["best"] = best(self.trials, self.values["metric"], self.values["mode"])
         store.write_json(f"{self.path}/{FILE}", self.values)
@@ -174,6 +174,27 @@ class Record:
         except (UserError, OSError) as err:
             self._away(err)
             return False
+
+    def _look(self, store: Store, *, anew: bool) -> Callable[[str], dict[str, Any] | None]:
+        """meta of artifacts for an account. What trials have left unmade when they ended is not asked for each time again
+        (unless `anew`), but where another trial makes it now: the store would be asked for hundreds at each step."""
+        if anew:
+            self._never_made.clear()
+        under_way = {
+            path for t in self.trials if t["status"] in ("waiting", "running") for path in t["artifacts"].values()
+        }
+
+        def meta(path: str) -> dict[str, Any] | None:
+            if path in self._never_made and path not in under_way:
+                return None
+            found = self._meta(store, path)
+            if found is None and path not in under_way:
+                self._never_made.add(path)
+            elif found is not None:
+                self._never_made.discard(path)
+            return found
+
+        return meta
 
     def _meta(self, store: Store, path: str) -> dict[str, Any] | None:
         """meta of a committed artifact, which never changes, or None where there is none yet."""

@@ -124,7 +124,8 @@ def room(cluster: ClusterSection, nodes: Sequence[Resources], at_most: int) -> i
 
 def _take(free: list[dict[str, float]], cluster: ClusterSection) -> bool:
     """Take one trial's resources from what is `free` on each node. Does it fit?"""
-    placed = place(free, cluster, tasks_per_worker=1)
+    # `free` has the labels that are asked for
+    placed = place(free, cluster.model_copy(update={"label_selector": {}}), tasks_per_worker=1)
     if placed.num_placed < cluster.max_workers:
         return False
     for node, num_workers in zip(free, placed.workers_by_node, strict=True):

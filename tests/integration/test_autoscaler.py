@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -60,6 +61,16 @@ def cluster(head: Host, folder: Path, **provider: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def grows(head: Host, env: dict[str, str], timeout_s: float = 60) -> str:
+    """What `has_autoscaler` says there, once the autoscaler has had time to say something itself."""
+    script = "import ray; from dpa_ray.engine.launch import has_autoscaler as has; ray.init(); print(has())"
+    until, said = time.monotonic() + timeout_s, ""
+    while said != "True" and time.monotonic() < until:
+        done = subprocess.run([*head.enter, sys.executable, "-c", script], env=env, capture_output=True, text=True)
+        said = (done.stdout.splitlines() or [done.stderr[-500:]])[-1]
+    return said
+
+
 def run_on(head: Host, folder: Path, recipe: dict[str, Any], **provider: Any) -> tuple[Run, Callable[[], list[Any]]]:
     """The main job on a cluster that grows; what came and went."""
     config = folder / "cluster.yaml"
@@ -70,6 +81,7 @@ def run_on(head: Host, folder: Path, recipe: dict[str, Any], **provider: Any) ->
     head.start_ray(head, env, folder, "--num-cpus=0", f"--autoscaling-config={config}")
     job = {"RAY_ADDRESS": f"{head.address}:{PORT}", "RAY_AUTH_MODE": "disabled"}
     begun = time.time()
+    assert grows(head, {**env, **job}) == "True"
     run = start_dpa(recipe, folder / "store", "run", env=job, prefix=head.enter).finished(420)
     log = folder / "nodes.jsonl"
 

@@ -35,7 +35,7 @@ from dpa_ray.data.prepare import prepare
 from dpa_ray.engine import feed as feed_module
 from dpa_ray.engine.failures import Failures
 from dpa_ray.engine.feed import Feed
-from dpa_ray.engine.launch import Starting
+from dpa_ray.engine.launch import Starting, has_autoscaler
 from dpa_ray.engine.messages import FAILED, Beat, Board
 from dpa_ray.errors import UserError
 from dpa_ray.recipe_running import ClusterSection
@@ -250,6 +250,10 @@ def test_workers_that_do_not_come_are_said_with_what_was_asked_for_and_what_ther
     time.sleep(0.3)
     with pytest.raises(UserError, match=r"no workers for 0\.2 s .*expected 3 CPU, found 2 CPU in all; \S+ CPU free"):
         starting.check()
+
+
+def test_a_ray_that_does_not_grow_is_known(local_ray: None) -> None:
+    assert not has_autoscaler()
 
 
 # Whole workers, as Ray Train's controller tells of them

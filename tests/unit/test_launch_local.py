@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -145,3 +146,26 @@ def test_a_folder_is_no_store_for_several_machines(monkeypatch: pytest.MonkeyPat
         UserError, match=r"all 2 machines of the cluster reach \(head, one\), found the folder .*take s3://"
     ):
         launch.check_reach(local)
+
+
+def test_other_nodes_are_asked_for_beside_those_of_others_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request is one for the whole cluster: another run's takes its place, and the end of that one ends it."""
+    asked, notes = list[int](), list[str]()
+    monkeypatch.setattr(launch, "request_resources", lambda bundles, **_: asked.append(len(bundles)))
+    monkeypatch.setattr(launch, "node_resources", lambda labels: [{"CPU": 2.0}, {"CPU": 1.5}, {"GPU": 1.0}])
+    monkeypatch.setattr(launch, "ASK_AGAIN_S", 0.1)
+    cluster = ClusterSection(
+        workers=3, gpus_per_worker=0, cpus_per_worker=1, fallback_after_s=0.05, start_timeout_s=60,
+        fallback_label_selector={"ray.io/market-type": "on-demand"},
+    )  # fmt: skip
+    starting = launch.Starting(cluster, notes.append)
+    starting.check()
+    assert asked == []
+    for expected in ([6], [6, 6]):  # three workers of its own, and room that three others have
+        time.sleep(0.15)
+        starting.check()
+        starting.check()
+        assert asked == expected
+    assert len(notes) == 1
+    starting.saw("workers_started")
+    assert asked == [6, 6, 0]

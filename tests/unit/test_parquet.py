@@ -214,3 +214,14 @@ def test_from_s3_the_digest_and_the_samples_are_the_same(tmp_path, s3_server):
     assert read(there) == read(local)
     prepared = prepare(Store(f"{s3_server.uri}/store"), there, max_quarantined_fraction=0)
     assert prepared == prepare(Store(str(tmp_path / "store")), local, max_quarantined_fraction=0)
+
+
+def test_a_column_with_a_dot_in_its_name_is_part_of_the_digest(tmp_path):
+    """Else a corrected text would go on with the data that was prepared of the old one."""
+    columns = ColumnsSection(text="answer.text", image="image")
+    digests = set()
+    for number, text in enumerate(("one", "two", "two")):
+        path = write(tmp_path / str(number) / "a.parquet", {"image": [png(1)], "answer.text": [text], "answer": [5]})
+        digests.add(source_digest(section(path, columns=columns)))
+        assert shown(read(section(path, columns=columns))[0])[1] == ["<image>", text]
+    assert len(digests) == 2

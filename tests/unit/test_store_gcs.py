@@ -258,3 +258,41 @@ def test_an_outage_is_waited_for_and_named(monkeypatch: pytest.MonkeyPatch) -> N
             assert b"what it says" in store.read_bytes("x")
     assert len(told) == 1
     assert told[0].startswith("gs://bucket-of-mine/x: Cloud Storage is away (")
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_an_upload_of_which_the_server_keeps_a_part_goes_on_from_there(
+    stuck: bool, fake_gcs: Gcs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Google's may keep less of a piece than it was sent, of the last one too; the fake one keeps all, so it is sent less."""
+    monkeypatch.setattr(gcs, "PART_BYTES", 100_000)
+    monkeypatch.setattr(gcs, "UPLOAD_BYTES", 512 << 10)
+    sent: list[str] = []
+    whole_call = gcs.call
+
+    def lossy(method: str, url: str, **values: Any) -> Any:
+        span = (values.get("headers") or {}).get("Content-Range", "")
+        if not span or len(sent) % 2:
+            sent.extend([span] if span else [])
+            return whole_call(method, url, **values)
+        sent.append(span)
+        start, size = int(span.split()[1].split("-")[0]), span.rpartition("/")[2]
+        if stuck and start:
+            return gcs.Answer(b"", {"Range": f"bytes=0-{start - 1}"}, 308)
+        piece = values["body"][: 256 << 10]
+        headers = {"Content-Range": f"bytes {start}-{start + len(piece) - 1}/{size}"}
+        return whole_call(method, url, **{**values, "body": piece, "headers": headers})
+
+    monkeypatch.setattr(gcs, "call", lossy)
+    data = os.urandom(3 * (512 << 10) + 300_000)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "long").write_bytes(data)
+    store = Store(fake_gcs.uri)
+    if stuck:
+        with pytest.raises(NoAnswer, match="none of those from .* on that were sent again"):
+            store.upload(tmp_path / "source", "x")
+        assert not store.exists("x/long")
+        return
+    store.upload(tmp_path / "source", "x")
+    assert store.digest("x/long") == (len(data), hashlib.sha256(data).hexdigest())
+    assert len(sent) > 4

@@ -210,3 +210,18 @@ def test_more_files_than_one_listing_page_are_all_found(s3_server: S3) -> None:
     assert store.list("many") == names
     store.delete("many")
     assert s3_server.keys() == []
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("team", [b"", b"notes of the team"])
+def test_nothing_above_the_store_is_touched(team: bytes, ceph_s3: S3) -> None:
+    """Empty objects named like folders go with what was in them, up to the store's own; what is above it is others'."""
+    put = ceph_s3.client().put_object
+    for key, body in (("team/", team), ("team/dpa/", b""), ("team/dpa/runs/", b""), ("team/dpa/kept/", b"not empty")):
+        put(Bucket=ceph_s3.bucket, Key=key, Body=body)
+    store = Store(f"s3://{ceph_s3.bucket}/team/dpa")
+    for path in ("runs/a/x", "kept/y"):
+        store.write_bytes(path, b"1")
+        store.delete(path)
+    assert ceph_s3.keys() == ["team/", "team/dpa/kept/"]
+    assert ceph_s3.client().get_object(Bucket=ceph_s3.bucket, Key="team/")["Body"].read() == team

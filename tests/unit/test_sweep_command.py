@@ -146,6 +146,8 @@ def test_trials_at_once_are_as_many_as_have_room() -> None:
     assert room(gpu, [{"CPU": 64.0, "GPU": 11.0}], 9) == 2
     assert room(gpu, [{"CPU": 5.0, "GPU": 11.0}], 9) == 1
     assert room(gpu, [{"CPU": 16.0, "GPU": 4.0}] * 3, 9) == 3
+    labelled = ClusterSection(workers=4, gpus_per_worker=1, label_selector={"market-type": "spot"})
+    assert room(labelled, [{"CPU": 16.0, "GPU": 4.0}] * 3, 9) == 3, "these nodes have the label"
     wide = ClusterSection(workers=2, gpus_per_worker=0, cpus_per_worker=3)
     assert room(wide, [{"CPU": 4.0}] * 4, 9) == 2, "one worker a node, though 16 CPUs would hold 2.3 trials"
     assert room(wide, [{"CPU": 5.0}] * 6, 9) == 3, "of 30 CPUs, which would hold 4.2"

@@ -303,3 +303,29 @@ def test_a_sweep_that_another_process_has_taken_over_is_not_written_any_more(sto
     with pytest.raises(LeaseTaken, match="taken this sweep over"):
         record.write("done")
     assert store.read_json("sweeps/s/sweep.json")["status"] == "running"
+
+
+def test_the_store_is_not_asked_at_each_step_for_what_stopped_trials_left_unmade(
+    store: Store, tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, asked = Record(store, "s", tiny, WHAT), list[str]()
+    for number in range(20):
+        record.add({"seed": number})
+        trial = record.trials[-1]
+        trial |= {"status": "stopped", "artifacts": {"instruct": f"artifacts/instruct-{number}"}}
+    record.trials[-1]["status"] = "running"
+    look = record._meta
+    monkeypatch.setattr(record, "_meta", lambda of, path: asked.append(path) or look(of, path))
+    record.keep()
+    assert len(asked) == 20
+    asked.clear()
+    record.keep()
+    assert asked == ["artifacts/instruct-19"]
+    (tmp_path / "made").mkdir()
+    commit(store, "instruct", "3", tmp_path / "made", inputs={}, meta={"run": "runs/s-0003", "wall_time_s": 1.0})
+    record.trials[3]["status"] = "running"  # the same command again: it goes on
+    record.keep()
+    assert record.values["stages"]["instruct"]["made"] == 1
+    record.trials[3]["status"] = "done"
+    record.keep()
+    assert record.values["stages"]["instruct"]["made"] == 1

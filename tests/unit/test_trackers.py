@@ -18,7 +18,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from dpa_ray.errors import UserError
 from dpa_ray.recipe_running import MlflowSection, TrackersSection, WandbSection
-from dpa_ray.report.trackers import Trackers, check
+from dpa_ray.report.trackers import Status, Trackers, check
 
 CONFIG = {"name": "tiny", "seed": 0, "stages": {"instruct": {"lr": 1e-3, "betas": [0.9, 0.999]}}}
 
@@ -28,7 +28,7 @@ def record(stage: str, step: int, loss: float) -> dict[str, Any]:
 
 
 def run(section: TrackersSection, folder: Path, stage: str, steps: range, offset: float = 0.0) -> None:
-    trackers = Trackers(section, folder, "tiny", CONFIG)
+    trackers = Trackers(section, folder, "tiny", "0123", CONFIG)
     for step in steps:
         trackers.log(stage, step, record(stage, step, step + offset))
     trackers.close()
@@ -40,7 +40,7 @@ def scalars(folder: Path, key: str) -> list[tuple[int, float]]:
 
 
 def test_tensorboard_has_a_folder_per_stage_with_every_step(tmp_path: Path) -> None:
-    trackers = Trackers(TrackersSection(), tmp_path, "tiny", CONFIG)
+    trackers = Trackers(TrackersSection(), tmp_path, "tiny", "0123", CONFIG)
     for stage in ("proxy_llm", "instruct"):
         for step in (1, 2, 3):
             trackers.log(stage, step, record(stage, step, step / 2))
@@ -57,7 +57,7 @@ def test_a_resumed_stage_replaces_the_points_after_its_checkpoint(tmp_path: Path
 
 
 def test_what_is_no_finite_number_is_left_out(tmp_path: Path) -> None:
-    trackers = Trackers(TrackersSection(), tmp_path, "tiny", CONFIG)
+    trackers = Trackers(TrackersSection(), tmp_path, "tiny", "0123", CONFIG)
     extra = {"bad": float("nan"), "none": None, "reused": True, "word": "x", "good": 1.5}
     trackers.log("instruct", 1, {**record("instruct", 1, float("inf")), **extra})
     trackers.close()
@@ -156,9 +156,25 @@ def test_mlflow_gets_metrics_and_the_recipe_and_a_resumed_run_is_the_same_run(
         assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 2.0)]
 
 
+@pytest.mark.parametrize(("ended", "status"), [("failed", "FAILED"), ("stopped", "KILLED"), ("done", "FINISHED")])
+def test_mlflow_says_how_a_run_ended_and_goes_on_with_it(
+    ended: Status, status: str, tmp_path: Path, mlflow_section: TrackersSection
+) -> None:
+    """With another number of workers it is the same run still."""
+    for workers in (1, 2):
+        config = {**CONFIG, "cluster": {"workers": workers}}
+        trackers = Trackers(mlflow_section, tmp_path, "tiny", "0123", config)
+        trackers.log("instruct", workers, record("instruct", workers, 1.0))
+        trackers.close(ended)
+        client = MlflowClient(tracking_uri=f"file://{tmp_path}/mlruns")
+        (found,) = client.search_runs([client.get_experiment_by_name("dpa_ray").experiment_id])
+        assert found.info.status == status
+    assert len(client.get_metric_history(found.info.run_id, "instruct/loss")) == 2
+
+
 def test_the_runs_of_a_sweep_carry_its_name(tmp_path: Path, mlflow_section: TrackersSection) -> None:
     for name, group in (("s-0000", "s"), ("s-0001", "s"), ("alone", None)):
-        trackers = Trackers(mlflow_section, tmp_path, name, CONFIG, group)
+        trackers = Trackers(mlflow_section, tmp_path, name, "0123", CONFIG, group)
         trackers.log("instruct", 1, record("instruct", 1, 1.0))
         trackers.close()
     client = MlflowClient(tracking_uri=f"file://{tmp_path}/mlruns")
@@ -171,7 +187,7 @@ def test_the_runs_of_a_sweep_carry_its_name(tmp_path: Path, mlflow_section: Trac
 def test_wandb_groups_the_runs_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     section = TrackersSection(tensorboard=False, wandb=WandbSection(project="p"))
-    trackers = Trackers(section, tmp_path, "s-0000", CONFIG, "s")
+    trackers = Trackers(section, tmp_path, "s-0000", "0123", CONFIG, "s")
     assert wandb.run is not None
     assert wandb.run.group == "s"
     trackers.close()
@@ -183,13 +199,13 @@ def test_mlflow_that_does_not_answer_is_a_user_error(tmp_path: Path, monkeypatch
     with pytest.raises(
         UserError, match=r"trackers\.mlflow: http://127\.0\.0\.1:9, experiment dpa_ray, cannot be logged to"
     ):
-        Trackers(section, tmp_path, "tiny", CONFIG)
+        Trackers(section, tmp_path, "tiny", "0123", CONFIG)
 
 
 def test_a_tracker_that_fails_on_the_way_is_left_out_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trackers = Trackers(TrackersSection(), tmp_path, "tiny", CONFIG)
+    trackers = Trackers(TrackersSection(), tmp_path, "tiny", "0123", CONFIG)
     (tmp_path / "tensorboard").write_text("a file where the folder should go")
     with caplog.at_level(logging.WARNING):
         for step in (1, 2):

@@ -283,3 +283,12 @@ def test_from_s3_the_digest_and_the_samples_are_the_same(tmp_path, s3_server, mo
         assert read(there) == read(local)
     store = Store(f"{s3_server.uri}/store")
     assert prepare(store, there, max_quarantined_fraction=0).num_rows == 40
+
+
+def test_an_image_that_comes_twice_is_told(tmp_path):
+    """`tar -r` adds a corrected one behind the old one, which stays."""
+    members = [("1.png", png(1)), ("1.png", png(2)), ("1.txt", "one"), ("2.png", png(3)), ("2.txt", "two")]
+    bad, good = read(section(tar(tmp_path / "a.tar", members)))
+    assert isinstance(bad, Rejected)
+    assert "expected each member once, found 1.png, 1.png" in str(bad)
+    assert shown(good) == ("2", ["<image>", "two"], [("2.png", png(3))])
