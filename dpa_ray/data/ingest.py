@@ -6,6 +6,7 @@ ahead of its consumer. Nothing is replayed and nothing has a position: resuming 
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,8 +28,9 @@ from dpa_ray.data.prepared import Prepared, StoreLike
 from dpa_ray.data.retry import bridging, first_line, retried
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.shard_file import open_shard, read_footer
-from dpa_ray.data.shards import from_row
+from dpa_ray.data.shards import SCHEMA, from_row
 from dpa_ray.data.skip import entry_of
+from dpa_ray.data.threads import LruBytes, ordered_map
 from dpa_ray.errors import UserError
 from dpa_ray.pack import pack
 
@@ -59,8 +61,12 @@ MAX_BLOCK_BATCHES = 8
 """Small micro-batches are made several to a task: each task costs the caller and Ray's own processes about a millisecond."""
 
 _OPEN_SHARDS = 16
-_FOOTER_BYTES = 64 * 2**20
-"""Of footers that are kept of closed shards: a window's rows lie in all of them."""
+_FOOTER_BYTES = 256 * 2**20
+"""Of footers that are kept of closed shards: a window's rows lie in all of them (a million images: about 170 MB)."""
+ROWS_AT_ONCE = 64
+"""Of which the row groups are in memory together."""
+READS_AT_ONCE = 8
+"""Shards that one process reads from at once: a micro-batch's rows lie anywhere, and a request takes tens of milliseconds."""
 _BYTES_PER_TOKEN = 30  # of a Batch's tensors
 _USUAL_TOKENS = 1024
 
@@ -73,7 +79,7 @@ class Loader:
     Row numbers are those of the cursor: 0 to prepared.num_rows - 1. `packing` lays a micro-batch's samples into rows
     without padding (see pack.py). `blind` has q of every target, computed beforehand. Of the rows `skipped` nothing
     reaches the model: they keep their place in a batch with one token that is no target. `can_skip`: is the data trained on,
-    so that `data.skip_ids` can name its samples?
+    so that `data.skip_ids` can name its samples? `with_images`: else images are not even read.
     """
 
     store: StoreLike
@@ -87,6 +93,7 @@ class Loader:
     blind: BlindScores | None = None
     skipped: frozenset[int] = frozenset()
     can_skip: bool = True
+    with_images: bool = True
     _reader: _Reader | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -103,9 +110,9 @@ class Loader:
     def samples(self, rows: Sequence[int] | np.ndarray) -> list[Sample]:
         """The samples of `rows`. Raises: UserError, naming shard and row, where one cannot be read."""
         if self._reader is None:
-            self._reader = _Reader(self.store, self.prepared, self.cache_bytes)
+            self._reader = _Reader(self.store, self.prepared, self.cache_bytes, with_images=self.with_images)
         with bridging(self.retry_s):
-            return [self._reader.sample(int(row)) for row in rows]
+            return self._reader.samples([int(row) for row in rows])
 
     def load(self, rows: np.ndarray, filler_row: int) -> Batch:
         """The micro-batch of `rows`; of none, a filler: `filler_row` without targets, counted nowhere."""
@@ -187,33 +194,61 @@ class Loader:
 
 
 class _Reader:
-    """Rows of a prepared source, by row groups, of which it keeps the latest."""
+    """Rows of a prepared source, by row groups, of which it keeps the latest; `with_images`: else without reading them."""
 
-    def __init__(self, store: StoreLike, prepared: Prepared, cache_bytes: int):
+    def __init__(self, store: StoreLike, prepared: Prepared, cache_bytes: int, *, with_images: bool = True):
         self._store, self._prepared, self._cache_bytes = store, prepared, cache_bytes
+        self._columns = None if with_images else [name for name in SCHEMA.names if name != "images"]
         self._ends = np.cumsum(prepared.row_groups)
         self._places = [(s, g) for s, (_, groups) in enumerate(prepared.shards) for g in range(len(groups))]
-        self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
-        self._footers: OrderedDict[int, bytes] = OrderedDict()
-        self._footers_size = 0
+        self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()  # those that no thread is reading from
+        self._lock = threading.Lock()
+        self._footers = LruBytes(_FOOTER_BYTES)
         self._groups: OrderedDict[int, pa.Table] = OrderedDict()
         self._size = 0
 
-    def sample(self, row: int) -> Sample:
-        if not 0 <= row < self._prepared.num_rows:
-            raise IndexError(f"expected a row in 0..{self._prepared.num_rows - 1}, found {row}")
-        group = int(np.searchsorted(self._ends, row, side="right"))
-        table = self._group(group)
+    def samples(self, rows: Sequence[int]) -> list[Sample]:
+        """In the order of `rows`. Row groups that lie in several shards are read at once: a store may be far away."""
+        for row in rows:
+            if not 0 <= row < self._prepared.num_rows:
+                raise IndexError(f"expected a row in 0..{self._prepared.num_rows - 1}, found {row}")
+        found: list[Sample] = []
+        for some in (rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)):
+            groups = [int(group) for group in np.searchsorted(self._ends, some, side="right")]
+            tables = self._tables(groups)
+            found += [self._sample(row, group, tables[group]) for row, group in zip(some, groups, strict=True)]
+        return found
+
+    def _sample(self, row: int, group: int, table: pa.Table) -> Sample:
         offset = row - int(self._ends[group] - table.num_rows)
         source_name = self._prepared.shard_source(self._places[group][0])
-        return from_row(table.slice(offset, 1).to_pylist()[0], source_name)
+        return from_row({"images": [], **table.slice(offset, 1).to_pylist()[0]}, source_name)
 
-    def _group(self, group: int) -> pa.Table:
-        table = self._groups.get(group)
-        if table is not None:
+    def _tables(self, wanted: Sequence[int]) -> dict[int, pa.Table]:
+        """The row groups `wanted`, kept for later as far as there is room."""
+        found = {group: self._groups[group] for group in wanted if group in self._groups}
+        missing: dict[int, list[int]] = {}
+        for group in dict.fromkeys(wanted):
+            if group not in found:
+                missing.setdefault(self._places[group][0], []).append(group)
+        read = self._read_all
+        at_once = min(READS_AT_ONCE, len(missing))
+        for part in ordered_map(read, missing.values(), at_once) if at_once > 1 else map(read, missing.values()):
+            found |= part
+        for group, table in found.items():
+            if group not in self._groups:
+                self._size += table.nbytes
+            self._groups[group] = table
             self._groups.move_to_end(group)
-            return table
-        shard, index = self._places[group]
+        while self._size > self._cache_bytes and len(self._groups) > 1:
+            self._size -= self._groups.popitem(last=False)[1].nbytes
+        return found
+
+    def _read_all(self, groups: list[int]) -> dict[int, pa.Table]:
+        """Row groups of one shard."""
+        return {group: self._read_group(*self._places[group]) for group in groups}
+
+    def _read_group(self, shard: int, index: int) -> pa.Table:
         rows = self._prepared.shards[shard][1]
         try:
             table = retried(lambda: self._read(shard, index), self._url(shard))
@@ -223,47 +258,40 @@ class _Reader:
             raise self._broken(shard, f"row group {index} cannot be read: {err}") from None
         if table.num_rows != rows[index]:
             raise self._broken(shard, f"expected {rows[index]} rows in row group {index}, found {table.num_rows}")
-        self._groups[group] = table
-        self._size += table.nbytes
-        while self._size > self._cache_bytes and len(self._groups) > 1:
-            self._size -= self._groups.popitem(last=False)[1].nbytes
         return table
 
     def _read(self, shard: int, index: int) -> pa.Table:
+        with self._lock:
+            file = self._files.pop(shard, None)
         try:
-            return self._file(shard).read_row_group(index, use_threads=False)
-        except OSError:
-            self._files.pop(shard, None)  # an open file may keep what failed
-            self._footers_size -= len(self._footers.pop(shard, b""))
+            file = file or self._open(shard)
+            table = file.read_row_group(index, columns=self._columns, use_threads=False)
+        except OSError:  # an open file may keep what failed
+            self._footers.drop(str(shard))
             raise
+        with self._lock:
+            self._files[shard] = file
+            closed = self._files.popitem(last=False)[1] if len(self._files) > _OPEN_SHARDS else None
+        if closed is not None:
+            closed.close(force=True)
+        return table
 
-    def _file(self, shard: int) -> pq.ParquetFile:
-        file = self._files.get(shard)
-        if file is None:
-            system, root = self._store.arrow()
-            path = f"{root}/{self._prepared.shard_folder(shard)}/{self._prepared.shards[shard][0]}"
-            footer = self._footers.get(shard)
-            if footer is None:
-                found, expected = system.get_file_info(path).size, self._prepared.sizes_bytes[shard]
-                if found != expected:
-                    raise self._broken(
-                        shard, f"expected {expected} bytes, found {'no file' if found is None else found}"
-                    )
-            opened = system.open_input_file(path)
-            footer = self._keep_footer(shard, footer or read_footer(opened, self._prepared.footers[shard]))
-            file = self._files[shard] = open_shard(opened, footer=footer)
-            while len(self._files) > _OPEN_SHARDS:
-                self._files.popitem(last=False)[1].close(force=True)
-        self._files.move_to_end(shard)
-        return file
-
-    def _keep_footer(self, shard: int, footer: bytes) -> bytes:
-        self._footers_size += 0 if shard in self._footers else len(footer)
-        self._footers[shard] = footer
-        self._footers.move_to_end(shard)
-        while self._footers_size > _FOOTER_BYTES and len(self._footers) > 1:
-            self._footers_size -= len(self._footers.popitem(last=False)[1])
-        return footer
+    def _open(self, shard: int) -> pq.ParquetFile:
+        system, root = self._store.arrow()
+        expected = self._prepared.sizes_bytes[shard]
+        try:
+            opened = system.open_input_file(
+                f"{root}/{self._prepared.shard_folder(shard)}/{self._prepared.shards[shard][0]}"
+            )
+        except FileNotFoundError:
+            raise self._broken(shard, f"expected {expected} bytes, found no file") from None
+        if (found := opened.size()) != expected:
+            raise self._broken(shard, f"expected {expected} bytes, found {found}")
+        footer = self._footers.get(str(shard))
+        if footer is None:
+            footer = read_footer(opened, self._prepared.footers[shard])
+            self._footers.put(str(shard), footer)
+        return open_shard(opened, footer=footer)
 
     def _broken(self, shard: int, problem: str) -> UserError:
         folder = self._store.url(self._prepared.shard_folder(shard))

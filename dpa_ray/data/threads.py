@@ -43,6 +43,10 @@ class LruBytes:
                 self._items.move_to_end(name)
             return data
 
+    def drop(self, name: str) -> None:
+        with self._lock:
+            self._size -= len(self._items.pop(name, b""))
+
     def put(self, name: str, data: bytes) -> None:
         with self._lock:
             if name in self._items or len(data) > self._max_bytes:

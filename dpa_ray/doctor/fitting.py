@@ -50,6 +50,11 @@ def device(recipe: Recipe, nodes: Nodes, gpu_bytes: int) -> Device:
     return Device("worker's share of its node's memory", min(shares, default=0), False)
 
 
+def decoder_of(stage: str, model: Any) -> Any:
+    """The LLM without its head, of a stage's model."""
+    return model.base_model if stage == "proxy_llm" else model.model.language_model
+
+
 def fit(
     recipe: Recipe, stage: str, model: Any, counts: Counts, tower: TowerSpec | None, longest: int | None, on_gpu: bool
 ) -> Fit:
@@ -59,7 +64,7 @@ def fit(
     world_size = recipe.cluster.min_workers
     num_rows = min(section.micro_batch_size, -(-section.global_batch_size // world_size))
     model.to(precision_dtype(recipe))
-    decoder = model.base_model if stage == "proxy_llm" else model.model.language_model
+    decoder = decoder_of(stage, model)
     if recipe.model.attention != "auto":
         decoder.config._attn_implementation = recipe.model.attention
     with_images = stage != "proxy_llm" and tower is not None

@@ -79,7 +79,9 @@ def share(fragments: Sequence[Fragment], rank: int, world_size: int) -> list[Fra
 
 def snapshot(fragments: Iterable[Fragment]) -> list[Fragment]:
     """Copies on the CPU, which training does not change."""
-    return [Fragment(f.name, f.start, {k: t.cpu().clone() for k, t in f.tensors.items()}) for f in fragments]
+    return [
+        Fragment(f.name, f.start, {k: t.detach().to("cpu", copy=True) for k, t in f.tensors.items()}) for f in fragments
+    ]
 
 
 def save(fragments: Sequence[Fragment], file: Path) -> list[tuple[str, int, int]]:

@@ -222,7 +222,7 @@ class Worker:
             store=self.store, prepared=task.data, encoder=built.encoder, image_processor=built.image_processor,
             pad_token_id=pad_token(built.encoder.tokenizer), packing=getattr(section, "packing", False),
             retry_s=recipe.data.retry_s, blind=blind_scores(task, self.store),
-            skipped=frozenset(skipped.row for skipped in task.skipped),
+            skipped=frozenset(skipped.row for skipped in task.skipped), with_images=built.image_processor is not None,
         )  # fmt: skip
         loader.check()
         if (

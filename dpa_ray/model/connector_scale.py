@@ -15,6 +15,9 @@ from torch import Tensor
 
 from dpa_ray.model.step import vision_features
 
+STRIDE = 16
+"""One word of so many is looked at."""
+
 
 @torch.no_grad()
 def match_embedding_scale(model: Any, pixels: Tensor) -> float:
@@ -27,7 +30,11 @@ def match_embedding_scale(model: Any, pixels: Tensor) -> float:
     Returns: the factor, 1 where nothing was changed.
     """
     connector = model.model.multi_modal_projector
-    words = model.get_input_embeddings().weight.float().square().mean().sqrt()
+    embedding = model.get_input_embeddings()
+    some = torch.arange(0, embedding.num_embeddings, STRIDE).unsqueeze(0)
+    words = (
+        embedding(some).float().square().mean().sqrt()
+    )  # what the decoder is given: some families scale them (Gemma)
     features = vision_features(model, pixels.to(connector.linear_1.weight.dtype))
     images = connector(features).float().square().mean().sqrt()
     factor = float(f"{float(words / images):.2g}")  # two digits: ranks on unlike machines round elsewhere

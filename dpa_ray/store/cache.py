@@ -46,7 +46,14 @@ def cached(
     folder = root() / path.replace("/", "-") / digest
     with told(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.parent / f"{digest}.lock"):
+        if not differences(
+            folder, wanted
+        ):  # without the lock, so that a node's processes do not wait for each other's reading
+            return folder, {}
+        which = hashlib.sha256("\0".join(sorted(wanted)).encode()).hexdigest()[
+            :12
+        ]  # other files need not be waited for
+        with _lock(folder.parent / f"{digest}-{which}.lock"):
             stale = differences(folder, wanted)
             if not stale:
                 return folder, {}

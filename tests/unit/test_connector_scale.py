@@ -46,6 +46,18 @@ def test_small_image_tokens_are_scaled_up_to_the_words(times: float, dtype: torc
     assert changed == {f"model.multi_modal_projector.linear_2.{name}" for name in ("weight", "bias")}
 
 
+def test_words_are_as_large_as_the_decoder_is_given_them() -> None:
+    """Gemma's embedding scales what it looks up: its weights alone are much smaller."""
+    model = make_vlm("gemma2")
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        embedding.weight *= 3 * images_rms(model) / rms(embedding.weight)
+        words_rms = rms(embedding(torch.arange(embedding.num_embeddings).unsqueeze(0)))
+    assert words_rms > 2 * rms(embedding.weight)
+    match_embedding_scale(model, PIXELS)
+    assert images_rms(model) == pytest.approx(words_rms, rel=0.1)
+
+
 @pytest.mark.parametrize("times", [0.0, 0.01, 0.99])
 def test_larger_ones_stay_as_they_are(times: float) -> None:
     """What LLaVA does; also with embeddings of nothing but zeros."""

@@ -27,6 +27,7 @@ from dpa_ray.recipe import Recipe, RecipeError, SourceSection, parse
 from dpa_ray.report.console import terminal
 from dpa_ray.stages.pipeline import make_plan
 from dpa_ray.store.fs import Store
+from tests import tiny_models
 from tests.integration.runs import make_recipe
 from tests.integration.test_bad_recipes import WRONG_TARGETS
 from tests.tiny_models import LlavaData, make_captions
@@ -208,6 +209,17 @@ def test_memory_is_compared_with_the_gpus_that_will_be_there(
     if expected == "fail":
         assert "lower stages.instruct.micro_batch_size" in detail(found, "memory")
         assert "set cmo.blind=live" in detail(found, "memory")
+
+
+@pytest.mark.parametrize("attention", ["auto", "flex_attention"])
+def test_eager_attention_on_gpus_is_told_where_nobody_asked_for_it(
+    attention: str, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """Gemma-2: its scores are soft-capped."""
+    folder = tiny_models.make_llm(tmp_path / "llm", "gemma2")
+    overrides = (f"model.llm={folder}", "cluster.gpus_per_worker=1", f"model.attention={attention}")
+    text = detail(examine(recipe(*overrides), Options(gpu_bytes=80 * 2**30)), "memory")
+    assert ("model.attention=flex_attention is fused" in text) == (attention == "auto")
 
 
 # -- data

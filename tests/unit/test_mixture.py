@@ -44,7 +44,7 @@ def run(store: Store, section: SourceSection) -> Prepared:
 
 def ids(store: Store, prepared: Prepared) -> list[str | None]:
     reader = _Reader(store, prepared, CACHE_BYTES)
-    return [reader.sample(row).id for row in range(prepared.num_rows)]
+    return [sample.id for sample in reader.samples(range(prepared.num_rows))]
 
 
 def taken(store: Store, source: str, take: str, **keys: Any) -> list[int]:
@@ -95,7 +95,7 @@ def test_samples_of_a_mixture_keep_their_place_and_bytes(store, source, tmp_path
     section = mix({"source": source, "take": "last:1"}, {"source": str(tar_source)}, {"source": str(parquet)}, shapes)
     prepared = run(store, section)
     reader = _Reader(store, prepared, CACHE_BYTES)
-    found = [reader.sample(row) for row in range(prepared.num_rows)]
+    found = reader.samples(range(prepared.num_rows))
     assert [s.place for s in found][:5] == ["set.json#99", "a.tar#0003", "a.tar#0004", "b.parquet#0", "b.parquet#1"]
     assert [s.images[0].data for s in found[:5]] == [png(0), png(3), png(4), png(7), png(8)]
     assert len(found) == 7
