@@ -90,6 +90,7 @@ def cases(world_size: int) -> list[Case]:
     """All that differ in a way that could matter; ZeRO 1 and 2 share their code."""
     if world_size == 1:
         found = [Case(stage) for stage in (None, 0, 1, 2, 3)]
+        found += [Case(stage, bf16=True, passes=5) for stage in (None, 2, 3)]
         return found + [Case(2, bf16=True)] + [Case(stage, broken=True) for stage in (None, 0, 2, 3)]
     some = (None, 0, 2, 3)
     found = [Case(stage, bf16) for bf16 in (False, True) for stage in (None, 0, 1, 2, 3)]

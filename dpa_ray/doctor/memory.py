@@ -152,7 +152,8 @@ def _state(trained: int, zero_stage: int | None, world_size: int, item: int) -> 
         exact = 4 * trained if item == 2 else 0
         return item * trained, exact, 8 * trained, max(crossing, exact)
     share = -(-trained // world_size)
-    return item * (trained if zero_stage == 1 else share), 4 * share, 8 * share, 4 * share
+    gradients = item * trained if zero_stage == 1 else 4 * share  # from stage 2 on micro-batches are summed in fp32
+    return gradients, 4 * share, 8 * share, 4 * share
 
 
 def _loss(counts: Counts, num_targets: int, item: int, device: str) -> int:

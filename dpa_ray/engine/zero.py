@@ -29,7 +29,10 @@ def deepspeed_config(
     *, zero_stage: int, bf16: bool, micro_batch_size: int, accumulation_steps: int, grad_clip: float
 ) -> dict[str, Any]:
     """DeepSpeed's JSON config. What is stated though it may be the default has moved between releases."""
+    # Micro-batches are summed in fp32, or the result would hang on how many they are. (Stage 1 has another optimizer then.)
+    data_types = {"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and zero_stage >= 2 else {}
     return {
+        **data_types,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
         # At stage 0 DeepSpeed has no fp32 master weights and reports no norm: ZeroEngine has its own there.

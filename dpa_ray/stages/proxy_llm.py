@@ -14,7 +14,7 @@ from dpa_ray.stages import build
 from dpa_ray.stages.spec import FullProxy, MergeTask, ProxyLlmTask, precision_dtype
 from dpa_ray.store.fs import Store
 
-VERSION = 2
+VERSION = 3
 """Raise when a change of code changes this stage's result: it is part of the key."""
 
 FULL_FILE = "llm.safetensors"

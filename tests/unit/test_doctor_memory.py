@@ -138,7 +138,7 @@ def of(zero_stage: int | None, world_size: int = 8, **changes: Any) -> memory.Es
 
 
 def test_an_8b_model_by_hand() -> None:
-    """bf16 on 8 ranks: 2 bytes a weight; 4 + 8 of masters and moments, and 2 of gradients, shared out by the stage."""
+    """bf16 on 8 ranks: 2 bytes a weight; 4 + 8 of masters and moments, and of gradients 2, shared out 4, by the stage."""
     whole, part = 8_000_000_000, 1_000_000_000
     assert [of(stage).weights for stage in (0, 1, 2)] == [2 * (whole + 2_000_000)] * 3
     assert of(3).weights == 2 * (part + 250_000)
@@ -148,7 +148,7 @@ def test_an_8b_model_by_hand() -> None:
         12 * part,
         12 * part,
     ]
-    assert [of(stage).gradients for stage in (0, 1, 2, 3)] == [2 * whole, 2 * whole, 2 * part, 2 * part]
+    assert [of(stage).gradients for stage in (0, 1, 2, 3)] == [2 * whole, 2 * whole, 4 * part, 4 * part]
     assert of(3).start == 2 * (whole + 2_000_000) + 2 * (part + 250_000), "the whole model, and its part"
 
 
