@@ -120,11 +120,12 @@ def _note_resumed(kills: list[Kill], told: list[str]) -> None:
 
 
 def _wait_for_life(running: Running, since: float, timeout_s: float = 300) -> bool:
-    """Until metrics.jsonl is written anew, with two workers there; False where the run ends first."""
+    """Until metrics.jsonl is written anew, of the stage under way, with two workers there; False where the run ends first."""
     file, until = running.run.folder / "metrics.jsonl", time.monotonic() + timeout_s
     while running.process.poll() is None:
         assert time.monotonic() < until, f"no sign of life for {timeout_s} s"
-        if file.exists() and file.stat().st_mtime > since and len(running.processes("ray::RayTrainWorker")) == 2:
+        is_new = file.exists() and file.stat().st_mtime > since
+        if is_new and _state(running.run)[0] and len(running.processes("ray::RayTrainWorker")) == 2:
             return True
         time.sleep(0.05)
     return False
