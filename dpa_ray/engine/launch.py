@@ -201,7 +201,7 @@ class Starting:
         self.cluster, self.note = cluster, note
         self.since: float | None = time.monotonic()
         self.asks_for_others = False
-        self.asked_at = 0.0
+        self.asked_at = -math.inf
 
     def saw(self, kind: str) -> None:
         """An event: FAILED begins the wait for new workers; only theirs that they are there ends it, as what is left of

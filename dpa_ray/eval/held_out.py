@@ -25,8 +25,8 @@ class HeldOutNll:
 
     Visual targets are the visually grounded words where the set knows them (builtin:shapes); else the targets whose
     probability the image raised by more than VISUAL_GAIN in this very model, so that another model's are others, and
-    `num_visual` belongs beside their nll: where `num_visual_known` is 0, models are not to be compared by it. `_blind` is the same without the image, over the targets that any text comes
-    before.
+    `num_visual` belongs beside their nll: where `num_visual_known` is 0, models are not to be compared by it. `_blind` is
+    the same without the image, over the targets that any text comes before.
     """
 
     num_targets: int

@@ -32,9 +32,8 @@ def match_embedding_scale(model: Any, pixels: Tensor) -> float:
     connector = model.model.multi_modal_projector
     embedding = model.get_input_embeddings()
     some = torch.arange(0, embedding.num_embeddings, STRIDE).unsqueeze(0)
-    words = (
-        embedding(some).float().square().mean().sqrt()
-    )  # what the decoder is given: some families scale them (Gemma)
+    # what the decoder is given, not what is stored: Gemma scales it in between
+    words = embedding(some).float().square().mean().sqrt()
     features = vision_features(model, pixels.to(connector.linear_1.weight.dtype))
     images = connector(features).float().square().mean().sqrt()
     factor = float(f"{float(words / images):.2g}")  # two digits: ranks on unlike machines round elsewhere

@@ -46,13 +46,10 @@ def cached(
     folder = root() / path.replace("/", "-") / digest
     with told(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
-        if not differences(
-            folder, wanted
-        ):  # without the lock, so that a node's processes do not wait for each other's reading
+        # looked at without the lock, and one lock for each set of files: a node's processes need not wait for each other
+        if not differences(folder, wanted):
             return folder, {}
-        which = hashlib.sha256("\0".join(sorted(wanted)).encode()).hexdigest()[
-            :12
-        ]  # other files need not be waited for
+        which = hashlib.sha256("\0".join(sorted(wanted)).encode()).hexdigest()[:12]
         with _lock(folder.parent / f"{digest}-{which}.lock"):
             stale = differences(folder, wanted)
             if not stale:
