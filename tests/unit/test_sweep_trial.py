@@ -61,7 +61,7 @@ def test_tensorboards_files_are_in_the_runs_folder_and_the_sweeps(tmp_path: Path
             1.0,
         )
         view.handle("step", {**step(1), "num_samples": 2, "saving_s": 0.0, "data_wait_s": 0.0}, 2.0)
-        view.close(store)
+        view.close(store, "done")
     assert seen == ["stage_started", "step"]
     for folder in ("runs/s-0000/tensorboard/instruct", "sweeps/s/tensorboard/s-0000/instruct"):
         (file,) = (tmp_path / folder).iterdir()
