@@ -54,8 +54,9 @@ class Span:
 def begun_with_bos(template: str, tokenizer: Any) -> str:
     """`template`, beginning with the BOS that the tokenizer puts before every text, where the template itself writes none.
 
-    Without it, whoever tokenises what it renders would give chats another beginning than training: transformers'
-    processors add a BOS that they do not find, vLLM adds none.
+    Without it, chats would begin otherwise than in training, one way or the other: `apply_chat_template` of transformers'
+    processors adds a BOS that it does not find, vLLM adds none. (Who tokenises what was rendered as a text of its own gets
+    one more, as with every template that writes one.)
     """
     if bos_ids(tokenizer) != [tokenizer.bos_token_id]:
         return template

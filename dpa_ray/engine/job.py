@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -240,11 +241,16 @@ class View:
         self.ledger, self.keep_run = ledger, keep_run
         self.kept_at_s = 0.0
 
+    def _identity(self) -> str:
+        """Of the run, by which trackers know it again: what it is, and where."""
+        place = f"{identity(self.recipe)} {self.run_record.store.uri}"
+        return hashlib.sha256(place.encode()).hexdigest()[:12]
+
     def open_trackers(self) -> None:
         """Before anything starts: a tracking server that does not answer is told at once."""
         group = None if self.company is None else self.company.group
         self.trackers = trackers.Trackers(
-            self.recipe.trackers, self.folder, self.recipe.name, identity(self.recipe), self.recipe.to_dict(), group
+            self.recipe.trackers, self.folder, self.recipe.name, self._identity(), self.recipe.to_dict(), group
         )
 
     def handle(self, kind: str, values: dict[str, Any], at_s: float) -> None:

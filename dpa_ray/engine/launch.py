@@ -240,14 +240,12 @@ class Starting:
         """Ray's autoscaler goes on asking for nodes that a cloud refuses (it counts only those that came and never joined), and
         workers fit on whatever comes: so nodes of a kind that the recipe names are asked for by name.
 
-        The request is one for the whole cluster, and counts what is there, in use or not: it is for room beside what others
-        have, and made again, as another run's, or its end, takes this one's place.
+        The request is one for the whole cluster, and what is there counts, in use or not: so it is for room beside what others
+        use, and made again, as another run's, or its end, takes this one's place.
         """
         labels = {**self.cluster.label_selector, **other}
         wanted = worker_resources(self.cluster)
-        num = self.cluster.min_workers + sum(
-            int(min(node.get(name, 0.0) / amount for name, amount in wanted.items())) for node in node_resources(labels)
-        )
+        num = self.cluster.min_workers + workers_in_use(labels, wanted)
         request_resources(bundles=[wanted] * num, bundle_label_selectors=[labels] * num)
         if not tell:
             return
@@ -288,6 +286,20 @@ def node_resources(selector: Labels | None = None) -> list[dict[str, float]]:
 def node_labels() -> list[dict[str, str]]:
     """Of each node that lives, in the order of `node_resources()`."""
     return [node["Labels"] for node in _nodes()]
+
+
+def workers_in_use(selector: Labels, wanted: dict[str, float]) -> int:
+    """Of how many workers that ask for `wanted` somebody has the room, on nodes with these labels."""
+    from ray._private.state import available_resources_per_node
+
+    free = available_resources_per_node()
+    found = 0
+    for node in _nodes():
+        if matches(node["Labels"], selector):
+            whole, left = node["Resources"], free.get(node["NodeID"], {})
+            slots = [int(min(n.get(k, 0.0) / amount for k, amount in wanted.items())) for n in (whole, left)]
+            found += max(0, slots[0] - slots[1])
+    return found
 
 
 def has_autoscaler() -> bool:

@@ -81,10 +81,13 @@ def _mended_generation(llm: Any, ref: ModelRef) -> Any:
         return llm
     if generation.pad_token_id is not None and generation.pad_token_id < 0:
         generation.pad_token_id = None
-    if not generation.do_sample and any(
-        getattr(generation, name) not in (None, value) for name, value in SAMPLING.items()
-    ):
-        generation.do_sample = True  # which is what settings for sampling are for (Vicuna's, say)
+    given = {name: getattr(generation, name) for name in SAMPLING}
+    if not generation.do_sample and any(value not in (None, SAMPLING[name]) for name, value in given.items()):
+        if all(value is None or value > 0 for value in given.values()):
+            generation.do_sample = True  # which is what settings for sampling are for (Vicuna's, say)
+        else:  # a temperature of 0 is another way to ask for the likeliest
+            for name, default in SAMPLING.items():
+                setattr(generation, name, default)
     try:
         generation.validate(strict=True)
     except ValueError as err:

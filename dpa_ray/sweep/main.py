@@ -224,16 +224,13 @@ def _carry_out(recipe: Recipe, plan: Plan, store: Store, record: Record) -> bool
     _prepare(plan.space.recipe, [trial["overrides"] for trial in record.trials], store)
     claims = tuner.start_claims()
     limit = min(at_most or plan.search.num_trials, plan.search.num_trials)
-    if at_most and launch.has_autoscaler():  # trials that find no room are what makes the cluster grow
-        sweep.max_running = lambda: limit
-    else:
-        selector = recipe.cluster.label_selector
-        sweep.max_running = lambda: tuner.room(recipe.cluster, launch.node_resources(selector), limit)
+    sweep.max_running = lambda: tuner.room(recipe.cluster, launch.node_resources(recipe.cluster.label_selector), limit)
     sweep.release = claims.release.remote
-    tuner.carry_out(
-        sweep, claims, max_failures=recipe.cluster.max_failures, asha=plan.settings.asha, asha_mode=plan.asha_mode,
-        time_budget_s=plan.settings.time_budget_s,
-    )  # fmt: skip
+    with tuner.nodes_asked_for(recipe.cluster, limit if at_most else 1):
+        tuner.carry_out(
+            sweep, claims, max_failures=recipe.cluster.max_failures, asha=plan.settings.asha, asha_mode=plan.asha_mode,
+            time_budget_s=plan.settings.time_budget_s,
+        )  # fmt: skip
     return sweep.budget_is_over
 
 

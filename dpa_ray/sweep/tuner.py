@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.autoscaler.sdk import request_resources
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
@@ -137,6 +138,22 @@ def _take(free: list[dict[str, float]], cluster: ClusterSection) -> bool:
             return False
         node["CPU"] -= cpus
     return True
+
+
+@contextmanager
+def nodes_asked_for(cluster: ClusterSection, num_trials: int) -> Iterator[None]:
+    """Has an autoscaler bring nodes for so many trials at once: a trial is offered when there is room for it, and so would
+    never ask for a second one's nodes itself."""
+    if num_trials <= 1 or not launch.has_autoscaler():
+        yield
+        return
+    num = num_trials * cluster.max_workers
+    labels = [dict(cluster.label_selector)] * num if cluster.label_selector else None
+    request_resources(bundles=[worker_resources(cluster)] * num, bundle_label_selectors=labels)
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
 
 
 def connect(cluster: ClusterSection, max_concurrent: int | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +14,7 @@ from dpa_ray.errors import UserError
 from dpa_ray.recipe_running import ClusterSection
 from dpa_ray.store.fs import Store
 
+OTHERS = {"ray.io/market-type": "on-demand"}
 CLUSTER = ClusterSection(workers=2, gpus_per_worker=0, cpus_per_worker=1)
 
 
@@ -150,22 +150,31 @@ def test_a_folder_is_no_store_for_several_machines(monkeypatch: pytest.MonkeyPat
 
 def test_other_nodes_are_asked_for_beside_those_of_others_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The request is one for the whole cluster: another run's takes its place, and the end of that one ends it."""
-    asked, notes = list[int](), list[str]()
+    asked, notes, now = list[int](), list[str](), [1000.0]
+    free = {"a": {"CPU": 0.5}, "b": {"CPU": 2.0}, "c": {}}
+    nodes = [
+        {"NodeID": name, "Alive": True, "Labels": labels, "Resources": {"CPU": 2.0}}
+        for name, labels in (("a", OTHERS), ("b", OTHERS), ("c", {"ray.io/market-type": "spot"}))
+    ]
     monkeypatch.setattr(launch, "request_resources", lambda bundles, **_: asked.append(len(bundles)))
-    monkeypatch.setattr(launch, "node_resources", lambda labels: [{"CPU": 2.0}, {"CPU": 1.5}, {"GPU": 1.0}])
-    monkeypatch.setattr(launch, "ASK_AGAIN_S", 0.1)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: free)
+    monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=lambda: now[0]))
     cluster = ClusterSection(
-        workers=3, gpus_per_worker=0, cpus_per_worker=1, fallback_after_s=0.05, start_timeout_s=60,
-        fallback_label_selector={"ray.io/market-type": "on-demand"},
-    )  # fmt: skip
+        workers=3, gpus_per_worker=0, cpus_per_worker=1, fallback_after_s=30, fallback_label_selector=OTHERS
+    )
     starting = launch.Starting(cluster, notes.append)
     starting.check()
     assert asked == []
-    for expected in ([6], [6, 6]):  # three workers of its own, and room that three others have
-        time.sleep(0.15)
+    for expected in ([5], [5, 5]):  # three workers of its own, and as many as two have room that others use
+        now[0] += launch.ASK_AGAIN_S
         starting.check()
         starting.check()
         assert asked == expected
+    free["a"] = {"CPU": 2.0}  # they are gone, and what came for this run is free as well
+    now[0] += launch.ASK_AGAIN_S
+    starting.check()
+    assert asked == [5, 5, 3]
     assert len(notes) == 1
     starting.saw("workers_started")
-    assert asked == [6, 6, 0]
+    assert asked == [5, 5, 3, 0]

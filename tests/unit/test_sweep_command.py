@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -130,6 +131,21 @@ def test_without_a_space_it_is_three_ranks_by_three_bounds() -> None:
         make_plan_of(load("tiny", ["method=vanilla"]), Options())
     with pytest.raises(RecipeError):
         make_plan_of(recipe, Options(compare=("dpa",), search="random", trials=3))
+
+
+@pytest.mark.parametrize(("grows", "num_trials", "expected"), [(True, 3, [12, 0]), (True, 1, []), (False, 3, [])])
+def test_an_autoscaler_is_asked_for_all_trials_nodes_while_the_sweep_runs(
+    grows: bool, num_trials: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpa_ray.sweep import tuner
+
+    asked: list[int] = []
+    monkeypatch.setattr(tuner.launch, "has_autoscaler", lambda: grows)
+    monkeypatch.setattr(tuner, "request_resources", lambda bundles, **_: asked.append(len(bundles)))
+    with suppress(KeyboardInterrupt), tuner.nodes_asked_for(ClusterSection(workers=4), num_trials):
+        assert asked == expected[:1]
+        raise KeyboardInterrupt
+    assert asked == expected
 
 
 def test_trials_at_once_are_as_many_as_have_room() -> None:

@@ -89,3 +89,15 @@ def test_held_out_numbers_are_told_when_they_come_and_as_they_are() -> None:
     ]  # fmt: skip
     assert told[-1]["unfinished_s"] == 100 * 0.5 + 3 * 9.0, "training stood for them"
     assert not any(key.startswith(("instruct.eval_time", "instruct.eval_num")) for values in told for key in values)
+
+
+def test_trackers_know_a_run_again_by_what_it_is_and_where(tmp_path: Path) -> None:
+    def identity(store: str, *overrides: str) -> str:
+        recipe = load("tiny", [*overrides], name="run")
+        with Progress() as progress:
+            return View(
+                progress, recipe, Run(Store(str(tmp_path / store)), recipe), Ledger(0.0), lambda: None
+            )._identity()
+
+    assert identity("one") == identity("one", "cluster.workers=3", "checkpoint.every_s=1")
+    assert len({identity("one"), identity("two"), identity("one", "seed=1")}) == 3
