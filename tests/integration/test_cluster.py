@@ -18,7 +18,7 @@ from tests.metadata_server import INTERRUPTION, MetadataServer
 
 pytestmark = pytest.mark.full
 
-NUM_STEPS = 60
+NUM_STEPS = 240
 ELASTIC = {"workers": {"min": 1, "max": 2}, "gpus_per_worker": 0, "cpus_per_worker": 1.5}
 
 
