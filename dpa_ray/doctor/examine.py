@@ -324,12 +324,7 @@ class _Examined:
             fitting.judge(fits, self.recipe, on, check, self.findings)
             if on.is_gpu:
                 fitting.judge_loading(self.counts, self.recipe, self.nodes, check)
-                configs = [fitting.decoder_of(stage, model).config for stage, model in self.models.items()]
-                if self.recipe.model.attention == "auto" and any(c._attn_implementation == "eager" for c in configs):
-                    check.warn(
-                        f"attention: for a {configs[0].model_type} transformers itself takes the eager one, which keeps and "
-                        "moves all scores; model.attention=flex_attention is fused"
-                    )
+                fitting.judge_attention(self.models, self.recipe, check)
             cached = [stage for stage in self.models if self.recipe.caches_blind(stage)]
             if cached and on.is_gpu and on.num_bytes:
                 llm = self.num_llm * precision_dtype(self.recipe).itemsize

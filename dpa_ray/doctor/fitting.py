@@ -55,6 +55,16 @@ def decoder_of(stage: str, model: Any) -> Any:
     return model.base_model if stage == "proxy_llm" else model.model.language_model
 
 
+def judge_attention(models: Mapping[str, Any], recipe: Recipe, check: Check) -> None:
+    """Warns where GPUs would train with transformers' eager attention, though nobody asked for it. `models`: by stage."""
+    configs = [decoder_of(stage, model).config for stage, model in models.items()]
+    if recipe.model.attention == "auto" and any(config._attn_implementation == "eager" for config in configs):
+        check.warn(
+            f"attention: for a {configs[0].model_type} transformers itself takes the eager one, which keeps and moves all "
+            "scores; model.attention=flex_attention is fused"
+        )
+
+
 def fit(
     recipe: Recipe, stage: str, model: Any, counts: Counts, tower: TowerSpec | None, longest: int | None, on_gpu: bool
 ) -> Fit:
