@@ -4,9 +4,9 @@
 
 Tiny models on two local workers (ZeRO-2, dropout in stage 1), 150 steps a stage, `checkpoint.every_steps: 2`. Some runs
 share the kills, all by SIGKILL: one worker, both, or everything (the job, its workers and all of Ray, after which the same
-command is given again), each after a time drawn anew, from when the stage is heard of again. Each run must end with the
-weights, losses and samples of one that nobody disturbed, to the last bit; a kill after a committed checkpoint must be gone
-on from that one or a later one, and repeat at most two steps that people were told of.
+command is given again), each once the run has told of a step drawn evenly from all three stages', after a time drawn anew.
+Each run must end with the weights, losses and samples of one that nobody disturbed, to the last bit; a kill after a
+committed checkpoint must be gone on from that one or a later one, and repeat at most two steps that people were told of.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from tests.integration.runs import STAGES, Run, Running, losses, make_recipe, st
 NUM_STEPS = 150
 EVERY_STEPS = 2
 KINDS = ("worker", "workers", "everything")
-DELAY_S = (0.3, 4.0)
-"""From a sign of life to the kill: shorter than a stage, most of the time, so that few kills fall between two."""
+DELAY_S = (0.0, 2.0)
+"""From the drawn step to the kill: several steps, so that it falls anywhere between two checkpoints."""
 
 
 @dataclass
@@ -82,8 +82,8 @@ def killed_run(
     store = folder / "store"
     running = start_dpa(made, store, "run")
     heard = 0.0
-    for _ in range(num_kills):
-        if not _wait_for_life(running, heard):
+    for point in sorted(rng.uniform(0, NUM_STEPS * len(STAGES)) for _ in range(num_kills)):
+        if not _wait_for_step(running, point, heard):
             break
         kind, after_s = rng.choice(KINDS), rng.uniform(*DELAY_S)
         time.sleep(after_s)
@@ -119,14 +119,19 @@ def _note_resumed(kills: list[Kill], told: list[str]) -> None:
             kill.resumed_from = step[1]
 
 
-def _wait_for_life(running: Running, since: float, timeout_s: float = 300) -> bool:
-    """Until metrics.jsonl is written anew, of the stage under way, with two workers there; False where the run ends first."""
+def _wait_for_step(running: Running, point: float, since: float, timeout_s: float = 300) -> bool:
+    """Until the run's step `point`, of all stages' together, is told of after `since` with two workers there.
+
+    Returns: False where the run ends first.
+    """
     file, until = running.run.folder / "metrics.jsonl", time.monotonic() + timeout_s
     while running.process.poll() is None:
-        assert time.monotonic() < until, f"no sign of life for {timeout_s} s"
-        is_new = file.exists() and file.stat().st_mtime > since
-        if is_new and _state(running.run)[0] and len(running.processes("ray::RayTrainWorker")) == 2:
-            return True
+        assert time.monotonic() < until, f"step {point:.0f} is not told of after {timeout_s} s"
+        if file.exists() and file.stat().st_mtime > since:
+            stage, told, _ = _state(running.run)
+            is_there = stage and STAGES.index(stage) * NUM_STEPS + told >= point
+            if is_there and len(running.processes("ray::RayTrainWorker")) == 2:
+                return True
         time.sleep(0.05)
     return False
 
