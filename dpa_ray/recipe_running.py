@@ -71,6 +71,12 @@ class ClusterSection(Section):
         gt=0,
         description="how long to wait for these resources before giving up; a node that an autoscaler starts may take many minutes",
     )
+    grow_every_s: float = Field(
+        600,
+        gt=0,
+        description="of elastic workers: how long they work, their start included, before room for more is looked for, which begins "
+        "them anew from a checkpoint",
+    )
     max_failures: int = Field(
         3, ge=0, description="lost workers that a run gets over by itself, one after the other without a new checkpoint"
     )

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dpa_ray.batch import IGNORE_INDEX, NO_TURN, Batch
 from dpa_ray.data.cursor import Cursor
+from dpa_ray.engine import zero
 from dpa_ray.engine.loop import Plan, Schedule, train
 from dpa_ray.engine.plain import PlainEngine
 from dpa_ray.engine.protocol import Engine, OptimizerSettings, all_sum
@@ -61,6 +62,7 @@ class Case:
     zero_stage: int | None
     bf16: bool = False
     passes: int = 1  # accumulation passes per step
+    fp32_sum: bool = False  # over ranks, as of many
     broken: bool = False  # BROKEN's gradients are NaN
     skipped: bool = False  # BROKEN never happens
     trained: str = "full"  # or "connector", "lora"
@@ -97,6 +99,7 @@ def cases(world_size: int) -> list[Case]:
     found += [Case(stage, bf16=True, broken=True) for stage in some] + [
         Case(stage, bf16=True, skipped=True) for stage in some
     ]
+    found += [Case(stage, bf16=True, fp32_sum=True) for stage in (0, 1, 2, 3)]
     found += [Case(stage, passes=2) for stage in some]
     found += [Case(stage, evaluated=True) for stage in some]
     return found + [Case(2, trained="connector"), Case(3, trained="lora"), Case(2, tied=True), Case(3, tied=True)]
@@ -119,6 +122,7 @@ def make_engine(case: Case, module: StepModule) -> Engine:
     device = torch.device("cpu")
     if case.zero_stage is None:
         return PlainEngine(module, SETTINGS, device)
+    zero.FP32_SUM_FROM = 1 if case.fp32_sum else 64
     return ZeroEngine(
         module, SETTINGS, device, zero_stage=case.zero_stage, bf16=case.bf16, micro_batch_size=8,
         accumulation_steps=case.passes,

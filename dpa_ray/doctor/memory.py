@@ -174,6 +174,8 @@ def _pictures(of: Pictures, num_images: int, width: int, item: int) -> int:
 
 
 def _zero_settings(stage: int) -> dict[str, Any]:
-    config = deepspeed_config(zero_stage=stage, bf16=True, micro_batch_size=1, accumulation_steps=1, grad_clip=0.0)
+    config = deepspeed_config(
+        zero_stage=stage, bf16=True, micro_batch_size=1, accumulation_steps=1, grad_clip=0.0, world_size=1
+    )
     settings: dict[str, Any] = config["zero_optimization"]
     return settings

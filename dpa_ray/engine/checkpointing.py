@@ -36,12 +36,14 @@ from dpa_ray.store.digests import digest_folder
 from dpa_ray.store.fs import Store
 
 DRAIN_EVERY_S = 2.0
-"""How often the ranks ask whether a node of theirs is about to go."""
+"""How often rank 0 looks whether a node of its workers is about to go."""
 BEFORE_GOING_S = 10.0
 """How long before a node goes the last checkpoint is begun, beside twice the time that one has taken."""
 WANTED_AGAIN_S = 30.0
 """How soon after a checkpoint, which may have failed, another is made because somebody else wants one."""
 POLL_S = 0.05
+LIST_EVERY_S = 2.0
+"""How often at most, after a while, rank 0 looks whether the other ranks have written."""
 
 TMP_PREFIX = "dpa_ray-checkpoint-"
 """Of local folders, followed by the number of the process that writes there."""
@@ -99,7 +101,7 @@ class Checkpointer:
         Args:
             note: takes what a person should know, on any rank.
             saved: rank 0: is told the step of every checkpoint that is whole.
-            drained: which workers' nodes are about to go, or None? Asked on all ranks at once.
+            drained: rank 0: which workers' nodes are about to go, or None?
             confirm: rank 0: raises where another process may have taken the stage over.
             wanted: rank 0: does anybody else want a checkpoint now?
         """
@@ -110,17 +112,21 @@ class Checkpointer:
         self.pending: _Pending | None = None
         self.leaving: Leaving | None = None
         self.last_chance_s = math.inf  # time.time
-        self.last_save = self.last_ask = time.monotonic()
+        self.last_save = self.last_look = time.monotonic()
         sweep_tmp()
 
     def votes(self) -> list[float]:
-        """Rank 0: is it time to save, or asked for, and is it time to ask about nodes that go? Any rank: is it still writing, has it failed to?"""
+        """Rank 0: is it time to save, or asked for, and are other nodes than before about to go? Any rank: is it still writing, has it failed to?"""
         now, first, every_s = time.monotonic(), rank() == 0, self.section.every_s
-        ask = first and now - self.last_ask >= DRAIN_EVERY_S
         due = first and every_s is not None and now - self.last_save >= every_s
         due = due or (first and time.time() >= self.last_chance_s)
-        due = due or (ask and now - self.last_save >= WANTED_AGAIN_S and self.wanted())
-        return [float(vote) for vote in (due, ask, *self._progress())]
+        leaving = False
+        if first and now - self.last_look >= DRAIN_EVERY_S:
+            self.last_look = now
+            before, self.leaving = self.leaving, self.drained()
+            leaving = self.leaving is not None and self.leaving != before
+            due = due or (now - self.last_save >= WANTED_AGAIN_S and self.wanted())
+        return [float(vote) for vote in (due, leaving, *self._progress())]
 
     def before_telling(self) -> None:
         """A step is made and not yet told: what `every_steps` asked for before it must be whole first, so that never
@@ -133,12 +139,7 @@ class Checkpointer:
     def after(self, step: int, votes: Sequence[float]) -> None:
         """`step` (from 1) is done; `votes` are summed over the ranks. Save, where it is time."""
         begun = time.monotonic()
-        due, ask, busy, failed = map(bool, votes)
-        leaving = False
-        if ask:
-            self.last_ask = begun
-            before, self.leaving = self.leaving, self.drained()
-            leaving = self.leaving is not None and self.leaving != before
+        due, leaving, busy, failed = map(bool, votes)
         if failed:
             self._give_up()
         every_steps = self.section.every_steps
@@ -231,9 +232,11 @@ class Checkpointer:
     def _finish(self, store: BridgedStore, pending: _Pending) -> None:
         """Rank 0: the manifest, when every rank's note is there."""
         notes = {_note_of(number) for number in range(world_size())}
-        while not notes <= set(store.list(pending.path)):
-            if pending.given_up.wait(POLL_S):
+        pause_s = POLL_S
+        while not notes <= set(store.list(pending.path)):  # of many ranks a long listing, made beside training
+            if pending.given_up.wait(pause_s):
                 return
+            pause_s = min(2 * pause_s, LIST_EVERY_S)
         files: dict[str, Any] = {}
         index: dict[str, list[Any]] = {}
         untaught: list[Any] = []

@@ -143,6 +143,7 @@ def launch(
             resources_per_worker=worker_resources(cluster),
             placement_strategy="PACK",  # on as few nodes as will do: NCCL is fastest inside one
             label_selector=cluster.label_selector or None,
+            elastic_resize_monitor_interval_s=cluster.grow_every_s,
         ),
         run_config=RunConfig(
             name="fit",

@@ -37,7 +37,7 @@ class Progress:
     """How far a run is."""
 
     made: int = 0  # how often something was made that a failure cannot take away
-    trains: bool = False  # it is training now, so that its state can be saved
+    trains: bool = False  # these workers have made a step of the stage under way, so that its state can be saved
     stage: str = ""  # of the last step that was told
     step: int = 0
 
@@ -79,9 +79,9 @@ class Board:
             self.so_far = replace(self.so_far, made=self.so_far.made + 1)
             self.save_is_wanted = False
         if kind in ("task_started", "task_finished"):
-            self.so_far = replace(self.so_far, trains=bool(values.get("trains")))
+            self.so_far = replace(self.so_far, trains=False)
         elif kind == "step":
-            self.so_far = replace(self.so_far, stage=values["stage"], step=values["step"])
+            self.so_far = replace(self.so_far, trains=True, stage=values["stage"], step=values["step"])
         elif kind == STARTED:
             self.beats.clear()  # what was of the workers before them
             self.save_is_wanted, self.so_far = False, replace(self.so_far, trains=False)

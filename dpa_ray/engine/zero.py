@@ -24,15 +24,22 @@ from dpa_ray.engine.protocol import (
 from dpa_ray.engine.state import Fragment, adam_fragment, num_updates, set_num_updates
 from dpa_ray.model.step import StepModule, StepSums
 
+FP32_SUM_FROM = 64
+"""Of so many ranks gradients are summed in fp32 also where they are bf16. A sum in bf16, one rank's share after the other's, is
+off by 0.7 % of its rms at 64 ranks and by 2 % at 512, where a share is less than half of the sum's last bit; of 8 ranks that is
+nothing, and fp32 is twice the bytes."""
+
 
 def deepspeed_config(
-    *, zero_stage: int, bf16: bool, micro_batch_size: int, accumulation_steps: int, grad_clip: float
+    *, zero_stage: int, bf16: bool, micro_batch_size: int, accumulation_steps: int, grad_clip: float, world_size: int
 ) -> dict[str, Any]:
     """DeepSpeed's JSON config. What is stated though it may be the default has moved between releases."""
     # Micro-batches are summed in fp32, or the result would hang on how many they are. (Stage 1 has another optimizer then.)
     data_types = {"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and zero_stage >= 2 else {}
+    over_ranks = {"communication_data_type": "fp32"} if bf16 and world_size >= FP32_SUM_FROM else {}
     return {
         **data_types,
+        **over_ranks,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
         # At stage 0 DeepSpeed has no fp32 master weights and reports no norm: ZeroEngine has its own there.
@@ -84,7 +91,7 @@ class ZeroEngine:
         optimizer = self.unsharded.optimizer if self.unsharded else make_optimizer(list(self.parameters), settings)
         config = deepspeed_config(
             zero_stage=zero_stage, bf16=bf16, micro_batch_size=micro_batch_size,
-            accumulation_steps=accumulation_steps, grad_clip=settings.grad_clip,
+            accumulation_steps=accumulation_steps, grad_clip=settings.grad_clip, world_size=world_size(),
         )  # fmt: skip
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False

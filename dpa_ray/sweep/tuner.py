@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +34,12 @@ DATA_CPUS = 1.0
 
 MAX_T = 10**12
 """ASHA's last rung: beyond any number of steps."""
+
+ASK_AGAIN_S = 10.0
+"""How often nodes for all trials are asked for: there is one request for a cluster, and Ray Train's controllers make it anew
+every 20 s, for the trials that run."""
+
+_log = logging.getLogger(__name__)
 
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # metrics.jsonl and the trackers have all
@@ -149,10 +157,26 @@ def nodes_asked_for(cluster: ClusterSection, num_trials: int) -> Iterator[None]:
         return
     num = num_trials * cluster.max_workers
     labels = [dict(cluster.label_selector)] * num if cluster.label_selector else None
-    request_resources(bundles=[worker_resources(cluster)] * num, bundle_label_selectors=labels)
+
+    def ask() -> None:
+        request_resources(bundles=[worker_resources(cluster)] * num, bundle_label_selectors=labels)
+
+    def ask_again() -> None:
+        while not ended.wait(ASK_AGAIN_S):
+            try:
+                ask()
+            except Exception:  # Ray's head is away for a moment, or for good, which others tell
+                _log.debug("nodes were not asked for again", exc_info=True)
+
+    ask()
+    ended = threading.Event()
+    again = threading.Thread(target=ask_again, name="nodes", daemon=True)
+    again.start()
     try:
         yield
     finally:
+        ended.set()
+        again.join()
         request_resources(bundles=[])
 
 

@@ -19,7 +19,7 @@ from tests.metadata_server import INTERRUPTION, MetadataServer
 pytestmark = pytest.mark.full
 
 NUM_STEPS = 240
-ELASTIC = {"workers": {"min": 1, "max": 2}, "gpus_per_worker": 0, "cpus_per_worker": 1.5}
+ELASTIC = {"workers": {"min": 1, "max": 2}, "gpus_per_worker": 0, "cpus_per_worker": 1.5, "grow_every_s": 60}
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def test_a_spot_notice_drains_its_node_and_the_stage_goes_on_elsewhere(
 def test_a_node_that_comes_while_a_run_trains_gets_a_worker(
     tmp_path: Path, cluster: Cluster, recipe: Callable[..., dict[str, Any]]
 ) -> None:
-    """Ray Train looks for it once a minute. No checkpoint comes by itself: what was trained is saved as a node came."""
+    """No checkpoint comes by itself: what was trained is saved as a node came."""
     add_node(cluster)
     made = lasting(recipe(checkpoint={"every_steps": None, "every_s": 3600}))
     running = start(cluster, made, tmp_path / "store")

@@ -355,6 +355,10 @@ def test_workers_that_are_replaced_as_the_cluster_grew_are_waited_for_and_no_fai
 
     ray.get(board.put.remote("task_started", {"stage": "instruct", "trains": True}))
     events(board)
+    assert "room for 3 workers" in told(failures, board, resized), "nothing is waited for that has not begun"
+    ray.get(board.put.remote("task_started", {"stage": "instruct", "trains": True}))
+    ray.get(board.put.remote("step", {"stage": "instruct", "step": 4}))
+    events(board)
     worker = threading.Thread(target=train)
     worker.start()
     failures.after_controller_state_update(RunningState(), resized)

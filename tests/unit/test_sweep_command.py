@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -146,6 +148,31 @@ def test_an_autoscaler_is_asked_for_all_trials_nodes_while_the_sweep_runs(
         assert asked == expected[:1]
         raise KeyboardInterrupt
     assert asked == expected
+
+
+def test_it_is_asked_again_as_a_trials_own_request_takes_the_place_of_the_sweeps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from dpa_ray.sweep import tuner
+
+    asked: list[int] = []
+
+    def request(bundles: list[Any], **_: Any) -> None:
+        asked.append(len(bundles))
+        if len(asked) == 2:
+            raise ConnectionError("Ray's head is away")
+
+    monkeypatch.setattr(tuner, "ASK_AGAIN_S", 0.01)
+    monkeypatch.setattr(tuner.launch, "has_autoscaler", lambda: True)
+    monkeypatch.setattr(tuner, "request_resources", request)
+    with tuner.nodes_asked_for(ClusterSection(workers=4), 2):
+        until = time.monotonic() + 20
+        while len(asked) < 4 and time.monotonic() < until:
+            time.sleep(0.01)
+    assert asked[:4] == [8] * 4
+    num, last = len(asked), asked[-1]
+    time.sleep(0.1)
+    assert (len(asked), last) == (num, 0), "nothing is asked for after the end"
 
 
 def test_trials_at_once_are_as_many_as_have_room() -> None:
