@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpa_ray.batch import NO_TURN, Arrays, Batch, Encoded
-from dpa_ray.data import ray_tasks, wire
+from dpa_ray.data import kept, ray_tasks, wire
 from dpa_ray.data.blind_scores import BlindScores
 from dpa_ray.data.collate import collate
 from dpa_ray.data.encode import Encoder
@@ -330,7 +330,7 @@ def packed_stream(
 
     if not ray.is_initialized():
         raise RuntimeError("expected Ray to be initialised before stream()")
-    reference = ray.put(loader)
+    which = kept.digest(loader), [ray.put(loader)]
     wanted = iter(micro_batches)
     leading = list(islice(wanted, 1))
     batch_bytes = loader.batch_bytes(max([1, *(len(rows) for rows, _ in leading)]))
@@ -344,7 +344,7 @@ def packed_stream(
         """A task for each of the next blocks; it waits until the one `workers` before it is at its end."""
         for block in islice(blocks, num_blocks):
             there = task.options(scheduling_strategy=places.next())
-            made, end = there.remote([reference], block, ends[0] if len(ends) == workers else None)
+            made, end = there.remote(which, block, ends[0] if len(ends) == workers else None)
             asked.append(made)
             ends.append(end)
 
@@ -368,21 +368,15 @@ def _blocks(micro_batches: Iterator[MicroBatch], per_block: int, num_first: int)
         yield block
 
 
-_LOADERS: dict[str, Loader] = {}
-
-
-def _load(references: list[Any], block: list[MicroBatch], before: None) -> tuple[list[tuple[Any, str, str]], None]:
+def _load(
+    which: tuple[str, list[Any]], block: list[MicroBatch], before: None
+) -> tuple[list[tuple[Any, str, str]], None]:
     """Some micro-batches, in a worker process (the loader is fetched once per process), and what the next task awaits."""
-    import ray
-
-    key = references[0].hex()
-    if key not in _LOADERS:
-        _LOADERS.clear()  # of an earlier stage
-        _LOADERS[key] = ray.get(references[0])
+    loader = kept.loader(*which)
     made: list[tuple[Any, str, str]] = []
     for rows, filler_row in block:
         try:
-            tensors, rest = wire.dumps(_LOADERS[key].arrays(rows, filler_row))
+            tensors, rest = wire.dumps(loader.arrays(rows, filler_row))
             made.append((np.frombuffer(tensors, np.uint8), rest, ""))  # an array is not copied into a pickle
         except UserError as err:  # as a value: an exception would come back as a traceback
             made.append((None, "", str(err)))

@@ -182,6 +182,11 @@ def launch(
             fit.join(POLL_S)
         if fit.error is not None:
             raise _for_user(fit.error) from fit.error
+    except ray.exceptions.RayActorError as err:  # of the Board: what workers told is lost with it
+        raise UserError(
+            "the process that takes what the workers tell (ray::Board, on the job's node) died: it was killed, or its node's memory "
+            f"was full ({first_line(err)}). What was saved stays, and the same command goes on from there"
+        ) from err
     finally:
         starting.end()
         if fit.ended:

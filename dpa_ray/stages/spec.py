@@ -7,6 +7,7 @@ that a proxy fits in (the classic error of the method is to start stage 3 from t
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,19 @@ class ArtifactFile:
     artifact: ArtifactRef
 
     def __call__(self, name: str) -> Path:
-        return self.artifact.fetched(self.store, [name]) / name
+        which = (self.store.uri, self.artifact)
+        if (known := _FOUND.get(which)) is not None:
+            with suppress(UserError):  # made anew meanwhile, perhaps
+                return fetch(self.store, known, names=[name]) / name
+        if len(_FOUND) >= FOUND_KEPT:
+            _FOUND.clear()
+        _FOUND[which] = self.artifact.found(self.store)
+        return fetch(self.store, _FOUND[which], names=[name]) / name
+
+
+FOUND_KEPT = 4
+_FOUND: dict[tuple[str, ArtifactRef], Artifact] = {}
+"""Manifests that this process has read: of an artifact with thousands of files one is long, and read for each of them."""
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,11 @@ def forget(path: str) -> None:
 
 def _fetch(store: Store, path: str, files: Mapping[str, Mapping[str, Any]], tmp: Path, folder: Path) -> dict[str, str]:
     """Download `files` to `tmp` and, where all are right, move each into `folder`; returns what is wrong."""
-    there = set(store.list(path))
-    store.download(path, tmp, [name for name in files if name in there])
+    try:
+        store.download(path, tmp, list(files))
+    except FileNotFoundError:
+        there = set(store.list(path))
+        store.download(path, tmp, [name for name in files if name in there])
     wrong = differences(tmp, files)
     if not wrong:
         for name in files:

@@ -332,13 +332,17 @@ class Counting(Loader):
         return super().arrays(rows, filler_row)
 
 
+def counting_loader(folder: Path) -> Counting:
+    base = prepared_loader(folder, [record(i) for i in range(20)])
+    base.encoder.max_length = 64  # what is made ahead is bounded in bytes, by an estimate from the shapes
+    return Counting(base.store, base.prepared, base.encoder, base.image_processor, 0)
+
+
 def test_it_runs_ahead_within_bounds_and_ships_the_loader_once_per_process(tmp_path, local_ray, monkeypatch):
     monkeypatch.setattr(ingest, "BLOCK_BYTES", 1)
-    base = prepared_loader(tmp_path, [record(i) for i in range(20)])
-    log = Path(base.store.url("log"))
+    counting = counting_loader(tmp_path)
+    log = Path(counting.store.url("log"))
     log.mkdir()
-    counting = Counting(base.store, base.prepared, base.encoder, base.image_processor, 0)
-    counting.encoder.max_length = 64  # what is made ahead is bounded in bytes, by an estimate from the shapes
     wanted = [(np.array([i % 20]), 0) for i in range(60)]
     batches = stream(counting, wanted, prefetch=2, workers=2)
     next(batches)
@@ -346,6 +350,7 @@ def test_it_runs_ahead_within_bounds_and_ships_the_loader_once_per_process(tmp_p
     ahead = len(list(log.glob("load-*")))
     assert 3 <= ahead <= 30, "some are ready, most are not made"
     assert sum(1 for _ in batches) == 59
+    assert sum(1 for _ in stream(counting_loader(tmp_path), wanted, prefetch=2, workers=2)) == 60, "another rank's"
     processes = [path.name.split("-")[1] for path in log.glob("process-*")]
     assert len(processes) == len(set(processes)) <= 4
 

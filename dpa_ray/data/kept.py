@@ -1,0 +1,37 @@
+"""What the processes of data tasks keep from one task to the next: the loaders, with what these have read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpa_ray.data.ingest import Loader
+
+NUM_KEPT = 2
+"""Loaders of one process: of a stage and of its held-out data, or of two runs on a cluster."""
+
+_LOADERS: OrderedDict[str, Loader] = OrderedDict()
+"""By their digests, the one last used at the end."""
+
+
+def digest(loader: Loader) -> str:
+    """What tells a loader from others: the same in all ranks of a stage, whose tasks Ray gives to the same processes."""
+    from ray import cloudpickle
+
+    return hashlib.sha256(cloudpickle.dumps(loader)).hexdigest()
+
+
+def loader(key: str, references: list[Any]) -> Loader:
+    """The loader with this digest: this process's own, with its footers, row groups and q, or fetched from the store of Ray's
+    objects by the reference in `references` (in a list, so that Ray does not fetch it for each task)."""
+    import ray
+
+    if key not in _LOADERS:
+        fetched = ray.get(references[0])
+        while len(_LOADERS) >= NUM_KEPT:
+            _LOADERS.popitem(last=False)
+        _LOADERS[key] = fetched
+    _LOADERS.move_to_end(key)
+    return _LOADERS[key]
