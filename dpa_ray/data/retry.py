@@ -169,7 +169,7 @@ def _reason(err: BaseException, url: str) -> str:
     stands between the address and the advice, both of which are told anyway."""
     line = first_line(err)
     end = line.rpartition("; Details: ")[2]
-    return end if end != line else line.removeprefix(f"{url}: ").partition("; check that")[0]
+    return end if end != line else line.removeprefix(f"{url}: ").partition("; check that")[0].partition("; set AWS_")[0]
 
 
 def first_line(err: BaseException) -> str:
