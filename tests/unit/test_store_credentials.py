@@ -13,7 +13,7 @@ from dpa_ray.data.retry import bridging, retried
 from dpa_ray.errors import NoAnswer, Unreachable
 from dpa_ray.store import Store, s3_client
 from tests.metadata_server import ROLES, MetadataServer
-from tests.s3 import KEY, SECRET, S3
+from tests.s3 import KEY, S3, SECRET
 
 TOKEN = "/latest/api/token"
 
@@ -65,7 +65,8 @@ def test_a_metadata_server_that_is_away_is_an_outage(
     with bridging(30):
         assert not retried(look, f"{rclone_s3.uri}/x")
     assert len(tries) == 3
-    assert "S3 is away (no usable credentials" in caplog.text and "set AWS_" not in caplog.text
+    assert "S3 is away (no usable credentials" in caplog.text
+    assert "set AWS_" not in caplog.text
 
 
 def test_a_machine_of_which_the_server_knows_no_role_is_told_at_once(rclone_s3: S3, metadata: MetadataServer) -> None:
