@@ -1,4 +1,4 @@
-"""When is a failed call tried again? While S3 is away, up to `data.retry_s`; anything else fails at once."""
+"""When is a failed call tried again? While S3 (or the hub) is away, up to `data.retry_s`; anything else fails at once."""
 
 from __future__ import annotations
 
@@ -161,6 +161,8 @@ def retried(
 
 
 def _server(url: str) -> str:
+    if url.startswith("model"):  # no address: "model ORG/NAME", "model.llm ORG/NAME"
+        return "the hub"
     return "Cloud Storage" if url.startswith("gs://") else "S3"
 
 

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers.utils.hub import cached_file
 
 from dpa_ray.data import shapes
-from dpa_ray.errors import Unreachable, UserError
+from dpa_ray.errors import UserError
 from dpa_ray.model import tiny
 from dpa_ray.model.tower import count_image_tokens
 from dpa_ray.model.vlm import ModelRef
+from dpa_ray.stages import hub
 from dpa_ray.stages.spec import ArtifactRef, Weights
 from dpa_ray.store.artifacts import commit, content_key, digest_folder, find
 from dpa_ray.store.fs import Store
@@ -93,16 +93,7 @@ def _folder(name: str, folder: Path, kind: Kind, store: Store, *, make: bool, re
 
 def _hub(name: str, kind: Kind, store: Store, *, make: bool) -> Weights:
     """A hub id at the commit that it stands at now: the hub is asked, or its local cache where there is no network."""
-    try:
-        config = cached_file(name, "config.json")
-    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as err:
-        first = (str(err).strip().splitlines() or [type(err).__name__])[0]
-        away = isinstance(
-            err.__cause__, LocalEntryNotFoundError
-        )  # nor is it in the cache; an id that is wrong is told apart
-        raise (Unreachable if away else UserError)(
-            f"model.{kind} {name}: no such folder, and not to be had from the hub: {first}"
-        ) from None
+    config = hub.asked(lambda: cached_file(name, "config.json"), f"model.{kind} {name}")
     commit_hash = _commit_of(str(config))
     if commit_hash is None:
         raise UserError(f"model.{kind} {name}: the hub's cache names no commit for it: {config}")
