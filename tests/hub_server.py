@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -66,6 +68,7 @@ class HubServer:
 def hub_of(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A hub that this process's client asks, with an empty cache in `folder`."""
     import huggingface_hub.constants as constants
+    from huggingface_hub.utils import _http
 
     from dpa_ray.stages import hub
 
@@ -74,6 +77,8 @@ def hub_of(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setattr(constants, "HF_HUB_CACHE", str(folder))
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        # the client itself tries six times, for 23 s: here without waiting
+        patch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda _s: None}))
         hub._fetched.cache_clear()
         yield server
         hub._fetched.cache_clear()

@@ -3,6 +3,7 @@ HTTP server that answers as the hub does."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -21,8 +22,10 @@ from dpa_ray.errors import NoAnswer, Unreachable, UserError
 from dpa_ray.model import vlm
 from dpa_ray.model.image_row import load_tokenizer
 from dpa_ray.model.vlm import ModelRef
-from dpa_ray.recipe import parse
+from dpa_ray.recipe import RecipeError, parse
 from dpa_ray.stages import hub, weights
+from dpa_ray.stages.pipeline import make_plan
+from dpa_ray.stages.runs import Run
 from dpa_ray.stages.spec import (
     ArtifactRef,
     BaseLlm,
@@ -108,7 +111,7 @@ def test_a_hub_that_is_too_busy_is_waited_for(
     server: HubServer, models: dict[str, str], status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     ref = publish(server, Path(models["llm"]))
-    server.failing, server.num_failures = status, 3
+    server.failing, server.num_failures = status, 14  # the client itself tries six times
     with bridging(60):
         assert hub.here(ref, with_weights=True).folder is not None
     assert f"model {NAME}: the hub is away" in caplog.text
@@ -169,6 +172,65 @@ def test_offline_is_not_an_outage(server: HubServer, models: dict[str, str], mon
         hub.here(ref, with_weights=True)
     assert not isinstance(told.value, NoAnswer)
     assert server.asked == []
+
+
+# -- commits
+
+
+def test_a_revision_is_a_commit_tag_or_branch(server: HubServer, models: dict[str, str]) -> None:
+    first = server.commit(NAME, Path(models["llm"]))
+    server.refs[NAME]["v1"] = first
+    second = server.commit(NAME, Path(models["llm"]))
+
+    def commit_of(name: str, commit: str | None = None) -> Weights:
+        return weights.resolve(name, "llm", Store("/none"), make=False, report=lambda text: None, commit=commit)
+
+    assert commit_of(NAME).ref == ModelRef(NAME, second)
+    assert commit_of(f"{NAME}@v1").ref == commit_of(f"{NAME}@{first}").ref == ModelRef(NAME, first)
+    assert commit_of(f"{NAME}@{second}") == commit_of(NAME), "another key for the same weights"
+    assert commit_of(NAME, first) == commit_of(f"{NAME}@v1")
+    with pytest.raises(UserError, match=f"model.llm {NAME}@v2.*not a valid git identifier"):
+        commit_of(f"{NAME}@v2")
+
+
+def test_a_run_keeps_to_the_commit_that_it_began_with(
+    server: HubServer, models: dict[str, str], tmp_path: Path
+) -> None:
+    recipe = parse(SMALLEST | {"model": {"llm": NAME, "vision": "builtin:tiny-vit"}, "store": str(tmp_path / "store")})
+    store, told = Store(recipe.store), list[str]()
+    first = server.commit(NAME, Path(models["llm"]))
+    begun = Run(store, recipe)
+    resolve = functools.partial(weights.resolve, NAME, "llm", store, make=False, report=told.append)
+    before = resolve(commit=begun.commits.get(NAME))
+    begun.commits = {NAME: str(before.ref and before.ref.revision)}
+    begun.write("running")
+    server.commit(NAME, Path(models["llm"]))  # the hub moves on
+    again = Run(store, recipe)
+    again.check_name()
+    assert again.commits == {NAME: first}
+    assert resolve(commit=again.commits.get(NAME)) == before
+    assert told == [f"model.llm {NAME}: at commit {first}, as before, wherever the hub stands now"]
+    assert resolve().digest != before.digest
+    other = Run(store, parse(recipe.to_dict() | {"seed": 1}))
+    with pytest.raises(RecipeError):
+        other.check_name()
+    assert other.commits == {}
+
+
+def test_a_plan_says_its_commits_and_keeps_to_others(server: HubServer, models: dict[str, str], tmp_path: Path) -> None:
+    values = SMALLEST | {
+        "model": {"llm": NAME, "vision": "builtin:tiny-vit"}, "store": str(tmp_path / "store"), "method": "vanilla",
+        "data": {"pretrain": {"source": "builtin:shapes"}, "instruct": {"source": "builtin:shapes"}},
+    }  # fmt: skip
+    recipe = parse(values)
+    first = server.commit(NAME, Path(models["llm"]))
+    plan = functools.partial(make_plan, recipe, Store(recipe.store), make=False, report=lambda text: None)
+    before = plan()
+    assert before.commits == {NAME: first}
+    second = server.commit(NAME, Path(models["llm"]))
+    assert plan(commits=before.commits).refs == before.refs
+    assert plan().commits == {NAME: second}
+    assert plan().refs["instruct"] != before.refs["instruct"]
 
 
 # -- the processes of nodes
