@@ -38,6 +38,7 @@ from dpa_ray.stages.spec import (
 from dpa_ray.store import Store
 from tests.encoders import IM, byte_level
 from tests.hub_server import HubServer, hub_of
+from tests.hub_worker import NUM_RANKS
 from tests.recipe_helpers import SMALLEST
 from tests.small_recipes import common
 
@@ -235,48 +236,15 @@ def test_a_plan_says_its_commits_and_keeps_to_others(server: HubServer, models: 
 
 # -- the processes of nodes
 
-RANK = """
-import json, sys
-from datetime import timedelta
-from pathlib import Path
-import socket, torch
-rank, world, folder, name, commit, per_node = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:6], int(sys.argv[6])
-import huggingface_hub.constants as constants
-node = rank // per_node
-socket.gethostname = lambda: f"node-{node}"
-constants.HF_HUB_CACHE = str(folder / f"node-{node}")
-torch.distributed.init_process_group(
-    "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=60))
-from dpa_ray.data import retry
-from dpa_ray.engine.fetching import fetched
-from dpa_ray.errors import UserError
-from dpa_ray.model.vlm import ModelRef
-from dpa_ray.stages.spec import ArtifactRef, BaseLlm, ProxyLlmTask, Weights
-from dpa_ray.data.prepare import Prepared
-retry.FIRST_WAIT_S = 0.1
-base = BaseLlm(Weights(name, "1", ref=ModelRef(name, commit)))
-task = ProxyLlmTask(ArtifactRef("proxy-llm", "0"), {}, None, "runs/x", base, Prepared("d", 1, (), 0), 1)
-try:
-    with retry.bridging(20):
-        placed = fetched(task)
-    said = placed.base.weights.ref.folder
-    assert (Path(said) / "model.safetensors").is_file()
-except UserError as err:
-    said = f"UserError: {err}"
-(folder / f"{rank}.txt").write_text(said)
-"""
-
 
 def ranks(server: HubServer, folder: Path, name: str, commit: str) -> list[str]:
     """What each of four processes on two nodes says."""
     environment = {**os.environ, "HF_ENDPOINT": server.url, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop("HF_HUB_OFFLINE", None)
-    processes = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(r), "4", str(folder), name, commit, "2"], env=environment)
-        for r in range(4)
-    ]
-    assert [process.wait(120) for process in processes] == [0] * 4
-    return [(folder / f"{r}.txt").read_text() for r in range(4)]
+    command = [sys.executable, "-m", "tests.hub_worker", str(folder), name, commit]
+    done = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [(folder / f"{r}.txt").read_text() for r in range(NUM_RANKS)]
 
 
 def test_one_process_of_a_node_fetches(server: HubServer, models: dict[str, str], tmp_path: Path) -> None:
