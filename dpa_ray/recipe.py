@@ -53,9 +53,14 @@ RECIPES_DIR = Path(__file__).resolve().parent.parent / "jobs" / "recipes"
 
 
 class ModelSection(Section):
-    llm: str = Field(min_length=1, description="decoder LLM: hub id, folder, s3:// folder, or builtin:tiny-llm")
+    llm: str = Field(
+        min_length=1,
+        description="decoder LLM: hub id (ORG/NAME, or ORG/NAME@REVISION: a commit, tag or branch), folder, s3:// folder, or "
+        "builtin:tiny-llm",
+    )
     vision: str = Field(
-        min_length=1, description="CLIP, SigLIP or DINOv2 tower: hub id, folder, s3:// folder, or builtin:tiny-vit"
+        min_length=1,
+        description="CLIP, SigLIP or DINOv2 tower: hub id (ORG/NAME or ORG/NAME@REVISION), folder, s3:// folder, or builtin:tiny-vit",
     )
     vision_layer: int = Field(
         -2, description="hidden state of the tower that feeds the connector; negative counts from the last"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 INTERRUPTION = "/latest/meta-data/spot/instance-action"
 REBALANCE = "/latest/meta-data/events/recommendations/rebalance"
+ROLES = "/latest/meta-data/iam/security-credentials/"
 PREEMPTED, MAINTENANCE = "/computeMetadata/v1/instance/preempted", "/computeMetadata/v1/instance/maintenance-event"
 
 
@@ -25,6 +28,7 @@ class MetadataServer:
         self.tokens: set[str] = set()
         self.asked: list[str] = []  # method and path with query
         self.is_failing = False  # 503 to everything
+        self.late_s: list[float] = []  # how long the next requests wait for their answers, in order
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_state": self}))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -43,6 +47,21 @@ class MetadataServer:
             self.values[path] = value
             self.changed.notify_all()
 
+    def give_role(self, key: str, secret: str) -> None:
+        """Credentials of an instance role."""
+        lasting = {
+            "AccessKeyId": key,
+            "SecretAccessKey": secret,
+            "Token": "token",
+            "Expiration": "2099-01-01T00:00:00Z",
+        }
+        self.say(ROLES, "role")
+        self.say(f"{ROLES}role", json.dumps(lasting))
+
+    def wait(self) -> None:
+        if self.late_s:
+            time.sleep(self.late_s.pop(0))
+
     def wait_until_asked(self, path: str, times: int = 1, timeout_s: float = 60) -> None:
         until = time.monotonic() + timeout_s
         while sum(path in asked for asked in self.asked) < times:
@@ -56,6 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         state = self.server_state
         state.asked.append(f"PUT {self.path}")
+        state.wait()
         if state.is_failing:
             return self._answer(503)
         if state.cloud != "aws" or self.path != "/latest/api/token":
@@ -69,6 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         state, url = self.server_state, urlsplit(self.path)
         state.asked.append(f"GET {self.path}")
+        state.wait()
         if state.is_failing:
             return self._answer(503)
         if state.cloud == "aws" and self.headers.get("X-aws-ec2-metadata-token") not in state.tokens:
@@ -91,7 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("ETag", _etag(text))
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        with suppress(ConnectionError):  # who asked may not have waited for a late answer
+            self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
         pass

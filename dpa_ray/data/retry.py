@@ -1,4 +1,4 @@
-"""When is a failed call tried again? While S3 is away, up to `data.retry_s`; anything else fails at once."""
+"""When is a failed call tried again? While S3 (or the hub) is away, up to `data.retry_s`; anything else fails at once."""
 
 from __future__ import annotations
 
@@ -161,6 +161,8 @@ def retried(
 
 
 def _server(url: str) -> str:
+    if url.startswith("model"):  # no address: "model ORG/NAME", "model.llm ORG/NAME"
+        return "the hub"
     return "Cloud Storage" if url.startswith("gs://") else "S3"
 
 
@@ -169,7 +171,7 @@ def _reason(err: BaseException, url: str) -> str:
     stands between the address and the advice, both of which are told anyway."""
     line = first_line(err)
     end = line.rpartition("; Details: ")[2]
-    return end if end != line else line.removeprefix(f"{url}: ").partition("; check that")[0]
+    return end if end != line else line.removeprefix(f"{url}: ").partition("; check that")[0].partition("; set AWS_")[0]
 
 
 def first_line(err: BaseException) -> str:

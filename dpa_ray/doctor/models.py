@@ -40,7 +40,7 @@ def locate(name: str, kind: weights.Kind, store: Store, scratch: Path, check: Ch
     if found.artifact is None:
         assert found.ref is not None
         check.note(f"{name} at commit {found.ref.revision}; each node fetches the weights from the hub")
-        return found.ref
+        return found.located(store)
     if find(store, found.artifact.stage, found.artifact.key) is not None:
         check.note(f"{name}, made before")
         return found.located(store)

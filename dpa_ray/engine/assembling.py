@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +9,7 @@ import torch
 from dpa_ray.data.blind_scores import BlindScores
 from dpa_ray.data.cursor import Cursor
 from dpa_ray.data.sizes import ONE_IMAGE, Sizes
-from dpa_ray.engine.protocol import Engine, OptimizerSettings, barrier, rank
+from dpa_ray.engine.protocol import Engine, OptimizerSettings, barrier
 from dpa_ray.stages import instruct, proxy_llm, proxy_mllm
 from dpa_ray.stages.build import Built
 from dpa_ray.stages.spec import ArtifactFile, InstructTask, ProxyMllmTask, TrainTask
@@ -22,27 +20,15 @@ ORDERS = {"proxy_mllm": 1}
 
 
 def build(task: TrainTask, store: Store) -> Built:
-    builders = {"proxy_llm": proxy_llm, "proxy_mllm": proxy_mllm, "instruct": instruct}
-    with one_node_at_a_time():
-        built: Built = builders[task.stage].build_stage(task, store)
-    return built
-
-
-@contextmanager
-def one_node_at_a_time() -> Iterator[None]:
-    """Rank 0 first, then the others: the first fills caches (hub, downloaded artifacts) that the others find.
+    """The stage's model on each rank, all at once: `fetched` has brought what comes from the hub, and artifacts of the store
+    are downloaded by one process of a node, for which the others wait.
 
     All leave together: what comes next has a time limit, and a model may take longer than that to come.
     """
-    if rank() != 0:
-        barrier()
-        yield
-    else:
-        try:
-            yield
-        finally:
-            barrier()
+    builders = {"proxy_llm": proxy_llm, "proxy_mllm": proxy_mllm, "instruct": instruct}
+    built: Built = builders[task.stage].build_stage(task, store)
     barrier()
+    return built
 
 
 def blind_scores(task: TrainTask, store: Store) -> BlindScores | None:

@@ -26,8 +26,9 @@ def dry_run(recipe: Recipe) -> None:
     store = Store(recipe.store)
     try:
         store.check(write=False)
-        Run(store, recipe).check_name()
-        plan = make_plan(recipe, store, make=False, report=lambda text: None)
+        run = Run(store, recipe)
+        run.check_name()
+        plan = make_plan(recipe, store, make=False, report=lambda text: None, commits=run.commits)
     except Unreachable as err:
         console.plan(_unasked(recipe), recipe=recipe, ignored=ignored_sections(recipe))
         print(f"? is not known from here: {without_credentials(str(err))}")
@@ -37,7 +38,7 @@ def dry_run(recipe: Recipe) -> None:
     if not builtin_missing:
         sets = trainables(recipe, plan.llm.located(store), plan.tower.located(store), plan.stages)
         counts = {stage: {s.description: s.num_parameters} for stage, s in sets.items()}
-    rows, notes = [], []
+    rows, notes = [], [f"{name} is taken at commit {commit}" for name, commit in plan.commits.items()]
     for stage in plan.shown:
         if stage in BLIND.values():
             rows.append(console.PlanRow(stage, plan.refs[stage].key, stage in plan.found, None, is_trained=False))

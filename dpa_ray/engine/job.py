@@ -8,8 +8,8 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -49,6 +49,9 @@ class Company:
     group: str  # the sweep's name
     observe: Callable[[str, dict[str, Any]], None]  # is told of every event, and of "planned" with artifacts by stage
     claim: Callable[[Sequence[Task], Claim], int]  # as Claim; the second is what a run alone would be told
+    commits: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of models from the hub, by name, for all runs of the sweep
 
 
 def run(recipe: Recipe, company: Company | None = None) -> dict[str, Any]:
@@ -90,7 +93,10 @@ def run(recipe: Recipe, company: Company | None = None) -> dict[str, Any]:
                 _log.warning("run.json is not written for now: %s", err)
 
         with console.Progress() as progress:
-            plan = make_plan(recipe, store, make=True, report=progress.note)
+            shared = {} if company is None else company.commits
+            commits = {**shared, **run_record.commits}
+            plan = make_plan(recipe, store, make=True, report=progress.note, commits=commits)
+            run_record.commits = plan.commits
             pipeline = Pipeline(plan, store, run_record, progress.note)
             view = View(progress, recipe, run_record, ledger, keep_run, company)
             if company is not None:

@@ -36,6 +36,7 @@ from dpa_ray.engine.blind_job import compute_blind
 from dpa_ray.engine.checkpointing import Checkpointer, Leaving, candidates, restore
 from dpa_ray.engine.evaluate import evaluate
 from dpa_ray.engine.feed import Feed
+from dpa_ray.engine.fetching import fetched
 from dpa_ray.engine.held_out import held_out_loader, while_running
 from dpa_ray.engine.logs import Before, Recorder
 from dpa_ray.engine.loop import Plan, Schedule, train
@@ -121,6 +122,7 @@ class Worker:
 
     def run(self, task: AnyTask) -> None:
         self.tell("task_started", stage=task.stage, trains=isinstance(task, TrainTask))
+        task = fetched(task)
         if isinstance(task, MergeTask):
             self._merge(task)
         elif isinstance(task, EvalTask):

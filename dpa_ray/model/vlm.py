@@ -31,11 +31,13 @@ class ModelRef:
 
     location: str
     revision: str | None = None
+    folder: str | None = None  # of a hub id: where its files are on this machine, so that the hub is not asked
 
     def kwargs(self) -> dict[str, Any]:
         # code that comes with a model is never run; without a word on it, transformers asks whoever is at the terminal
         return {
-            "pretrained_model_name_or_path": self.location, "revision": self.revision or "main", "trust_remote_code": False,
+            "pretrained_model_name_or_path": self.folder or self.location, "revision": self.revision or "main",
+            "trust_remote_code": False,
         }  # fmt: skip
 
 

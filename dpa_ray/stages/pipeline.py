@@ -6,7 +6,7 @@ Knows neither Ray nor how a task is run: it is given `launch`, and can be tested
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,12 @@ class Plan:
     skipped: dict[str, tuple[Skipped, ...]] = field(default_factory=dict)  # by data: pretrain, instruct
 
     @property
+    def commits(self) -> dict[str, str]:
+        """Of models from the hub, by what the recipe calls them."""
+        found = {self.recipe.model.llm: self.llm, self.recipe.model.vision: self.tower}
+        return {name: w.ref.revision for name, w in found.items() if w.ref is not None and w.ref.revision is not None}
+
+    @property
     def has_proxy(self) -> bool:
         return self.recipe.method in PROXY_METHODS
 
@@ -117,17 +123,21 @@ class Plan:
         return ref
 
 
-def make_plan(recipe: Recipe, store: Store, *, make: bool, report: Report) -> Plan:
+def make_plan(
+    recipe: Recipe, store: Store, *, make: bool, report: Report, commits: Mapping[str, str] | None = None
+) -> Plan:
     """All keys of a recipe, and what of it is in the store.
 
     Args:
+        commits: of models from the hub, as an earlier plan's `commits` says; others stand where the hub says now.
         make: also make built-in models, import `stages.X.from` and, where `data.skip_ids` is to be looked up in it, prepare
             data; without it nothing is written (a dry run).
     Raises: UserError where a model or a source of data is not there; RecipeError where an entry of `data.skip_ids` means
         no sample.
     """
-    llm = weights.resolve(recipe.model.llm, "llm", store, make=make, report=report)
-    tower = weights.resolve(recipe.model.vision, "vision", store, make=make, report=report)
+    model, commits = recipe.model, commits or {}
+    llm = weights.resolve(model.llm, "llm", store, make=make, report=report, commit=commits.get(model.llm))
+    tower = weights.resolve(model.vision, "vision", store, make=make, report=report, commit=commits.get(model.vision))
     sections = {"pretrain": recipe.data.pretrain, "instruct": recipe.data.instruct, **recipe.data.eval_extra}
     if recipe.data.eval is not None:
         sections[HELD_OUT] = recipe.data.eval

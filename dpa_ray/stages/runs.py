@@ -53,6 +53,7 @@ class Run:
         self.started = time.time()
         self.values: dict[str, Any] = {}
         self.goodput: Callable[[], dict[str, Any]] = self.earlier_goodput  # asked whenever run.json is written
+        self.commits: dict[str, str] = {}  # of models from the hub, by name: a run that goes on keeps to them
         self.warnings: list[dict[str, Any]] = []  # of training that may be going wrong; an earlier attempt's at first
 
     def check_name(self) -> None:
@@ -69,6 +70,8 @@ class Run:
                 f"{self.store.url(path)}: expected a run.json of dpa_ray, found something else; delete it, or choose another --name"
             ) from None
         expected = identity(self.recipe)
+        if found == expected or self._skips_others(values):
+            self.commits = dict(values.get("commits") or {})
         if status in ("failed", "stopped") and not self.store.exists(f"{self.path}/metrics.jsonl"):
             return  # it never trained: a mended recipe may have its name
         if status != "done" and self._skips_others(values):
@@ -111,7 +114,7 @@ class Run:
             {
                 "name": self.recipe.name, "status": status, "method": self.recipe.method,
                 "recipe_digest": identity(self.recipe), "started": self.started, "wall_time_s": time.time() - self.started,
-                **self.values, "goodput": goodput, "warnings": self.warnings, "recipe": self.recipe.to_dict(),
+                **self.values, "commits": self.commits, "goodput": goodput, "warnings": self.warnings, "recipe": self.recipe.to_dict(),
             },
         )  # fmt: skip
 

@@ -19,6 +19,7 @@ from dpa_ray.data.skip import Skipped
 from dpa_ray.errors import UserError
 from dpa_ray.model.vlm import ModelRef
 from dpa_ray.recipe import Recipe
+from dpa_ray.stages import hub
 from dpa_ray.store.artifacts import Artifact, fetch, find
 from dpa_ray.store.fs import Store
 
@@ -90,7 +91,10 @@ class Weights:
     artifact: ArtifactRef | None = None
 
     def located(self, store: Store) -> ModelRef:
-        """Where transformers loads it from, on this node."""
+        """Where transformers loads it from, on this node; of a hub id, its config and tokenizer at least are there then.
+
+        Raises: UserError where it is not to be had.
+        """
         if self.artifact is not None:
             return ModelRef(str(self.artifact.fetched(store)))
         assert self.ref is not None
@@ -98,7 +102,7 @@ class Weights:
             raise UserError(
                 f"{self.ref.location}: expected this model folder on every node of the cluster, found none here"
             )
-        return self.ref
+        return hub.here(self.ref, with_weights=False)
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers.utils.hub import cached_file
 
 from dpa_ray.data import shapes
-from dpa_ray.errors import Unreachable, UserError
+from dpa_ray.errors import UserError
 from dpa_ray.model import tiny
 from dpa_ray.model.tower import count_image_tokens
 from dpa_ray.model.vlm import ModelRef
+from dpa_ray.stages import hub
 from dpa_ray.stages.spec import ArtifactRef, Weights
 from dpa_ray.store.artifacts import commit, content_key, digest_folder, find
 from dpa_ray.store.fs import Store
@@ -29,10 +29,13 @@ PRETRAINING_TEXTS = 6_500
 TINY_SEED = 0
 
 
-def resolve(name: str, kind: Kind, store: Store, *, make: bool, report: Callable[[str], None]) -> Weights:
-    """The weights that `name` (hub id, folder or builtin:tiny-*) stands for.
+def resolve(
+    name: str, kind: Kind, store: Store, *, make: bool, report: Callable[[str], None], commit: str | None = None
+) -> Weights:
+    """The weights that `name` (hub id, as ORG/NAME or ORG/NAME@REVISION, folder or builtin:tiny-*) stands for.
 
     Args:
+        commit: of a hub id: what it stood at before, and stays at; None: what the hub says now.
         make: build a built-in model that is not in the store yet, and write the manifest of any other.
     Raises: UserError where there are none, or what is there is no model.
     """
@@ -41,11 +44,13 @@ def resolve(name: str, kind: Kind, store: Store, *, make: bool, report: Callable
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _folder(name, folder.resolve(), kind, store, make=make, report=report)
-    if name.startswith(("/", ".", "~")) or "://" in name or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if name.startswith(("/", ".", "~")) or "://" in name or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name):
         raise UserError(
-            f"model.{kind}: expected a model folder, a hub id or builtin:tiny-*, found no such folder: {name}"
+            f"model.{kind}: expected a model folder, a hub id (ORG/NAME or ORG/NAME@REVISION) or builtin:tiny-*, found no such folder: {name}"
         )
-    return _hub(name, kind, store, make=make)
+    if commit is not None:
+        report(f"model.{kind} {name}: at commit {commit}, as before, wherever the hub stands now")
+    return _hub(name, kind, store, make=make, before=commit)
 
 
 def num_image_tokens(tower: Weights, image_size: int | None, store: Store) -> int:
@@ -91,18 +96,13 @@ def _folder(name: str, folder: Path, kind: Kind, store: Store, *, make: bool, re
     return Weights(name, digest, ref=ModelRef(str(folder)))
 
 
-def _hub(name: str, kind: Kind, store: Store, *, make: bool) -> Weights:
-    """A hub id at the commit that it stands at now: the hub is asked, or its local cache where there is no network."""
-    try:
-        config = cached_file(name, "config.json")
-    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as err:
-        first = (str(err).strip().splitlines() or [type(err).__name__])[0]
-        away = isinstance(
-            err.__cause__, LocalEntryNotFoundError
-        )  # nor is it in the cache; an id that is wrong is told apart
-        raise (Unreachable if away else UserError)(
-            f"model.{kind} {name}: no such folder, and not to be had from the hub: {first}"
-        ) from None
+def _hub(spec: str, kind: Kind, store: Store, *, make: bool, before: str | None) -> Weights:
+    """A hub id at the commit `before`, or at that which it (or its revision: commit, tag or branch) stands at now: the hub is
+    asked, or its local cache where there is no network."""
+    name, _, revision = spec.partition("@")
+    config = hub.asked(
+        lambda: cached_file(name, "config.json", revision=before or revision or None), f"model.{kind} {spec}"
+    )
     commit_hash = _commit_of(str(config))
     if commit_hash is None:
         raise UserError(f"model.{kind} {name}: the hub's cache names no commit for it: {config}")

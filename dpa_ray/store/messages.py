@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dpa_ray.errors import NoAnswer, Unreachable, UserError
 from dpa_ray.outages import told_by_arrow
 from dpa_ray.store import gcs_client
-from dpa_ray.store.s3_client import endpoint_name
+from dpa_ray.store.s3_client import endpoint_name, keys_may_come
 
 REMOTE = ("s3://", "gs://")
 NOT_FOUND = ("404", "NoSuchKey", "NotFound")
@@ -107,9 +107,10 @@ def _unreachable(where: str, reason: str) -> NoAnswer:
     )
 
 
-def _no_keys(where: str) -> str:
+def _no_keys(where: str, why: str = "") -> str:
+    reason = f" ({why})" if why else ""
     return (
-        f"{where}: no usable credentials for {endpoint_name()}, bucket {_bucket(where)!r}; set AWS_ACCESS_KEY_ID and "
+        f"{where}: no usable credentials for {endpoint_name()}, bucket {_bucket(where)!r}{reason}; set AWS_ACCESS_KEY_ID and "
         "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give this machine a role"
     )
 
@@ -173,10 +174,11 @@ def _boto(where: str, doing: str, err: BaseException) -> Exception | None:
             return UserError(_denied(where, _during(code, doing)))
         kind = NoAnswer if status == 429 or status >= 500 else UserError
         return kind(f"{where}: {err} (server: {endpoint_name()}, bucket {_bucket(where)!r})")
-    if isinstance(
-        err, botocore.NoCredentialsError | botocore.PartialCredentialsError | botocore.CredentialRetrievalError
-    ):
-        return Unreachable(_no_keys(where))
+    if isinstance(err, botocore.CredentialRetrievalError):  # of what is there to give them
+        return NoAnswer(_no_keys(where, str(err)))
+    if isinstance(err, botocore.NoCredentialsError | botocore.PartialCredentialsError):
+        late = isinstance(err, botocore.NoCredentialsError) and keys_may_come()
+        return NoAnswer(_no_keys(where, "what gives them does not answer")) if late else Unreachable(_no_keys(where))
     if isinstance(err, botocore.ConnectionError | botocore.HTTPClientError | botocore.IncompleteReadError):
         trust = ": AWS_CA_BUNDLE names the authorities to trust" if isinstance(err, botocore.SSLError) else ""
         unreachable = _unreachable(where, _during(type(err).__name__ + trust, doing))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import urllib.error
+import urllib.request
+from pathlib import Path
 from typing import Any, Literal
 
 from dpa_ray.credentials import has_credentials, without_credentials
@@ -27,6 +30,12 @@ LIMITS: dict[Patience, tuple[float, float, int]] = {
     "brief": (3, 7, 1), "quick": (3, 5, 3), "usual": (5, 30, 8), "long": (5, 900, 3),
 }  # fmt: skip
 ARROW_CONNECT_S, ARROW_STALLED_S, ARROW_ATTEMPTS = 5, 30, 5  # refused connections: given up after 5-8 s
+
+METADATA_LIMITS = {"metadata_service_timeout": 5, "metadata_service_num_attempts": 3}
+"""On EC2, where every process of a node asks its metadata server for the role's credentials as a run starts; botocore's
+own 1 s and 1 attempt are for machines that may have none, and stay elsewhere."""
+METADATA_URL = "http://169.254.169.254"
+FIRMWARE = ("sys_vendor", "bios_vendor", "bios_version")  # "Amazon EC2", or (Xen) a version "4.11.amazon"
 
 
 def configure_endpoint() -> str | None:
@@ -70,15 +79,16 @@ def _region(session: Any) -> str:
 
 
 def client(patience: Patience = "usual") -> Any:
-    """A boto3 S3 client of this process; threads may share it."""
+    """A boto3 S3 client of this process; threads may share it. Raises: botocore's NoCredentialsError."""
     endpoint = configure_endpoint()
     return _client(patience, endpoint, _environment())
 
 
 @functools.lru_cache(maxsize=16)
-def _client(patience: Patience, endpoint: str | None, _env: tuple[str | None, ...]) -> Any:
+def _client(patience: Patience, endpoint: str | None, env: tuple[str | None, ...]) -> Any:
     import boto3
     from botocore.config import Config
+    from botocore.exceptions import NoCredentialsError
 
     connect_s, read_s, attempts = LIMITS[patience]
     config = Config(
@@ -88,8 +98,66 @@ def _client(patience: Patience, endpoint: str | None, _env: tuple[str | None, ..
         max_pool_connections=MAX_POOL_CONNECTIONS,
         s3={"addressing_style": "path"} if endpoint else None,
     )
-    session = boto3.session.Session()
+    session = boto3.session.Session(botocore_session=_patient_session())
+    if (
+        session.get_credentials() is None
+    ):  # a client would keep that; what raises is not cached, and the next call asks anew
+        raise NoCredentialsError
+    _given.add(env)
     return session.client("s3", endpoint_url=endpoint, region_name=_region(session), config=config)
+
+
+_given: set[tuple[str | None, ...]] = set()
+"""The environments in which this process has had credentials."""
+
+
+def _patient_session() -> Any:
+    """botocore's session, patient with EC2's metadata server as far as the user has not said how."""
+    import botocore.session
+
+    session = botocore.session.get_session()
+    for name, value in METADATA_LIMITS.items() if on_ec2() else ():
+        if f"AWS_{name.upper()}" not in os.environ and name not in session.get_scoped_config():
+            session.set_config_variable(name, value)
+    return session
+
+
+def on_ec2() -> bool:
+    """Is this a machine that a metadata server may give credentials? By its firmware: nobody is asked."""
+    if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
+        return False
+    return bool(os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT")) or _has_amazon_firmware()
+
+
+@functools.cache
+def _has_amazon_firmware() -> bool:
+    found = (Path("/sys/devices/virtual/dmi/id") / name for name in FIRMWARE)
+    return any("amazon" in path.read_text(errors="replace").lower() for path in found if os.access(path, os.R_OK))
+
+
+def keys_may_come() -> bool:
+    """Of a process that finds no credentials: may it find some later? They were there before, or this machine may have a
+    role of which its metadata server does not say now."""
+    return _environment() in _given or (on_ec2() and not _has_no_role())
+
+
+def _has_no_role() -> bool:
+    """Does EC2's metadata server say that this machine has no role?"""
+    base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", METADATA_URL).rstrip("/")
+    timeout_s = METADATA_LIMITS["metadata_service_timeout"]
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
+    try:
+        token = urllib.request.Request(f"{base}/latest/api/token", headers=lifetime, method="PUT")  # noqa: S310
+        with opener.open(token, timeout=timeout_s) as answer:
+            headers = {"X-aws-ec2-metadata-token": answer.read().decode()}
+        url = f"{base}/latest/meta-data/iam/security-credentials/"
+        opener.open(urllib.request.Request(url, headers=headers), timeout=timeout_s).close()  # noqa: S310
+    except urllib.error.HTTPError as err:
+        return err.code == 404
+    except OSError:
+        pass
+    return False
 
 
 def arrow_filesystem(bucket: str) -> Any:

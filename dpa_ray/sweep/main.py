@@ -221,7 +221,7 @@ def _carry_out(recipe: Recipe, plan: Plan, store: Store, record: Record) -> bool
     at_most = plan.settings.max_concurrent
     _print(tuner.connect(recipe.cluster, at_most))
     launch.check_reach(store)
-    _prepare(plan.space.recipe, [trial["overrides"] for trial in record.trials], store)
+    _prepare(plan.space.recipe, [trial["overrides"] for trial in record.trials], store, record)
     claims = tuner.start_claims()
     limit = min(at_most or plan.search.num_trials, plan.search.num_trials)
     sweep.max_running = lambda: tuner.room(recipe.cluster, launch.node_resources(recipe.cluster.label_selector), limit)
@@ -234,8 +234,8 @@ def _carry_out(recipe: Recipe, plan: Plan, store: Store, record: Record) -> bool
     return sweep.budget_is_over
 
 
-def _prepare(base: Mapping[str, Any], points: Sequence[dict[str, Any]], store: Store) -> None:
-    """Built-in models and data, once for all trials; what cannot be prepared is told by the trials that need it."""
+def _prepare(base: Mapping[str, Any], points: Sequence[dict[str, Any]], store: Store, record: Record) -> None:
+    """Built-in models, commits of hub models (in sweep.json from then on) and data, once for all trials; what cannot be prepared is told by the trials that need it."""
     different: dict[str, Recipe] = {}
     for point in points or [{}]:
         with suppress(RecipeError):
@@ -244,8 +244,10 @@ def _prepare(base: Mapping[str, Any], points: Sequence[dict[str, Any]], store: S
             different.setdefault(json.dumps([plain["model"], plain["data"]], sort_keys=True), recipe)
     for recipe in different.values():
         with suppress(UserError, RecipeError):
-            plan = make_plan(recipe, store, make=True, report=_print)
+            plan = make_plan(recipe, store, make=True, report=_print, commits=record.commits)
+            record.commits.update(plan.commits)
             Pipeline(plan, store, Run(store, recipe), _print).prepare_data()
+    record.write()
 
 
 def _settle(record: Record) -> None:

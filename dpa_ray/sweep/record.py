@@ -5,6 +5,7 @@
              (stage -> path), at ([stage, step] told last), wall_time_s, unfinished_s, and (of a comparison) variant and seed
     stages   stage -> asked, made, reused
     gpu_s    spent, naive (of CPU workers: worker seconds)
+    commits  of models from the hub, by their names in recipes: what they stood at when the sweep began
     compare  of a comparison: what `dpa_ray.sweep.compare` makes of the trials
 
 A trial's status: waiting, running, done, stopped (by ASHA), failed, or interrupted (it goes on when the sweep is started
@@ -68,13 +69,18 @@ class Record:
             "name": name, "status": "running", **what, "digest": hashlib.sha256(content.encode()).hexdigest()[:12],
             "device": "gpu" if recipe.cluster.gpus_per_worker else "cpu", "started": self.started, "wall_time_s": 0.0,
             "left_out": [], "best": None, "error": None, "trials": [], "stages": {}, "gpu_s": {"spent": 0.0, "naive": 0.0},
-            "recipe": recipe.to_dict(),
+            "recipe": recipe.to_dict(), "commits": {},
         }  # fmt: skip
 
     @property
     def trials(self) -> list[Trial]:
         trials: list[Trial] = self.values["trials"]
         return trials
+
+    @property
+    def commits(self) -> dict[str, str]:
+        commits: dict[str, str] = self.values["commits"]
+        return commits
 
     def take_up(self) -> bool:
         """Go on from what an earlier attempt wrote, if there is something.
@@ -103,7 +109,7 @@ class Record:
         for trial in trials:
             if trial["status"] == "running":
                 trial["status"] = "interrupted"
-        self.values |= {"trials": trials, "started": started}
+        self.values |= {"trials": trials, "started": started, "commits": dict(old.get("commits") or {})}
         return True
 
     def check_names(self, num_trials: int) -> None:
@@ -205,6 +211,12 @@ class Record:
                 return None
             self._metas[path] = artifact.manifest["meta"]
         return self._metas[path]
+
+
+def commits_of(store: Store, name: str) -> dict[str, str]:
+    """What models from the hub stand at in the sweep `name`, by their names in recipes."""
+    path = f"sweeps/{name}/{FILE}"
+    return dict(store.read_json(path).get("commits") or {}) if store.exists(path) else {}
 
 
 def account(

@@ -15,7 +15,7 @@ from dpa_ray.stages.pipeline import Claim
 from dpa_ray.stages.spec import Task
 from dpa_ray.store.fs import Store
 from dpa_ray.sweep.measures import Running, final
-from dpa_ray.sweep.record import one_line
+from dpa_ray.sweep.record import commits_of, one_line
 from dpa_ray.sweep.sharing import claim
 from dpa_ray.sweep.space import laid_over
 
@@ -68,7 +68,9 @@ def run_trial(config: dict[str, str], base: dict[str, Any], sweep: str, claims: 
     try:
         watch = Watch(tune.report)
         recipe = parse(laid_over(base, json.loads(config["overrides"])) | {"name": name})
-        done = job.run(recipe, job.Company(sweep, watch.observe, claim_here))
+        with bridging(recipe.data.retry_s):
+            commits = commits_of(Store(recipe.store, through=retried), sweep)
+        done = job.run(recipe, job.Company(sweep, watch.observe, claim_here, commits))
         with bridging(recipe.data.retry_s):
             records = metrics.read(Store(recipe.store, through=retried), f"runs/{name}")
         tune.report({"final": final(records, done.get("eval") or {})})
