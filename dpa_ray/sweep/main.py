@@ -246,6 +246,7 @@ def _prepare(base: Mapping[str, Any], points: Sequence[dict[str, Any]], store: S
         with suppress(UserError, RecipeError):
             plan = make_plan(recipe, store, make=True, report=_print, commits=record.commits)
             record.commits.update(plan.commits)
+            record.keep()  # data may take long
             Pipeline(plan, store, Run(store, recipe), _print).prepare_data()
     record.write()
 

@@ -12,7 +12,7 @@ from dpa_ray.recipe import Recipe, RecipeError, load
 from dpa_ray.store.artifacts import commit
 from dpa_ray.store.fs import Store
 from dpa_ray.sweep.measures import Running, comes_while_running, default_metric, default_mode, final, problem
-from dpa_ray.sweep.record import Record, account, best
+from dpa_ray.sweep.record import Record, account, best, commits_of
 from dpa_ray.sweep.search import Grid
 from dpa_ray.sweep.space import parse_space
 from dpa_ray.sweep.state import Sweep
@@ -224,6 +224,16 @@ def test_a_new_sweep_takes_no_names_of_runs_that_exist(store: Store, tiny: Recip
     record.check_names(4)
     with pytest.raises(RecipeError, match=r"found 1, the first s-0004.*delete .*runs/s-\*"):
         record.check_names(5)
+
+
+def test_a_sweep_keeps_to_the_commits_that_it_began_with(store: Store, tiny: Recipe) -> None:
+    assert commits_of(store, "s") == {}
+    record = Record(store, "s", tiny, WHAT)
+    record.commits.update({"some/llm": "abc"})
+    record.write()
+    again = Record(store, "s", tiny, WHAT)
+    again.take_up()
+    assert again.commits == commits_of(store, "s") == {"some/llm": "abc"}
 
 
 def test_a_name_belongs_to_one_sweep(store: Store, tiny: Recipe) -> None:
