@@ -117,6 +117,8 @@ def copy_elsewhere(store: Store, path: str, since_s: float) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    if not ray.is_initialized():  # the run has left Ray, as where it gives up waiting: any call would start another one
+        return
     own = ray.get_runtime_context().get_node_id()
     others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != own]
     copy = ray.remote(num_cpus=0, max_retries=0)(copy_here)

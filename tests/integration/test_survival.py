@@ -257,6 +257,24 @@ def test_a_worker_that_dies_each_time_ends_the_run_and_keeps_what_was_saved(tmp_
 
 
 @pytest.mark.full
+def test_a_lost_board_ends_the_run_and_the_same_command_goes_on(
+    tmp_path: Path, recipe: Callable, whole: Callable[..., Run]
+) -> None:
+    running = start_dpa(recipe(), tmp_path / "store", "run")
+    running.wait_for("proxy_mllm", 5)
+    (board,) = running.processes("ray::Board")
+    os.kill(board, signal.SIGKILL)
+    run = running.finished()
+    assert run.returncode == 1, run.output
+    assert "error: the process that takes what the workers tell (ray::Board, on the job's node) died" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert "Started a local Ray instance" not in run.stderr, "none is started to tell of the end"
+    again = start_dpa(recipe(), tmp_path / "store", "run").finished()
+    assert resumed_from(again, "proxy_mllm")
+    assert_same_to_the_bit(again, whole())
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("after_s", [0.5, 4.0, 7.0])
 def test_a_worker_that_dies_while_workers_start_is_replaced(tmp_path: Path, recipe: Callable, after_s: float) -> None:
     """While it imports, while it looks for the others, and in its first task."""

@@ -146,3 +146,15 @@ def test_the_logs_of_the_last_attempts_stay(tmp_path: Path, monkeypatch: pytest.
 def test_a_store_that_refuses_does_not_disturb(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("a file, where a folder should be")
     NodeLogs(Store(str(tmp_path / "store")), "runs/one").ended(ValueError("the run's own"))
+
+
+def test_no_ray_is_started_to_copy_logs_where_the_run_has_left_it(tmp_path: Path) -> None:
+    code = f"""
+import ray
+from dpa_ray.engine.node_logs import copy_elsewhere
+from dpa_ray.store.fs import Store
+copy_elsewhere(Store({str(tmp_path)!r}), "logs", 0.0)
+print(ray.is_initialized())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False\n", done.stderr
