@@ -11,7 +11,21 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-CODES = {403: "AccessDenied", 429: "TooManyRequests", 500: "InternalError", 503: "SlowDown", 507: "XMinioStorageFull"}
+from dpa_ray.store import s3_client
+
+CODES = {
+    403: "AccessDenied", 409: "ConditionalRequestConflict", 412: "PreconditionFailed", 429: "TooManyRequests",
+    500: "InternalError", 503: "SlowDown", 507: "XMinioStorageFull",
+}  # fmt: skip
+
+RETRY_S = 60.0
+"""Longer than any outage in these tests."""
+
+
+def forget_clients() -> None:
+    """What is set of the clients, or where the server is, counts for the next ones."""
+    s3_client._client.cache_clear()
+    s3_client._arrow_filesystem.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,8 @@ class Proxy:
     rule: Callable[[str, str], Fault | None] = lambda method, path: None
     seen: list[tuple[str, str]] = field(default_factory=list)
     """Every request, in order."""
+    num_failed: int = 0
+    """How many had a fault, since the last call of `fail`."""
 
     def fail(self, fault: Fault, *methods: str, containing: str = "", times: int | None = None) -> None:
         """`fault` for the next `times` requests (all of them: None) of `methods` (any: none) whose path has `containing`."""
@@ -49,7 +65,7 @@ class Proxy:
                     left[0] -= 1
             return fault
 
-        self.rule = rule
+        self.rule, self.num_failed = rule, 0
 
     def heal(self) -> None:
         self.rule = lambda method, path: None
@@ -68,6 +84,7 @@ def running_proxy(upstream_port: int) -> Iterator[Proxy]:
             proxy.seen.append((self.command, self.path))
             fault = proxy.rule(self.command, self.path)
             if fault is not None:
+                proxy.num_failed += 1
                 time.sleep(fault.delay_s)
             if fault is not None and fault.page is not None:
                 self._answer(200, [("Content-Type", "text/html")], fault.page)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,9 @@ import pytest
 
 if TYPE_CHECKING:  # the fixtures import what is heavy themselves, as in tests/conftest.py
     from dpa_ray.recipe import Recipe
+    from dpa_ray.store import Store
+    from tests.s3 import S3
+    from tests.s3_proxy import Proxy
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +69,35 @@ def recipe(models: dict[str, str], tmp_path: Path) -> Callable[..., Recipe]:
         return parse(values)
 
     return make
+
+
+@pytest.fixture
+def proxy(rclone_s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """In front of rclone, for clients that give a call up after one failure, or two seconds."""
+    from dpa_ray.data import retry
+    from dpa_ray.store import s3_client
+    from tests.s3_proxy import forget_clients, running_proxy
+
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.05)
+    for patience in ("brief", "usual", "long"):
+        monkeypatch.setitem(s3_client.LIMITS, patience, (2, 2, 1))  # type: ignore[misc]
+    for name, value in {"CONNECT_S": 2, "STALLED_S": 2, "ATTEMPTS": 1}.items():
+        monkeypatch.setattr(s3_client, f"ARROW_{name}", value)
+    with running_proxy(int(rclone_s3.env["AWS_ENDPOINT_URL"].rpartition(":")[2])) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        forget_clients()
+        yield proxy
+    forget_clients()
+
+
+@pytest.fixture
+def proxied(proxy: Proxy, rclone_s3: S3) -> Store:
+    """A store behind `proxy` that waits for it; it has a/x."""
+    from dpa_ray.data.retry import bridging, retried
+    from dpa_ray.store import Store
+    from tests.s3_proxy import RETRY_S
+
+    made = Store(f"{rclone_s3.uri}/store", through=retried)
+    with bridging(RETRY_S):
+        made.write_bytes("a/x", b"12")
+    return made

@@ -21,7 +21,7 @@ from dpa_ray.data.prepared import Prepared
 from dpa_ray.data.skip import entry_of
 from dpa_ray.engine import assembling, blind_job
 from dpa_ray.engine.blind_job import chosen_rows, compute_blind, share, staging
-from dpa_ray.errors import UserError
+from dpa_ray.errors import LeaseTaken, UserError
 from dpa_ray.recipe import Recipe
 from dpa_ray.stages import proxy_mllm
 from dpa_ray.stages.pipeline import Pipeline, make_plan
@@ -29,6 +29,7 @@ from dpa_ray.stages.runs import Run
 from dpa_ray.stages.spec import BlindTask, ProxyMllmTask
 from dpa_ray.store.artifacts import find
 from dpa_ray.store.fs import Store
+from tests.files import Asked
 
 CPU = torch.device("cpu")
 
@@ -64,9 +65,9 @@ class Told:
         return sum(kind == "blind_shard" for kind, _ in self.events)
 
 
-def run(task: BlindTask) -> Told:
+def run(task: BlindTask, confirm: Callable[[], None] = lambda: None) -> Told:
     store, told = Store(task.recipe.store), Told()
-    compute_blind(task, store, CPU, assembling.cursor_of(task.reader, store), told)
+    compute_blind(task, store, CPU, assembling.cursor_of(task.reader, store), told, confirm)
     return told
 
 
@@ -164,6 +165,30 @@ def test_broken_off_it_goes_on_with_what_is_not_committed(
     store.delete(artifact.path)
     run(task)
     assert before == {name: store.read_bytes(f"{artifact.path}/{name}") for name in artifact.files}
+
+
+def test_whoever_was_replaced_makes_no_artifact_and_leaves_what_is_staged(small: Callable[..., BlindTask]) -> None:
+    """Asked before the artifact's folder is emptied, before its manifest, and before what it was made of goes."""
+    task = small()
+    store = Store(task.recipe.store)
+    for taken_at in (1, 2, 3):
+        asked = Asked(taken_at)
+        with pytest.raises(LeaseTaken):
+            run(task, asked)
+        assert asked.num == taken_at
+        assert len(store.list(staging(task))) == 8, "four files and their digests"
+        assert (find(store, task.result.stage, task.result.key) is not None) == (taken_at == 3)
+
+
+def test_no_digest_is_written_of_a_file_that_did_not_come(small: Callable[..., BlindTask], tmp_path: Path) -> None:
+    task = small()
+    store = Store(task.recipe.store)
+    (tmp_path / file_name(0)).write_bytes(b"scores")
+    blocker = Path(store.url(staging(task))) / file_name(0)  # a folder where the file should be
+    (blocker / "x").mkdir(parents=True)
+    with pytest.raises(UserError):
+        blind_job._stage(store, task, tmp_path, file_name(0))
+    assert store.list(staging(task)) == []
 
 
 def _rank(rank: int, meeting: str, task: BlindTask) -> None:

@@ -58,6 +58,32 @@ def test_only_the_latest_are_kept_and_what_a_kill_left_goes(store: Store) -> Non
     assert len(store.list_dirs(checkpoints.folder(STAGE, KEY))) == 2
 
 
+class DiesAfterTheFirst(Store):
+    """A process that is killed in the second removal."""
+
+    num_removed = 0
+
+    def delete(self, path: str) -> None:
+        if self.num_removed == 1:
+            raise KeyboardInterrupt
+        self.num_removed += 1
+        super().delete(path)
+
+
+def test_a_removal_that_is_broken_off_leaves_nothing_that_looks_whole(store: Store) -> None:
+    save(store, 2)
+    newest = save(store, 6)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.collect(DiesAfterTheFirst(store.uri), STAGE, KEY, keep=1, newest=newest)
+    assert steps(store) == [6]
+    assert store.list(checkpoints.path_of(STAGE, KEY, 2, "a")) == ["file"], "what is left has no manifest"
+    checkpoints.collect(store, STAGE, KEY, keep=1, newest=newest)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.drop(DiesAfterTheFirst(store.uri), STAGE, KEY)
+    assert steps(store) == []
+    assert store.list(newest) == ["file"]
+
+
 def test_an_older_step_that_was_just_saved_stays(store: Store) -> None:
     """Those after it were damaged, say: the run went on from before them."""
     for step in (8, 10):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dpa_ray.store.fs import Store
-from dpa_ray.store.lease import LeaseTaken, held, looks_held, wait
+from dpa_ray.store.lease import Lease, LeaseTaken, _boot, held, looks_held, wait
 
 PATH = "runs/a/lease"
 TTL_S = 1.0
@@ -77,15 +78,24 @@ def test_the_lease_of_a_dead_process_of_this_machine_is_free_at_once(store: Stor
         assert time.monotonic() - begun < TTL_S / 2
 
 
-def test_the_lease_of_another_machine_lapses(store: Store) -> None:
-    foreign = b'{"number": 7, "host": "elsewhere", "pid": 1, "boot": "another", "released": false, "nonce": "x"}'
-    store.write_bytes(f"{PATH}/7.json", foreign)
+def ended_pid() -> int:
+    """The number of a process of this machine that is no more."""
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    return int(ended.stdout)
+
+
+@pytest.mark.parametrize(("host", "boot"), [("elsewhere", _boot()), (socket.gethostname(), "another")])
+def test_the_lease_of_another_machine_lapses(store: Store, host: str, boot: str) -> None:
+    """That its process's number is nobody's here says nothing of it; nor in another container, or after a reboot."""
+    pid = ended_pid()
+    foreign = {"number": 7, "host": host, "pid": pid, "boot": boot, "released": False, "nonce": "x"}
+    store.write_json(f"{PATH}/7.json", foreign)
     notes: list[str] = []
     begun = time.monotonic()
     with hold(store, notes):
         assert time.monotonic() - begun >= TTL_S
         assert store.list(PATH) == ["8.json"]
-    assert "process 1 on elsewhere" in notes[0]
+    assert f"process {pid} on {host}" in notes[0]
 
 
 def test_what_follows_by_itself_need_not_wait(store: Store) -> None:
@@ -101,6 +111,48 @@ def test_what_follows_by_itself_need_not_wait(store: Store) -> None:
     begun = time.monotonic()
     with held(store, PATH, owner="job-b", **options):
         assert time.monotonic() - begun >= TTL_S
+
+
+def test_a_holder_asks_each_time_where_another_of_its_job_may_have_followed(store: Store) -> None:
+    """That one did not have to wait for the lease to lapse."""
+    lost = threading.Event()
+    options = {"report": lambda text: None, "lapses_after_s": 1e6}  # nobody renews it while the test runs
+    with held(store, PATH, owner="job-a", lost=lost.set, **options) as first:
+        first.confirm()
+        with held(store, PATH, owner="job-a", lost=lambda: None, **options) as second:
+            with pytest.raises(LeaseTaken):
+                first.confirm()
+            assert lost.is_set()
+            second.confirm()
+
+
+class SlowWrites(Store):
+    def write_bytes(self, path: str, data: bytes) -> None:
+        super().write_bytes(path, data)
+        time.sleep(TTL_S / 2)
+
+
+def test_a_renewal_counts_from_its_beginning(store: Store) -> None:
+    """Whoever saw what it wrote may take over before the answer was here."""
+    store.write_bytes(f"{PATH}/1.json", b"{}")
+    lease = Lease(store, PATH, 1, "", TTL_S / 2, lambda: None)
+    lease.renew(SlowWrites(store.uri))
+    store.write_bytes(f"{PATH}/2.json", b"{}")
+    with pytest.raises(LeaseTaken):
+        lease.confirm()
+
+
+class Overtaken(Store):
+    """Before this process writes its number, another one took it, gave it back, and a third took the next."""
+
+    def put_if_absent(self, path: str, data: bytes) -> bool:
+        super().write_bytes(f"{PATH}/2.json", b"{}")
+        return super().put_if_absent(path, data)
+
+
+def test_a_number_that_was_free_again_is_no_lease(store: Store) -> None:
+    with pytest.raises(LeaseTaken), hold(Overtaken(store.uri)):
+        pass
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"pid": "x"}'])

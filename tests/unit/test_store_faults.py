@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +14,18 @@ from dpa_ray.data import retry
 from dpa_ray.data.retry import bridging, retried
 from dpa_ray.errors import NoAnswer, UserError
 from dpa_ray.report.metrics import MetricsLog, read
-from dpa_ray.store import Store, lease, s3_client
-from dpa_ray.store.lease import RENEWALS, LeaseTaken, held
+from dpa_ray.store import Store, s3_client
+from dpa_ray.store.lease import LeaseTaken
 from tests.files import fill, python
 from tests.s3 import S3, environment, fresh_bucket
-from tests.s3_proxy import Fault, Proxy, running_proxy
+from tests.s3_proxy import RETRY_S, Fault, Proxy, forget_clients
 from tests.unit.test_checkpointing import Stage
 from tests.unit.test_outages import Server
 
-LAPSES_AFTER_S = 300.0  # nobody renews it while a test runs
-RETRY_S = 60.0  # longer than any outage here
-
-
-def forget_clients() -> None:
-    s3_client._client.cache_clear()
-    s3_client._arrow_filesystem.cache_clear()
-
 
 @pytest.fixture
-def proxy(rclone_s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """In front of rclone, for clients that give a call up after one failure, or two seconds."""
-    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.05)
-    for patience in ("brief", "usual", "long"):
-        monkeypatch.setitem(s3_client.LIMITS, patience, (2, 2, 1))  # type: ignore[misc]
-    for name, value in {"CONNECT_S": 2, "STALLED_S": 2, "ATTEMPTS": 1}.items():
-        monkeypatch.setattr(s3_client, f"ARROW_{name}", value)
-    with running_proxy(int(rclone_s3.env["AWS_ENDPOINT_URL"].rpartition(":")[2])) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
-        forget_clients()
-        yield proxy
-    forget_clients()
-
-
-@pytest.fixture
-def store(proxy: Proxy, rclone_s3: S3) -> Store:
-    made = Store(f"{rclone_s3.uri}/store", through=retried)
-    with bridging(RETRY_S):
-        made.write_bytes("a/x", b"12")
-    return made
+def store(proxied: Store) -> Store:
+    return proxied
 
 
 def _upload(store: Store, tmp: Path) -> list[str]:
@@ -81,20 +54,21 @@ def _copy(store: Store, tmp: Path) -> bytes:
     return store.read_bytes("b/x")
 
 
-CALLS: dict[str, tuple[Callable[[Store, Path], Any], Any]] = {
-    "exists": (lambda store, tmp: store.exists("a/x"), True),
-    "absent": (lambda store, tmp: store.exists("a/none"), False),
-    "read": (lambda store, tmp: store.read_bytes("a/x"), b"12"),
-    "list": (lambda store, tmp: store.list(""), ["a/x"]),
-    "list_dirs": (lambda store, tmp: store.list_dirs(""), ["a"]),
-    "write": (_write, b"new"),
-    "put_if_absent": (lambda store, tmp: store.put_if_absent("a/z", b"mine"), True),
-    "put_if_present": (lambda store, tmp: store.put_if_absent("a/x", b"mine"), False),
-    "upload": (_upload, ["big"]),
-    "download": (_download, b"12"),
-    "delete": (_delete, []),
-    "copy": (_copy, b"12"),
+CALLS: dict[str, tuple[Callable[[Store, Path], Any], Any, tuple[str, str]]] = {
+    "exists": (lambda store, tmp: store.exists("a/x"), True, ("HEAD", "/a/x")),
+    "absent": (lambda store, tmp: store.exists("a/none"), False, ("HEAD", "/a/none")),
+    "read": (lambda store, tmp: store.read_bytes("a/x"), b"12", ("GET", "/a/x")),
+    "list": (lambda store, tmp: store.list(""), ["a/x"], ("GET", "list-type")),
+    "list_dirs": (lambda store, tmp: store.list_dirs(""), ["a"], ("GET", "list-type")),
+    "write": (_write, b"new", ("PUT", "/a/y")),
+    "put_if_absent": (lambda store, tmp: store.put_if_absent("a/z", b"mine"), True, ("PUT", "/a/z")),
+    "put_if_present": (lambda store, tmp: store.put_if_absent("a/x", b"mine"), False, ("HEAD", "/a/x")),
+    "upload": (_upload, ["big"], ("PUT", "/up/big")),
+    "download": (_download, b"12", ("GET", "/a/x")),
+    "delete": (_delete, [], ("DELETE", "/a/x")),
+    "copy": (_copy, b"12", ("PUT", "/b/x")),
 }
+"""By name: what is called, what comes of it, and method and path of the request that fails."""
 PASSING = {
     "503": Fault(503), "500": Fault(500), "429": Fault(429), "500 after the deed": Fault(500, done=True),
     "slow": Fault(delay_s=3), "cut": Fault(cut=True),
@@ -103,14 +77,13 @@ PASSING = {
 
 @pytest.mark.parametrize("kind", [k if k in ("503", "cut") else pytest.param(k, marks=pytest.mark.ci) for k in PASSING])
 def test_a_fault_that_passes_only_delays_every_call(kind: str, rclone_s3: S3, proxy: Proxy, tmp_path: Path) -> None:
-    for name, (call, expected) in CALLS.items():
+    for name, (call, expected, (method, path)) in CALLS.items():
         store = Store(f"{rclone_s3.uri}/{name}", through=retried)
         with bridging(RETRY_S):
             store.write_bytes("a/x", b"12")
-            proxy.fail(PASSING[kind], times=1 if kind == "slow" else 2)
-            before = len(proxy.seen)
+            proxy.fail(PASSING[kind], method, containing=path, times=1 if kind == "slow" else 2)
             assert call(store, tmp_path / name) == expected, name
-        assert len(proxy.seen) > before
+        assert proxy.num_failed > 0, name
         proxy.heal()
 
 
@@ -189,47 +162,7 @@ def test_a_store_that_waits_is_one_after_pickling_too(store: Store, proxy: Proxy
         assert again.read_bytes("a/x") == b"12"
 
 
-# -- leases
-
-
-def test_a_holder_that_could_not_renew_in_time_asks_before_it_writes(store: Store, proxy: Proxy, rclone_s3: S3) -> None:
-    lost = threading.Event()
-    with held(store, "lease", report=print, lost=lost.set, lapses_after_s=LAPSES_AFTER_S) as ours:
-        proxy.fail(Fault(503))  # this process alone is cut off
-        ours.confirm()  # it was renewed a moment ago: nobody is asked
-        ours._sure_since -= LAPSES_AFTER_S  # as when that time has passed
-        with pytest.raises(UserError):
-            ours.confirm()
-        assert not ours.taken, "it may still be ours"
-        # meanwhile somebody else takes over, as whoever watched the lease may
-        rclone_s3.client().put_object(Bucket=rclone_s3.bucket, Key="store/lease/2.json", Body=b"{}")
-        proxy.heal()
-        with pytest.raises(LeaseTaken):
-            ours.confirm()
-        assert lost.is_set()
-        with pytest.raises(LeaseTaken):
-            ours.confirm()
-    assert store.read_bytes("lease/2.json") == b"{}", "the other one's lease is left alone"
-
-
-def test_an_outage_that_nobody_used_leaves_the_lease_where_it_was(store: Store, proxy: Proxy) -> None:
-    with held(store, "lease", report=print, lost=lambda: None, lapses_after_s=LAPSES_AFTER_S) as ours:
-        ours._sure_since -= LAPSES_AFTER_S
-        before = len(proxy.seen)
-        ours.confirm()
-        assert len(proxy.seen) > before, "it looked"
-        assert store.list("lease") == ["1.json"]
-        before = len(proxy.seen)
-        ours.confirm()
-        assert len(proxy.seen) == before, "and is sure for a while"
-    assert json.loads(store.read_bytes("lease/1.json"))["released"]
-
-
-def test_renewing_gives_up_long_before_the_lease_lapses() -> None:
-    connect_s, read_s, attempts = s3_client.LIMITS["brief"]
-    calls = 2  # it looks, then writes
-    lapses_after_s = lease.LAPSES_AFTER_S
-    assert lapses_after_s / RENEWALS + calls * attempts * (connect_s + read_s) < lapses_after_s
+# -- who waits
 
 
 def test_workers_wait_for_one_that_waits_for_the_store() -> None:
