@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -355,13 +356,29 @@ def test_a_digest_is_never_out_of_date(tmp_path: Path) -> None:
         data = f"{number:04}".encode()
         path.write_bytes(data)
         assert digest_file(path) == hashlib.sha256(data).hexdigest()
-    # what is old enough to be remembered: a change that keeps size and mtime is still seen
-    os.utime(path, ns=(0, 0))
+
+
+def test_a_change_that_keeps_size_mtime_and_inode_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a file that is remembered: its ctime is another, which nobody can set back."""
+    monkeypatch.setattr("dpa_ray.store.digests.SETTLED_NS", -1)
+    path = tmp_path / "x"
+    path.write_bytes(b"1111")
     status = path.stat()
     digest_file(path)
-    path.write_bytes(b"next")
+    time.sleep(0.05)  # some ticks of the file system's clock
+    path.write_bytes(b"2222")
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert digest_file(path) == hashlib.sha256(b"next").hexdigest()
+    assert path.stat().st_ino == status.st_ino
+    assert digest_file(path) == hashlib.sha256(b"2222").hexdigest()
+
+
+def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may change again within a tick of a coarse clock, with nothing to tell it by."""
+    path, asked, file_digest = tmp_path / "x", [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: (asked.append(1), file_digest(*args))[1])
+    path.write_bytes(b"1")
+    assert digest_file(path) == digest_file(path)
+    assert len(asked) == 2
 
 
 def test_a_digest_is_not_computed_twice_for_a_settled_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

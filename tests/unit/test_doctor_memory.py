@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from dpa_ray.batch import Batch
 from dpa_ray.doctor import memory
-from dpa_ray.doctor.activations import FUSED, count_kept
+from dpa_ray.doctor.activations import FUSED, Kept, count_kept
 from dpa_ray.doctor.memory import Counts, Pictures, estimate
 from dpa_ray.engine.plain import PlainEngine
 from dpa_ray.model import lora
@@ -166,6 +166,40 @@ def test_the_loss_takes_a_chunk_and_a_trained_heads_gradient_whatever_the_target
         counts(head_is_trained=False), zero_stage=2, world_size=8, bf16=True, num_slots=0, num_targets=4000, kept=0
     )
     assert many - frozen.loss == 6 * 128_256 * 4096
+
+
+def test_the_update_is_the_worst_moment_where_a_step_needs_less() -> None:
+    """ZeRO 0 of 8 billion: weights, gradients, masters and moments, and an exact gradient of 4 bytes at the update."""
+    found, whole = of(0), 8_000_000_000
+    state = 2 * (whole + 2_000_000) + (4 + 8) * whole
+    assert (found.activations, found.loss, found.update) == (0, 0, 4 * whole)
+    assert found.total == state + 2 * whole + 4 * whole + memory.CUDA_BYTES
+    longer = of(0, kept=5 * whole)
+    assert longer.total == state + 2 * whole + 5 * whole + memory.CUDA_BYTES
+
+
+def test_the_loss_by_hand() -> None:
+    """Two chunks (logits, and what is made of them), hidden states with their gradient; where there are several chunks, a
+    sum of 4 bytes and a gradient of 2 of the head."""
+    hidden, head = 2 * 1000 * 4096 * 2, (4 + 2) * 128_256 * 4096
+    assert of(2, num_targets=1000, on_gpu=True).loss == 2 * 256 * 2**20 + hidden + head
+    assert of(2, num_targets=1000, on_gpu=False).loss == 2 * 4 * 2**20 + hidden + head
+    assert of(2, num_targets=10).loss == 2 * 4 * 10 * 128_256 + 2 * 10 * 4096 * 2, "one chunk, not a whole one"
+
+
+def test_small_tensors_are_whole_on_every_rank_at_zero_three() -> None:
+    options: dict[str, Any] = dict(world_size=8, bf16=True, num_slots=0, num_targets=0, kept=0)
+    few, many = (
+        [estimate(counts(small=small), zero_stage=stage, **options).weights for stage in (0, 1, 2, 3)]
+        for small in (0, 10**6)
+    )
+    assert [b - a for a, b in zip(few, many, strict=True)] == [0, 0, 0, 2 * 10**6]
+
+
+def test_a_layer_that_is_computed_again_is_there_beside_its_gradients() -> None:
+    kept = Kept(whole=100, checkpointed=30, layer=7)
+    assert memory.kept_bytes(kept, checkpointing=False) == 100
+    assert memory.kept_bytes(kept, checkpointing=True) == 30 + 7
 
 
 def test_images_count_each() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,7 +183,10 @@ def test_a_server_that_comes_late_is_found(lines: Callable[[], str], aws: Metada
     assert lines().count("no metadata server of AWS or Google answers") == 1
 
 
-def test_a_gcs_that_is_away_is_asked_again(aws: MetadataServer, lines: Callable[[], str]) -> None:
+def test_a_gcs_that_is_away_is_asked_again_as_long_as_the_machine_lives(
+    aws: MetadataServer, lines: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drain_watcher, "GIVE_UP_AFTER_S", 0.0)
     aws.say(INTERRUPTION, f'{{"action": "terminate", "time": "{AT}"}}')
     answers = iter(["away", "away", "node abc"])
 
@@ -225,6 +230,22 @@ def test_a_gcs_that_does_not_answer_is_not_waited_for_longer_than_that(monkeypat
         address = f"127.0.0.1:{closed.getsockname()[1]}"
         with pytest.raises(DrainFailed, match="does not answer within 1 s"):
             ask_ray(Notice("a test", None), address, node_id="ab" * 28)
+
+
+@pytest.mark.parametrize(("in_s", "is_told"), [(None, False), (-50.0, True), (500.0, True)])
+def test_a_deadline_that_has_passed_is_still_one(
+    in_s: float | None, is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0 is none, and Ray drains without one; what has passed is told as just ahead."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/told\necho abc\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    before = time.time()
+    assert ask_ray(Notice("gone", None if in_s is None else before + in_s), address=None, node_id=None) == "node abc"
+    told_ms = int((tmp_path / "told").read_text().split("--deadline-ms")[1])
+    assert told_ms == 0 or told_ms > 1000 * before
+    assert bool(told_ms) == is_told
 
 
 class Gcs:

@@ -148,10 +148,8 @@ def pixels(data: bytes) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """A random one; it stops at token 2."""
-    made = make_vlm()
-    made.generation_config.eos_token_id = 2
-    return made
+    """A random one. By its own config it ends at token 2, which it never says here."""
+    return make_vlm()
 
 
 def answering(model: Any, batch_size: int) -> Answering:
@@ -208,11 +206,25 @@ def test_an_answer_is_what_comes_after_the_prompt(
                 input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=images, use_cache=False
             ).logits
             word = int(logits[0, -1, :VOCABULARY].argmax())
-            if word == 2:
-                break
             words.append(word)
             ids = torch.cat([ids, torch.tensor([[word]])], 1)
     assert answering(model, 1)([asked]) == [" ".join(map(str, words))]
+
+
+def test_an_answer_ends_where_the_model_says_and_has_none_of_its_tokens_that_are_no_text(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ends of a turn and what is suppressed are those of the model's own settings for generation."""
+    asked = [some_questions(3)[2]]
+    words = answering(model, 1)(asked)[0].split()
+    assert len(words) == 6
+    at = next(i for i, word in enumerate(words) if word != words[0])
+    assert at < 5, "there is something to cut off"
+    with monkeypatch.context() as patch:
+        patch.setattr(model.generation_config, "eos_token_id", [2, int(words[at])])
+        assert answering(model, 1)(asked) == [" ".join(words[: at + 1])]
+    monkeypatch.setattr(model.generation_config, "suppress_tokens", [int(words[0])])
+    assert words[0] not in answering(model, 1)(asked)[0].split()
 
 
 def test_another_image_gives_another_answer(model: Any) -> None:

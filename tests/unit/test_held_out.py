@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dpa_ray.batch import IGNORE_INDEX, Batch
+from dpa_ray.data.prepared import Prepared
 from dpa_ray.engine.held_out import HeldOut, held_out_loader, while_running
 from dpa_ray.errors import UserError
 from dpa_ray.eval.held_out import VISUAL_GAIN, HeldOutNll, held_out_nll
@@ -79,6 +80,13 @@ def test_sums_add_over_batches_and_leave_the_module_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
+def test_nothing_is_dropped_while_it_is_measured() -> None:
+    """Though the module is in train mode."""
+    module, batch = make_step(make_vlm(attention_dropout=0.3), "uniform").train(), batch_of(SAMPLES)
+    assert torch.equal(nll_sums(module, batch, VISUAL_GAIN), nll_sums(module, batch, VISUAL_GAIN))
+    assert not torch.equal(module(batch).loss, module(batch).loss), "there is something to drop"
+
+
 def test_a_model_that_cannot_see_has_no_blind_nll() -> None:
     sums = nll_sums(make_step(make_llm("llama"), "uniform"), batch_of(["s2 t4 g1", "t5"]), VISUAL_GAIN)
     found = held_out_nll(sums.tolist())
@@ -100,21 +108,32 @@ def test_means_by_hand() -> None:
 # While a stage runs
 
 
+@dataclass
 class Batches:
-    """A loader of one sample a row, which counts what is read."""
+    """A loader of one sample a row, which notes how it reads what."""
 
-    def __init__(self, num_rows: int):
-        self.prepared = type("Prepared", (), {"num_rows": num_rows})
-        self.read: list[list[int]] = []
+    prepared: Any
+    samples: Sequence[str] = tuple(SAMPLES)
+    packing: bool = False
+    blind: Any = None
+    skipped: frozenset[int] = frozenset()
+    can_skip: bool = True
+    read: list[list[int]] = field(default_factory=list)
+    ways: set[tuple[Any, ...]] = field(default_factory=set)
 
     def load(self, rows: np.ndarray, filler_row: int) -> Batch:
         self.read.append([int(row) for row in rows])
-        return batch_of([SAMPLES[row % len(SAMPLES)] for row in rows])
+        self.ways.add((self.prepared.digest, self.packing, self.blind, self.skipped, self.can_skip))
+        return batch_of([self.samples[row % len(self.samples)] for row in rows])
+
+
+def set_of(num_rows: int, digest: str = "held out") -> Prepared:
+    return Prepared(digest, num_rows, (), 0)
 
 
 def test_the_first_samples_are_read_once_where_they_are_kept() -> None:
     module, cpu = make_step(make_vlm(), "uniform"), torch.device("cpu")
-    loader = Batches(9)
+    loader = Batches(set_of(9))
     kept = HeldOut(module, loader, 5, 2, cpu, keep=True)  # type: ignore[arg-type]
     assert kept.nll() == kept.nll()
     assert loader.read == [[0, 1], [2, 3], [4]]
@@ -124,46 +143,39 @@ def test_the_first_samples_are_read_once_where_they_are_kept() -> None:
     assert loader.read[3:] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]] * 2
 
 
-def test_it_is_time_every_few_steps_and_after_the_last(recipe: Callable[..., Recipe], monkeypatch: Any) -> None:
-    """By the step's number alone. The keys are those of the metrics; a set without visual words has no number for them."""
-    made = recipe("eval.every_steps=3", "eval.running_samples=7")
-    asked: list[tuple[Any, ...]] = []
-
-    class Told:
-        def __init__(self, *arguments: Any, keep: bool):
-            asked.append((*arguments[1:4], keep))
-
-        def nll(self) -> HeldOutNll:
-            return HeldOutNll(9, 1.5, 2.5, 0, None, None, 0)
-
-    monkeypatch.setattr("dpa_ray.engine.held_out.HeldOut", Told)
-    own = common(made)
-    task = InstructTask(
-        **own | {"num_steps": 8}, base=BaseLlm(weights_of()), connector=Connector(own["result"]), held_out=own["data"]
-    )
-    loader = make_loader(own["data"])
-    evaluate = while_running(task, None, loader, torch.device("cpu"))  # type: ignore[arg-type]
+def test_it_is_time_every_few_steps_and_after_the_last(recipe: Callable[..., Recipe]) -> None:
+    """By the step's number alone, on the first samples of the held-out set, which are read once: neither packed nor with
+    what the stage's own samples have. The keys are those of the metrics."""
+    task = held_out_task(recipe("eval.every_steps=3", "eval.running_samples=5", "stages.instruct.micro_batch_size=2"))
+    module, cpu = make_step(make_vlm(), "uniform"), torch.device("cpu")
+    loader = Batches(set_of(1, "its own"), packing=True, blind=object(), skipped=frozenset({1}))
+    evaluate = while_running(task, module, loader, cpu)  # type: ignore[arg-type]
     found = {step: evaluate(step) for step in range(1, 9)}
     assert [step for step, values in found.items() if values] == [3, 6, 8]
-    assert found[3] == found[3] | {
-        "eval_num_targets": 9,
-        "eval_nll": 1.5,
-        "eval_nll_blind": 2.5,
-        "eval_num_visual": 0,
-        "eval_num_visual_known": 0,
-    }
-    assert found[3].keys() - {"eval_time_s"} == {
-        "eval_num_targets",
-        "eval_nll",
-        "eval_nll_blind",
-        "eval_num_visual",
-        "eval_num_visual_known",
-    }
-    ((read, num_samples, batch_size, keep),) = asked
-    assert (num_samples, batch_size, keep) == (7, made.stages.instruct.micro_batch_size, True)
-    assert (read.packing, read.blind, read.skipped) == (False, None, frozenset())
-    never = while_running(replace(task, held_out=None), None, loader, torch.device("cpu"))  # type: ignore[arg-type]
+    assert loader.read == [[0, 1], [2, 3], [4]]
+    assert loader.ways == {("held out", False, None, frozenset(), False)}
+    expected = HeldOut(module, Batches(set_of(9)), 5, 2, cpu, keep=False).nll()  # type: ignore[arg-type]
+    for step in (3, 6, 8):
+        assert found[step].pop("eval_time_s") >= 0
+        assert found[step] == {f"eval_{name}": value for name, value in asdict(expected).items()}
+    never = while_running(replace(task, held_out=None), module, loader, cpu)  # type: ignore[arg-type]
     assert [never(step) for step in (3, 8)] == [{}, {}]
+
+
+def test_what_has_no_number_has_no_key(recipe: Callable[..., Recipe]) -> None:
+    """A set without visual words, read by a model that cannot see."""
+    task = held_out_task(recipe("eval.every_steps=3"))
+    module, loader = make_step(make_llm("llama"), "uniform"), Batches(set_of(1, "its own"), ("s2 t4",))
+    found = while_running(task, module, loader, torch.device("cpu"))(3)  # type: ignore[arg-type]
+    assert found.keys() == {
+        "eval_num_targets", "eval_nll", "eval_num_visual", "eval_num_visual_known", "eval_time_s",
+    }  # fmt: skip
+
+
+def held_out_task(made: Recipe) -> InstructTask:
+    """Stage 3 in eight steps, with nine held-out samples."""
+    own = common(made) | {"num_steps": 8}
+    return InstructTask(**own, base=BaseLlm(weights_of()), connector=Connector(own["result"]), held_out=set_of(9))
 
 
 def make_loader(prepared: Any) -> Any:

@@ -7,12 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dpa_ray.recipe import Recipe
 from dpa_ray.stages import weights
+from dpa_ray.stages.keys import merged_inputs
 from dpa_ray.stages.pipeline import make_plan
 from dpa_ray.stages.runs import identity
+from dpa_ray.store.artifacts import content_key
 from dpa_ray.store.fs import Store
-from tests.small_recipes import ORDER, keys_of
+from tests.small_recipes import ORDER, keys_of, weights_of
 
 # Every key of a recipe: another value, and the first result that it changes (all later ones hang on that). None: none.
 # A recipe key that is not here fails the test, so that whoever adds one must decide.
@@ -250,6 +254,29 @@ def test_q_of_a_frozen_stage_three_has_what_it_reads_in_its_key(recipe: Callable
     found = {whole, *map(key, others), key(few, "stages.instruct.group_by_length=false"), key(few, "seed=9")}
     assert len(found) == 1 + len(others) + 2
     assert key("data.instruct.fraction=0.5", "data.shuffle_window=7") == key("data.instruct.fraction=0.5")
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "overrides"),
+    [("proxy_mllm", "blind", ["method=cmo"]), ("instruct", "blind_instruct", ["stages.instruct.llm=frozen"])],
+)
+def test_q_of_the_first_steps_is_of_the_order_that_its_stage_has_in_this_version(
+    stage: str, name: str, overrides: list[str], recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version may take other samples in so many steps; of all samples the order does not matter."""
+    every, few = recipe(*overrides), recipe(*overrides, f"stages.{stage}.max_steps=1")
+    before = [keys_of(made)[name] for made in (every, few)]
+    monkeypatch.setattr(f"dpa_ray.stages.{stage}.VERSION", 99)
+    after = [keys_of(made)[name] for made in (every, few)]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False]
+
+
+def test_a_merge_is_of_the_runs_precision_wherever_its_adapter_is_from(recipe: Callable[..., Recipe]) -> None:
+    """An adapter of one's own has a key of what is in it alone."""
+    base = weights_of()
+    fp32, bf16 = (merged_inputs(recipe(f"precision={p}"), base, "an adapter's key") for p in ("fp32", "bf16"))
+    assert content_key(fp32) != content_key(bf16)
+    assert content_key(fp32) == content_key(merged_inputs(recipe("seed=7"), base, "an adapter's key"))
 
 
 def test_as_many_image_tokens_are_the_same_q_whatever_the_tower(

@@ -58,6 +58,8 @@ def test_take_is_exactly_the_rows_it_says(store, source, parts, monkeypatch):
         monkeypatch.setattr(sources, "MAX_PART_ROWS", 15)
     assert taken(store, source, "first:30") == list(range(30))
     assert taken(store, source, "first:2%") == [0, 1]
+    assert taken(store, source, "first:2.4%") == [0, 1]
+    assert taken(store, source, "first:2.5%") == [0, 1, 2], "the nearest"
     assert taken(store, source, "last:3") == taken(store, source, "end:3") == [97, 98, 99]
     some = taken(store, source, "random:10%")
     assert some == taken(store, source, "random:10") == sorted(set(some))

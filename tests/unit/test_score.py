@@ -114,8 +114,7 @@ def test_gradcheck(bias: bool, softcap: float | None, num_rows: int | None, froz
 @pytest.mark.parametrize("frozen", [False, True])
 def test_bf16_is_summed_in_fp32(frozen: bool) -> None:
     """Scores leave in fp32, off by the logits' rounding alone (2^-9 of values up to 16); gradients are bf16, rounded a
-    few times on their way (2^-8 each). Summed over the chunks in bf16 they would not be off by more than that here:
-    what is tested is that nothing worse happens."""
+    few times on their way (2^-8 each)."""
     case = make_case(torch.bfloat16)
     case.head.requires_grad_(not frozen)
     exact = naive(case, torch.float64, None, None)
@@ -125,6 +124,20 @@ def test_bf16_is_summed_in_fp32(frozen: bool) -> None:
     for name in found.keys() - {"log_prob", "logit"}:
         assert found[name].dtype == torch.bfloat16
         assert error(found[name], exact[name]) < 2**-6, name
+
+
+def test_a_trained_heads_gradient_loses_nothing_over_many_parts_of_rows() -> None:
+    """512 parts, all in the same direction. In bf16 a sum of 256 would not notice one more: half of it would be missing.
+    2^-8: what leaves is rounded to bf16 once, and so is each slope."""
+    generator = torch.Generator().manual_seed(0)
+    head = nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+    nn.init.normal_(head.weight, std=0.1, generator=generator)
+    hidden = (1 + 0.1 * torch.randn(4096, 8, generator=generator)).bfloat16().requires_grad_()
+    case = Case(hidden, head, torch.zeros(4096, dtype=torch.long), torch.ones(4096))
+    scorer = TargetScorer(head, softcap=None, num_rows=None, chunk_bytes=4 * 8 * 8)
+    scorer.score(hidden, case.target).log_prob.sum().backward()
+    assert head.weight.grad is not None
+    assert error(head.weight.grad, naive(case, torch.float64, None, None)["weight"]) < 2**-8
 
 
 def test_tied_embeddings_get_both_gradients() -> None:

@@ -40,6 +40,7 @@ from dpa_ray.stages.trainable import select_trainable
 from dpa_ray.store.artifacts import commit, find
 from dpa_ray.store.fs import Store
 from tests.small_recipes import CONNECTOR, common, weights_of
+from tests.tiny_models import END_OF_TURN, ROLES, Family
 
 
 def test_stage_three_refuses_a_proxy(recipe: Callable[..., Recipe]) -> None:
@@ -220,19 +221,71 @@ def test_the_finished_model_is_the_trained_one(
     assert processor.tokenizer.convert_tokens_to_ids("<image>") == built.encoder.image_token_id
 
 
-def test_generation_stops_at_the_end_of_turn(
-    recipe: Callable[..., Recipe], connector_artifact: Callable[[Store], ArtifactRef], tmp_path: Path
-) -> None:
-    made = recipe("stages.instruct.llm=frozen")
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_generation_stops_at_the_end_of_turn_and_at_the_base_llms_eos(
+    family: Family, recipe: Callable[..., Recipe], llm_folder: Callable[..., Path],
+    connector_artifact: Callable[[Store], ArtifactRef], tmp_path: Path,
+) -> None:  # fmt: skip
+    """Llama's EOS is what ends a turn; Gemma-2's is another token."""
+    made = recipe("stages.instruct.llm=frozen", f"model.llm={llm_folder(family)}")
     store = Store(made.store)
     built = instruct.build_stage(instruct_task(made, connector_artifact(store)), store)
     built.save(trained(built.module.model, "instruct", "frozen"), tmp_path / "out")
     loaded, processor = load_exported(tmp_path / "out")
     ends = loaded.generation_config.eos_token_id
-    end = processor.tokenizer.convert_tokens_to_ids("<|eot_id|>")
-    assert end in (ends if isinstance(ends, list) else [ends])
+    expected = {processor.tokenizer.convert_tokens_to_ids(token) for token in (END_OF_TURN[family], ROLES[family][1])}
+    assert set(ends if isinstance(ends, list) else [ends]) == expected
     assert built.encoder.image_token_id in loaded.generation_config.suppress_tokens
     assert loaded.generation_config.pad_token_id is not None
+
+
+def test_a_stage_scores_by_its_llms_capped_logits(
+    recipe: Callable[..., Recipe], llm_folder: Callable[..., Path], connector_artifact: Callable[[Store], ArtifactRef]
+) -> None:
+    """As transformers has them of Gemma-2. 1e-5: fp32 sums in another order."""
+    made = recipe("stages.instruct.llm=frozen", f"model.llm={llm_folder('gemma2')}")
+    store = Store(made.store)
+    module = instruct.build_stage(instruct_task(made, connector_artifact(store)), store).module.eval()
+    ids, llm = torch.arange(8), vlm.load_llm(ModelRef(made.model.llm), torch.float32).eval()
+    with torch.no_grad():
+        hidden = module.decoder(input_ids=ids.unsqueeze(0), use_cache=False).last_hidden_state[0]
+        found = module.scorer.score(hidden, ids).log_prob
+        expected = llm(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].log_softmax(-1)[ids, ids]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def with_dropout(folder: str, copy: Path) -> Path:
+    """A copy of a model's folder that drops attention while it trains."""
+    shutil.copytree(folder, copy)
+    values = json.loads((copy / "config.json").read_text())
+    for section in (values, values.get("vision_config", {})):
+        section["attention_dropout"] = 0.3
+    (copy / "config.json").write_text(json.dumps(values))
+    return copy
+
+
+@pytest.mark.parametrize("stage", ["proxy_mllm", "instruct"])
+def test_nothing_is_dropped_in_what_is_frozen(
+    stage: str, recipe: Callable[..., Recipe], models: dict[str, str],
+    connector_artifact: Callable[[Store], ArtifactRef], tmp_path: Path,
+) -> None:  # fmt: skip
+    """Train mode turns checkpointing on; p under dropout would be less than q for no reason of the image's."""
+    llm, vision = (with_dropout(models[name], tmp_path / name) for name in ("llm", "vision"))
+    made = recipe("stages.instruct.llm=frozen", f"model.llm={llm}", f"model.vision={vision}")
+    store = Store(made.store)
+    task = instruct_task(made, connector_artifact(store))
+    if stage == "instruct":
+        model = instruct.build_stage(task, store).module.train().model
+    else:
+        values = {**common(made), "tower": task.tower}
+        model = (
+            proxy_mllm.build_stage(ProxyMllmTask(**values, llm=task.base, tokenizer=task.base), store)
+            .module.train()
+            .model
+        )
+    pixels, ids = torch.randn(1, 3, 28, 28), torch.arange(8).unsqueeze(0)
+    for read in (lambda: vision_features(model, pixels), lambda: model.model.language_model(ids).last_hidden_state):
+        assert torch.equal(read(), read())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

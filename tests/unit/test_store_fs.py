@@ -238,6 +238,22 @@ def test_a_failed_local_write_leaves_no_trace(tmp_path: Path, monkeypatch: pytes
     assert os.listdir(tmp_path / "store" / "a") == ["x"]
 
 
+def test_content_is_on_the_disk_before_its_name_and_both_before_a_write_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a file is there whole, once it was said to be written."""
+    target, synced, fsync = tmp_path / "a" / "x", [], os.fsync
+
+    def told(descriptor: int) -> None:
+        place = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append(("folder" if place == target.parent else "file", target.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", told)
+    Store(str(tmp_path)).write_bytes("a/x", b"new")
+    assert synced == [("file", False), ("folder", True)]
+
+
 def test_a_killed_local_upload_shows_nothing(tmp_path: Path) -> None:
     script = """
         import os, pathlib, signal, sys

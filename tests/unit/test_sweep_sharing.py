@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Sequence
 from itertools import takewhile
 
+import pytest
+
 from dpa_ray.recipe import load
 from dpa_ray.stages.spec import ArtifactRef, Task
+from dpa_ray.sweep import sharing
 from dpa_ray.sweep.sharing import Claims, chain, choose, claim
 
 
@@ -32,14 +36,26 @@ def test_a_claim_takes_the_place_of_the_trials_earlier_one() -> None:
     assert claims.take("b", ["1"]) == 1
 
 
-def test_trials_that_need_each_others_work_make_each_once_and_all_end() -> None:
-    """Twelve trials at once, whose lists of shared artifacts overlap in any order: the harshest case of a circle."""
+@pytest.mark.parametrize("left", [0, 1])
+def test_what_was_finished_between_the_look_and_the_claim_is_not_made_again(left: int) -> None:
+    """And where nothing is left, the claims go back."""
+    claims, looks = Claims(), iter([2, left])
+    tasks = [task("a"), task("b")]
+    assert claim(tasks, lambda _: next(looks), take=lambda paths: claims.take("x", paths)) == left
+    assert claims.take("y", [task.result.path for task in tasks]) == (0 if left else 2)
+
+
+def test_trials_that_need_each_others_work_make_each_once_and_all_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve trials at once, whose lists of shared artifacts overlap in any order: the harshest case of a circle. Making
+    takes a moment, and so does a claim: others finish meanwhile."""
+    monkeypatch.setattr(sharing, "POLL_S", 0.001)
     claims, lock = Claims(), threading.Lock()
     made: list[str] = []
-    rng = random.Random(0)
+    rng, delays = random.Random(0), random.Random(1)
     tasks = {name: task(name) for name in "abcdefgh"}
 
     def take(trial: str, paths: list[str]) -> int:
+        time.sleep(delays.random() * 0.01)
         with lock:
             return claims.take(trial, paths)
 
@@ -50,6 +66,7 @@ def test_trials_that_need_each_others_work_make_each_once_and_all_end() -> None:
         left = [tasks[name] for name in order]
         while left:
             mine = claim(left, num_left, take=lambda paths: take(trial, paths))
+            time.sleep(delays.random() * 0.005 * mine)
             made.extend(task.result.key for task in left[:mine])
             left = left[max(1, mine) :]
         with lock:
