@@ -151,8 +151,8 @@ def problem(metric: str, recipe: Recipe) -> str | None:
     if key.startswith(PREFIX) and key in RUNNING_KEYS and recipe.held_out(where) is None:
         needs = "data.eval" if where == "instruct" else "data.eval_captions"
         return f"expected a recipe with eval.every_steps and {needs} for {metric}, found one without"
-    known = stage_keys(recipe, where)
-    return None if key in known else f"expected {where}.KEY with one of {', '.join(known)}, found {metric}"
+    told = stage_keys(recipe, where)
+    return None if key in told else f"expected {where}.KEY with one of {', '.join(told)}, found {metric}"
 
 
 def stage_keys(recipe: Recipe, stage: str) -> tuple[str, ...]:
