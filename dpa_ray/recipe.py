@@ -30,7 +30,7 @@ from dpa_ray.recipe_stages import (
     StagesSection,
     Weights,
 )
-from dpa_ray.recipe_yaml import apply_override, read_yaml
+from dpa_ray.recipe_yaml import apply_override, kept_beside_source, read_yaml
 
 __all__ = [
     "ColumnsSection", "Recipe", "RecipeError", "SourceEntry", "SourceOptions", "SourceSection", "find_recipe",
@@ -52,15 +52,33 @@ DEFAULT_STORE = "~/dpa_ray"
 RECIPES_DIR = Path(__file__).resolve().parent.parent / "jobs" / "recipes"
 
 
+def checked_store(store: str) -> str:
+    """`store` as it is. Raises: ValueError where it is no folder and no bucket."""
+    is_remote = re.match(r"(s3|gs)://[^/]", store)
+    other = store == "" or "\0" in store or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", store)
+    if other and not is_remote:
+        raise ValueError(f"expected a folder, s3://bucket/prefix or gs://bucket/prefix, found {shown(store)}")
+    return store
+
+
+def absolute_store(store: str) -> str:
+    """`store`, a local one made absolute. Raises: ValueError where it is none."""
+    if checked_store(store).startswith(("s3://", "gs://")):
+        return store
+    try:
+        return str(Path(store).expanduser().absolute())
+    except RuntimeError as err:  # ~ of a user that is not known
+        raise ValueError(f"expected a folder, found {shown(store)}: {err}") from None
+
+
 class ModelSection(Section):
     llm: str = Field(
         min_length=1,
-        description="decoder LLM: hub id (ORG/NAME, or ORG/NAME@REVISION: a commit, tag or branch), folder, s3:// folder, or "
-        "builtin:tiny-llm",
+        description="decoder LLM: hub id (ORG/NAME, or ORG/NAME@REVISION: a commit, tag or branch), folder, or builtin:tiny-llm",
     )
     vision: str = Field(
         min_length=1,
-        description="CLIP, SigLIP or DINOv2 tower: hub id (ORG/NAME or ORG/NAME@REVISION), folder, s3:// folder, or builtin:tiny-vit",
+        description="CLIP, SigLIP or DINOv2 tower: hub id (ORG/NAME or ORG/NAME@REVISION), folder, or builtin:tiny-vit",
     )
     vision_layer: int = Field(
         -2, description="hidden state of the tower that feeds the connector; negative counts from the last"
@@ -126,12 +144,8 @@ class Recipe(Section):
 
     @field_validator("store")
     @classmethod
-    def _folder_or_s3(cls, store: str) -> str:
-        is_remote = re.match(r"(s3|gs)://[^/]", store)
-        other = store == "" or "\0" in store or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", store)
-        if other and not is_remote:
-            raise ValueError(f"expected a folder, s3://bucket/prefix or gs://bucket/prefix, found {shown(store)}")
-        return store
+    def _folder_or_bucket(cls, store: str) -> str:
+        return checked_store(store)
 
     def weights(self, stage: str) -> Weights:
         """Token weights of `stage`: its own setting, else the method's; stage 1 is always uniform."""
@@ -269,24 +283,25 @@ def load(
     path = find_recipe(name_or_path)
     values = read_yaml(path)
     errors = [e for e in (apply_override(values, o) for o in overrides) if e]
+    kept = kept_beside_source(read_yaml(path), overrides)
     values.setdefault("name", path.stem)
     if name is not None:
         values["name"] = name
     if store is not None:
         values["store"] = store
-    recipe = parse(values, str(path), errors)
+    try:
+        recipe = parse(values, str(path), errors)
+    except RecipeError as err:
+        raise RecipeError([(key, text + kept.get(key, "")) for key, text in err.errors], str(path)) from None
     update: dict[str, Any] = {}
     named = name is not None or any(o.startswith("name=") for o in overrides)
     content = [o for o in overrides if not o.startswith(("name=", "store="))]
     if content and not named:
         update["name"] = f"{recipe.name}-{recipe.digest()[:8]}"
-    if not recipe.store.startswith(("s3://", "gs://")):
-        try:
-            update["store"] = str(Path(recipe.store).expanduser().absolute())
-        except RuntimeError as err:  # ~ of a user that is not known
-            raise RecipeError(
-                [("store", f"expected a folder, found {shown(recipe.store)}: {err}")], str(path)
-            ) from None
+    try:
+        update["store"] = absolute_store(recipe.store)
+    except ValueError as err:
+        raise RecipeError([("store", str(err))], str(path)) from None
     return recipe.model_copy(update=update)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ STRING_TAG = "tag:yaml.org,2002:str"
 MERGE_TAG = "tag:yaml.org,2002:merge"
 TIMESTAMP_TAG = "tag:yaml.org,2002:timestamp"
 FLOAT_TAG = "tag:yaml.org,2002:float"
+
+OF_A_SOURCE = ("images", "format", "columns", "options")
+"""Keys that belong to a source of data, beside it."""
+
+LABELS = ("cluster.label_selector", "cluster.fallback_label_selector")
+"""Sections whose keys are labels, which may have dots and a slash."""
 
 MAX_INTEGER = 2**63
 """No setting is near it; beyond some 4,300 digits Python refuses to print an integer."""
@@ -82,12 +89,38 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def kept_beside_source(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
+    """By section: what to say where an override replaces its `source` and what the recipe (`values`) says beside it does not
+    fit the new one: the user did not type that, and has to leave it out."""
+    typed = {override.partition("=")[0] for override in overrides}
+    told = {}
+    for section in sorted(path.removesuffix(".source") for path in typed if path.endswith(".source")):
+        here: Any = values
+        for key in section.split("."):
+            here = here.get(key) if isinstance(here, dict) else None
+        own = [k for k in OF_A_SOURCE if isinstance(here, dict) and here.get(k) is not None]
+        left = [
+            f"{section}.{key}" for key in own if not any(f"{path}.".startswith(f"{section}.{key}.") for path in typed)
+        ]
+        if left:
+            told[section] = (
+                f"; {', '.join(left)} comes from the recipe, whose source was replaced: leave it out with "
+                f"{' '.join(f'{path}=null' for path in left)}"
+            )
+    return told
+
+
 def apply_override(values: dict[str, Any], override: str) -> tuple[str, str] | None:
     """Set one `key.path=value` in `values`, sections on the way made where there are none; returns the error, if any.
 
     The value is YAML; nothing after the `=` means null.
     """
     path, sep, text = override.partition("=")
+    for section in LABELS:
+        label = path.removeprefix(f"{section}.")
+        if sep and label != path and re.search(r"[./]", label):
+            found = f"expected a label with '.' or '/' in braces, as '{section}={{{label}: {text}}}'"
+            return (section, f"{found}, found {override!r}")
     if not sep or not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", path):
         return ("", f"expected key.path=value, found {override!r}")
     try:

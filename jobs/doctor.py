@@ -47,11 +47,12 @@ def main(argv: list[str] | None = None) -> int:
         recipe = load(recipe_name, overrides, name=arguments.name, store=arguments.store)
         from dpa_ray.doctor import examine, screen
         from dpa_ray.doctor.cost import given_step_times
+        from dpa_ray.doctor.plan.arguments import read, refuse_without_plan
 
+        refuse_without_plan(arguments)
         stages = examine.training_stages(recipe)
         if arguments.plan:
             from dpa_ray.doctor.plan import command
-            from dpa_ray.doctor.plan.arguments import read
 
             command.run(recipe, stages, read(arguments, stages), measure=arguments.measure, as_json=arguments.json)
             return 0
@@ -91,7 +92,7 @@ def _one_natural(texts: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from dpa_ray.doctor.plan.arguments import add_arguments
+    from dpa_ray.doctor.plan.arguments import add_arguments, positive
 
     parser = argparse.ArgumentParser(
         prog="doctor.py",
@@ -101,14 +102,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", nargs="?", default="tiny", help="YAML file, or the name of one in jobs/recipes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. stages.instruct.lr=2e-5")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    parser.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix (default: the recipe's)")
+    parser.add_argument(
+        "--store", metavar="URI", help="folder, s3://bucket/prefix or gs://bucket/prefix (default: the recipe's)"
+    )
     parser.add_argument("--name", help="name of the run (default: the recipe's, with a digest where it is overridden)")
     parser.add_argument(
         "--step-time", action="append", default=[], metavar="[STAGE=]SECONDS[@GPUS]",
         help="of an optimizer step, for the estimated time (default: an earlier run's in the store); @GPUS with --plan",
     )  # fmt: skip
     parser.add_argument(
-        "--gpu-memory", type=_positive, default=0.0, metavar="GIB", help="of GPUs that are not there yet"
+        "--gpu-memory", type=positive, default=0.0, metavar="GIB", help="of GPUs that are not there yet"
     )
     parser.add_argument(
         "--samples", action="append", default=[], metavar="N",
@@ -116,13 +119,6 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_arguments(parser)
     return parser
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError(text)
-    return value
 
 
 if __name__ == "__main__":

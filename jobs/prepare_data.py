@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,8 +25,9 @@ if str(ROOT) not in sys.path:  # a working directory that `ray job submit` broug
 
 from dpa_ray.data.prepare import prepare  # noqa: E402
 from dpa_ray.errors import UserError  # noqa: E402
-from dpa_ray.recipe import DEFAULT_RETRY_S, DEFAULT_STORE, SourceSection  # noqa: E402
-from dpa_ray.recipe_errors import key_path  # noqa: E402
+from dpa_ray.recipe import DEFAULT_RETRY_S, DEFAULT_STORE, RecipeError, SourceSection, absolute_store  # noqa: E402
+from dpa_ray.recipe_errors import key_path, message  # noqa: E402
+from dpa_ray.recipe_yaml import from_yaml  # noqa: E402
 from dpa_ray.store.fs import Store  # noqa: E402
 
 
@@ -39,9 +39,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="local path or s3:// URI of a file, folder, glob or {00..12} pattern; a .yaml mixture; or builtin:shapes",
+        help="local path, s3:// or gs:// URI of a file, of tars and Parquet also of a folder, glob or {00..12} pattern; a .yaml mixture; "
+        "or builtin:shapes",
     )
-    parser.add_argument("--store", metavar="URI", default=DEFAULT_STORE, help="local folder or s3://bucket/prefix")
+    parser.add_argument(
+        "--store",
+        metavar="URI",
+        default=DEFAULT_STORE,
+        help="folder, s3://bucket/prefix or gs://bucket/prefix (default: %(default)s)",
+    )
     parser.add_argument("--format", choices=["llava", "webdataset", "parquet"], help="default: by the file's name")
     parser.add_argument("--images", metavar="URI", help="folder of the images; default: the source's own")
     parser.add_argument(
@@ -63,11 +69,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
-        section = _section(arguments)
-    except ValidationError as err:
-        for error in err.errors(include_url=False):
-            place = key_path(error["loc"]) or "SOURCE"
-            print(f"{place}: {error['msg']}, found {error['input']!r}", file=sys.stderr)
+        section, store = _section(arguments), _store(arguments)
+    except RecipeError as err:
+        for place, text in err.errors:
+            print(f"{place}: {text}", file=sys.stderr)
         return 2
     if not 0 <= arguments.max_quarantined_fraction <= 1:
         found = arguments.max_quarantined_fraction
@@ -77,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"--retry-s: expected 0 or more, found {arguments.retry_s}", file=sys.stderr)
         return 2
     try:
-        _prepare(arguments, section)
+        _prepare(arguments, section, store)
     except UserError as err:
         print(err, file=sys.stderr)
         return 1
@@ -88,10 +93,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _section(arguments: argparse.Namespace) -> SourceSection:
-    """Raises: ValidationError."""
-    pairs = (option.partition("=") for option in arguments.option)
-    options = {key: yaml.safe_load(value) for key, _, value in pairs}
-    columns = {key: value for key, _, value in (column.partition("=") for column in arguments.column)}
+    """Raises: RecipeError, by what the user typed."""
+    columns, wrong_columns = _pairs("--column", arguments.column)
+    texts, wrong_options = _pairs("--option", arguments.option)
+    errors, options = [*wrong_columns, *wrong_options], {}
+    for key, text in texts.items():
+        try:
+            options[key] = from_yaml(text)
+        except ValueError as err:
+            errors.append((f"--option {key}", f"expected a YAML value, found {text!r}: {err}"))
+    if errors:
+        raise RecipeError(errors)
     values: dict[str, Any] = {
         "source": arguments.source,
         "images": arguments.images,
@@ -101,12 +113,38 @@ def _section(arguments: argparse.Namespace) -> SourceSection:
     }
     if arguments.take is not None:
         values = {"source": [{**values, "take": arguments.take}]}
-    return SourceSection.model_validate(values)
+    try:
+        return SourceSection.model_validate(values)
+    except ValidationError as err:
+        found = [(_typed(key_path(e["loc"])), message(e, SourceSection)) for e in err.errors(include_url=False)]
+        raise RecipeError(found) from None
 
 
-def _prepare(arguments: argparse.Namespace, section: SourceSection) -> None:
-    uri = arguments.store
-    store = Store(uri if "://" in uri else str(Path(uri).expanduser().absolute()))
+def _pairs(flag: str, texts: list[str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """What KEY=VALUE arguments say, and what is wrong with them."""
+    found = {key: value for key, _, value in (text.partition("=") for text in texts)}
+    return found, [(flag, f"expected KEY=VALUE, found {text!r}") for text in texts if "=" not in text]
+
+
+def _typed(path: str) -> str:
+    """A key path of the section as the argument that it came from."""
+    path = path.removeprefix("source.0").removeprefix(".")
+    for section, flag in (("columns.", "--column "), ("options.", "--option ")):
+        if path.startswith(section):
+            return flag + path.removeprefix(section)
+    return f"--{path}" if path in ("images", "format", "take") else "SOURCE"
+
+
+def _store(arguments: argparse.Namespace) -> str:
+    """Raises: RecipeError."""
+    try:
+        return absolute_store(arguments.store)
+    except ValueError as err:
+        raise RecipeError([("--store", str(err))]) from None
+
+
+def _prepare(arguments: argparse.Namespace, section: SourceSection, uri: str) -> None:
+    store = Store(uri)
     store.check()
     prepared = prepare(
         store,
@@ -115,6 +153,7 @@ def _prepare(arguments: argparse.Namespace, section: SourceSection) -> None:
         report=lambda message: print(message, file=sys.stderr, flush=True),
         ray_is_ready=_start_ray,
         retry_s=arguments.retry_s,
+        limit_name="--max-quarantined-fraction",
     )
     print(store.url(prepared.path))
 

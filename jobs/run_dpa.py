@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("recipe", nargs="?", default="tiny", help="YAML file, or the name of one in jobs/recipes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. stages.instruct.lr=2e-5")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the plan; start nothing")
-    parser.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix (default: the recipe's)")
+    parser.add_argument(
+        "--store", metavar="URI", help="folder, s3://bucket/prefix or gs://bucket/prefix (default: the recipe's)"
+    )
     parser.add_argument("--name", help="name of the run (default: the recipe's, with a digest where it is overridden)")
     arguments = parser.parse_intermixed_args(argv)
     recipe_name, overrides = arguments.recipe, arguments.overrides

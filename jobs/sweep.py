@@ -75,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds", type=_positive, default=5, help="of --compare: so many, from the recipe's (default: 5)"
     )
-    parser.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix (default: the recipe's)")
+    parser.add_argument(
+        "--store", metavar="URI", help="folder, s3://bucket/prefix or gs://bucket/prefix (default: the recipe's)"
+    )
     parser.add_argument(
         "--name",
         help="of the sweep (default: RECIPE-SPACE, or RECIPE-SPACE-SEARCH where that is not grid, or RECIPE-compare-DIGEST); "

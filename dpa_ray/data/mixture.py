@@ -18,6 +18,7 @@ from dpa_ray.data.sample import Sample
 from dpa_ray.data.sources import Part, Rejected, Scan, Source, digest_of
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import SourceEntry, SourceSection
+from dpa_ray.recipe_errors import key_path, message
 from dpa_ray.recipe_sources import format_of, is_mixture_file, parse_take
 from dpa_ray.recipe_yaml import from_yaml
 
@@ -60,8 +61,8 @@ def _from_file(uri: str, images: str | None) -> list[SourceEntry]:
             found.append(SourceEntry.model_validate(_entry(dict(item), uri.rpartition("/")[0], images)))
         except ValidationError as err:
             first = err.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            raise UserError(f"{where}: {place and place + ': '}{first['msg']}, found {first['input']!r}") from None
+            place = key_path(first["loc"])
+            raise UserError(f"{where}: {place and place + ': '}{message(first, SourceEntry)}") from None
     return found
 
 

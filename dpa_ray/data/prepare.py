@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,19 @@ def prepare(
     report: Callable[[str], None] = lambda message: None,
     ray_is_ready: Callable[[], bool] | None = None,
     retry_s: float = DEFAULT_RETRY_S,
+    limit_name: str = "data.max_quarantined_fraction",
 ) -> Prepared:
     """Prepare `section`'s data in `store`, unless it is there already; of a mixture, each source that is not.
 
     More than IN_PROCESS_ROWS rows go to Ray Data tasks, one a part, if Ray is running (else they are prepared here, the
     same way); `ray_is_ready`, asked at that point only, may start it. `report` is given a line now and then. An S3 outage
-    of `retry_s` seconds only delays.
+    of `retry_s` seconds only delays. `limit_name` is what the user knows `max_quarantined_fraction` by.
 
     Raises: UserError where the source cannot be read, or more than `max_quarantined_fraction` of it cannot be used (what
     is done is kept, the manifest is not written).
     """
     store = BridgedStore(store)
-    options = (max_quarantined_fraction, report, ray_is_ready or _ray_is_running)
+    options = (_Limit(max_quarantined_fraction, limit_name), report, ray_is_ready or _ray_is_running)
     with bridging(retry_s):
         found = pieces(section, Known(store))
         prepared = [_prepare(store, piece, *options) for piece in found]
@@ -89,10 +91,18 @@ def _mix(store: StoreLike, found: list[Piece]) -> Prepared:
     return mixture
 
 
+@dataclass(frozen=True)
+class _Limit:
+    """How much of a source may be in quarantine, and the setting's name."""
+
+    fraction: float
+    name: str
+
+
 def _prepare(
     store: StoreLike,
     piece: Piece,
-    max_quarantined_fraction: float,
+    limit: _Limit,
     report: Callable[[str], None],
     ray_is_ready: Callable[[], bool],
 ) -> Prepared:
@@ -102,7 +112,7 @@ def _prepare(
     found = find_prepared(store, scan.digest)
     if found is not None:
         manifest = store.read_json(f"{folder}/manifest.json")
-        _check_quarantine(store, folder, Counter(manifest["quarantined"]), scan.num_rows, max_quarantined_fraction)
+        _check_quarantine(store, folder, Counter(manifest["quarantined"]), scan.num_rows, limit)
         report(f"data {scan.digest}: {found.num_rows:,} samples, prepared before")
         return found
     report(f"data {scan.digest}: preparing {scan.num_rows:,} samples of {piece.entry.source}")
@@ -118,7 +128,7 @@ def _prepare(
     reasons = Counter(line["reason"] for line in rejected)
     lines = "".join(json.dumps(line) + "\n" for line in rejected)
     store.write_bytes(f"{folder}/quarantine.jsonl", lines.encode())
-    _check_quarantine(store, folder, reasons, scan.num_rows, max_quarantined_fraction)
+    _check_quarantine(store, folder, reasons, scan.num_rows, limit)
     shards = [result["shard"] for result in results if result["shard"] is not None]
     for name in store.list(folder):  # of an attempt that was killed
         if name not in {shard["name"] for shard in shards} | {"quarantine.jsonl"} and not name.startswith("parts/"):
@@ -147,17 +157,15 @@ def _prepare(
     return prepared
 
 
-def _check_quarantine(
-    store: StoreLike, folder: str, reasons: Counter[str], num_rows: int, max_quarantined_fraction: float
-) -> None:
+def _check_quarantine(store: StoreLike, folder: str, reasons: Counter[str], num_rows: int, limit: _Limit) -> None:
     """Raises: UserError where more of the source is in quarantine than allowed, or all of it."""
     num = sum(reasons.values())
-    if num <= max_quarantined_fraction * num_rows and num < num_rows:
+    if num <= limit.fraction * num_rows and num < num_rows:
         return
     counts = "\n".join(f"  {reason}: {count:,}" for reason, count in reasons.most_common())
     raise UserError(
-        f"{num:,} of {num_rows:,} samples cannot be used; expected at most {max_quarantined_fraction:.2%} "
-        f"(data.max_quarantined_fraction){' and one that can be' if num == num_rows else ''}:\n{counts}\n"
+        f"{num:,} of {num_rows:,} samples cannot be used; expected at most {limit.fraction:.2%} "
+        f"({limit.name}){' and one that can be' if num == num_rows else ''}:\n{counts}\n"
         f"each with its place and reason: {store.url(folder)}/quarantine.jsonl"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,6 +52,10 @@ class File(io.RawIOBase):
         info = system.get_file_info(path)
         if info.type != fs.FileType.File:
             found = "a folder" if info.type == fs.FileType.Directory else "nothing"
+            if found == "nothing" and re.search(r"[*?\[{]", self.uri):
+                found += (
+                    " (globs and {00..12} patterns are for tars and Parquet only; several files are a list of sources)"
+                )
             raise UserError(f"expected a file at {self.uri}, found {found}")
         size: int = info.size
         return size

@@ -11,13 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModel
 
-from dpa_ray.data import shapes
 from dpa_ray.doctor.findings import Check
 from dpa_ray.errors import UserError
-from dpa_ray.model import lora, tiny, vlm
 from dpa_ray.model.tower import TowerSpec
-from dpa_ray.model.vlm import ModelRef, quiet_loading
-from dpa_ray.stages import weights
+from dpa_ray.model.vlm import ModelRef
+from dpa_ray.stages import imports, weights
 from dpa_ray.store.artifacts import find
 from dpa_ray.store.fs import Store
 
@@ -45,14 +43,7 @@ def locate(name: str, kind: weights.Kind, store: Store, scratch: Path, check: Ch
         check.note(f"{name}, made before")
         return found.located(store)
     check.note(f"{name}, which the first run makes")
-    target = scratch / kind
-    with quiet_loading():
-        if kind == "llm":
-            vocabulary = shapes.vocabulary_texts()
-            tiny.make_tiny_llm(target, texts=vocabulary[:1], vocabulary=vocabulary, seed=weights.TINY_SEED, steps=0)
-        else:
-            tiny.make_tiny_vit(target, seed=weights.TINY_SEED)
-    return ModelRef(str(target))
+    return weights.located(found, kind, store, scratch)
 
 
 def check_weights(ref: ModelRef, kind: weights.Kind, num_parameters: int, check: Check) -> None:
@@ -109,11 +100,7 @@ def check_import(stage: str, source: str, check: Check) -> None:
     if source.startswith(("s3://", "gs://")):
         check.skip(f"{source} is in a bucket; the run fetches it and looks at it first")
         return
-    folder = Path(source).expanduser()
-    if stage == "proxy_llm":
-        lora.check_adapter(folder)
-    else:
-        vlm.import_connector(folder)
+    imports.check(stage, source)
     check.note(f"{source} is whole")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import tempfile
+from pathlib import Path
 
 from dpa_ray.credentials import without_credentials
 from dpa_ray.data.prepare import find_prepared
@@ -10,11 +11,11 @@ from dpa_ray.errors import Unreachable
 from dpa_ray.recipe import Recipe
 from dpa_ray.recipe_stages import PROXY_METHODS
 from dpa_ray.report import console
+from dpa_ray.stages import imports, weights
 from dpa_ray.stages.pipeline import make_plan, num_steps
 from dpa_ray.stages.preflight import trainables
 from dpa_ray.stages.runs import Run
 from dpa_ray.stages.spec import BLIND, TRAINING_STAGES
-from dpa_ray.store.artifacts import find
 from dpa_ray.store.fs import Store
 
 
@@ -33,12 +34,19 @@ def dry_run(recipe: Recipe) -> None:
         console.plan(_unasked(recipe), recipe=recipe, ignored=ignored_sections(recipe))
         print(f"? is not known from here: {without_credentials(str(err))}")
         return
-    counts: dict[str, dict[str, int]] = {}
-    builtin_missing = [w.name for w in (plan.llm, plan.tower) if w.artifact is not None and not _is_there(w, store)]
-    if not builtin_missing:
-        sets = trainables(recipe, plan.llm.located(store), plan.tower.located(store), plan.stages)
-        counts = {stage: {s.description: s.num_parameters} for stage, s in sets.items()}
     rows, notes = [], [f"{name} is taken at commit {commit}" for name, commit in plan.commits.items()]
+    for stage in plan.stages:
+        if (source := getattr(getattr(recipe.stages, stage), "from_", None)) is None:
+            continue
+        if source.startswith(("s3://", "gs://")):
+            notes.append(f"stages.{stage}.from: {source} is looked at by the run, which fetches it first")
+        else:
+            imports.check(stage, source)
+    with tempfile.TemporaryDirectory() as scratch:
+        llm = weights.located(plan.llm, "llm", store, Path(scratch))
+        tower = weights.located(plan.tower, "vision", store, Path(scratch))
+        sets = trainables(recipe, llm, tower, plan.stages)
+    counts = {stage: {s.description: s.num_parameters} for stage, s in sets.items()}
     for stage in plan.shown:
         if stage in BLIND.values():
             rows.append(console.PlanRow(stage, plan.refs[stage].key, stage in plan.found, None, is_trained=False))
@@ -49,12 +57,10 @@ def dry_run(recipe: Recipe) -> None:
         if steps is None:
             steps = getattr(recipe.stages, stage).max_steps
             notes.append(f"{stage}: {source.label} is not prepared yet; steps are shown as max_steps says, or as ?")
-        rows.append(console.PlanRow(stage, plan.refs[stage].key, stage in plan.found, steps, counts.get(stage, {})))
+        rows.append(console.PlanRow(stage, plan.refs[stage].key, stage in plan.found, steps, counts[stage]))
     if recipe.data.skip_ids and not plan.skipped:
         notes.append("data.skip_ids is looked up when the data is prepared; the stages have other keys then")
     console.plan(rows, recipe=recipe, ignored=ignored_sections(recipe))
-    for name in builtin_missing:
-        notes.append(f"{name} is made by the first run: trainable parameters are shown once it is there")
     for note in notes:
         print(note)
 
@@ -67,10 +73,6 @@ def _unasked(recipe: Recipe) -> list[console.PlanRow]:
             rows.append(console.PlanRow(BLIND[stage], "?", None, None, None, is_trained=False))
         rows.append(console.PlanRow(stage, "?", None, getattr(recipe.stages, stage).max_steps, None))
     return rows
-
-
-def _is_there(weights: Any, store: Store) -> bool:
-    return find(store, weights.artifact.stage, weights.artifact.key) is not None
 
 
 def ignored_sections(recipe: Recipe) -> list[str]:

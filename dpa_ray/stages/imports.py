@@ -39,6 +39,17 @@ def import_connector(source: str, store: Store) -> ArtifactRef:
         return _committed(store, "proxy-mllm", chosen, source)
 
 
+def check(stage: str, source: str) -> None:
+    """Raises: UserError where a local `source` of `stages.STAGE.from` is no adapter, or no connector."""
+    found = Path(source).expanduser()
+    if not found.exists():
+        raise UserError(f"stages.{stage}.from: expected a file or folder, found none at {source}")
+    if stage == "proxy_llm":
+        lora.check_adapter(found)
+    else:
+        vlm.import_connector(found)
+
+
 def _brought(source: str, tmp: Path, key: str) -> Path:
     """`source` as a local path; what lies on S3 is downloaded."""
     if source.startswith(("s3://", "gs://")):

@@ -14,7 +14,7 @@ from dpa_ray.data import shapes
 from dpa_ray.errors import UserError
 from dpa_ray.model import tiny
 from dpa_ray.model.tower import count_image_tokens
-from dpa_ray.model.vlm import ModelRef
+from dpa_ray.model.vlm import ModelRef, quiet_loading
 from dpa_ray.stages import hub
 from dpa_ray.stages.spec import ArtifactRef, Weights
 from dpa_ray.store.artifacts import commit, content_key, digest_folder, find
@@ -41,16 +41,38 @@ def resolve(
     """
     if name.startswith("builtin:"):
         return _builtin(name, kind, store, make=make, report=report)
+    if "://" in name:
+        raise UserError(
+            f"model.{kind}: expected a model folder, a hub id or builtin:tiny-*, found a URI, which is not taken: {name}; copy "
+            "the folder to the same path on every node, or name a hub id"
+        )
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _folder(name, folder.resolve(), kind, store, make=make, report=report)
-    if name.startswith(("/", ".", "~")) or "://" in name or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name):
+    if name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name):
         raise UserError(
             f"model.{kind}: expected a model folder, a hub id (ORG/NAME or ORG/NAME@REVISION) or builtin:tiny-*, found no such folder: {name}"
         )
     if commit is not None:
         report(f"model.{kind} {name}: at commit {commit}, as before, wherever the hub stands now")
     return _hub(name, kind, store, make=make, before=commit)
+
+
+def located(weights: Weights, kind: Kind, store: Store, scratch: Path) -> ModelRef:
+    """Where config and tokenizer can be read from. A built-in model that nobody has made yet is made in `scratch`, untrained.
+
+    Raises: UserError.
+    """
+    if weights.artifact is None or find(store, weights.artifact.stage, weights.artifact.key) is not None:
+        return weights.located(store)
+    target = scratch / weights.name
+    with quiet_loading():
+        if kind == "llm":
+            vocabulary = shapes.vocabulary_texts()
+            tiny.make_tiny_llm(target, texts=vocabulary[:1], vocabulary=vocabulary, seed=TINY_SEED, steps=0)
+        else:
+            tiny.make_tiny_vit(target, seed=TINY_SEED)
+    return ModelRef(str(target))
 
 
 def num_image_tokens(tower: Weights, image_size: int | None, store: Store) -> int:

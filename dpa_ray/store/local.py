@@ -112,7 +112,9 @@ class LocalFolder:
 
     def check(self, write: bool) -> None:
         if self.root.exists() and not self.root.is_dir():
-            raise UserError(f"store {self.root}: expected a folder, found a file; give a folder or s3://bucket/prefix")
+            raise UserError(
+                f"store {self.root}: expected a folder, found a file; give a folder, s3://bucket/prefix or gs://bucket/prefix"
+            )
         if write:
             self.root.mkdir(parents=True, exist_ok=True)
             probe = _tmp_beside(self.root / "probe")

@@ -25,7 +25,16 @@ from dpa_ray.sweep.compare import compared, comparison
 from dpa_ray.sweep.record import FILE, FINISHED, Record, one_line
 from dpa_ray.sweep.search import Grid, Optuna, Random, Search
 from dpa_ray.sweep.sharing import chain
-from dpa_ray.sweep.space import SETTINGS, SettingsSection, Space, laid_over, load_space, parse_space
+from dpa_ray.sweep.space import (
+    SETTINGS,
+    SettingsSection,
+    Space,
+    describe,
+    laid_over,
+    load_space,
+    metric_variants,
+    parse_space,
+)
 
 COMPARED = (".accuracy", ".nll", ".visual_nll")
 """Held-out numbers that --compare tells of besides its metric."""
@@ -76,7 +85,7 @@ def make_plan_of(recipe: Recipe, options: Options) -> Plan:
     settings = settings.model_copy(update={key: value for key, value in told.items() if value is not None})
     metric = settings.metric or measures.default_metric(recipe)
     mode = settings.mode or measures.default_mode(metric)
-    _check(recipe, settings, metric)
+    _check(space, settings, metric)
     kind = settings.search or ("grid" if space.is_grid else "random")
     if options.compare and kind != "grid":
         raise RecipeError([("--search", f"expected grid, as --compare tries all, found {kind}")], "sweep")
@@ -128,19 +137,22 @@ def default_space(recipe: Recipe) -> dict[str, Any]:
     return space
 
 
-def _check(recipe: Recipe, settings: SettingsSection, metric: str) -> None:
+def _check(space: Space, settings: SettingsSection, metric: str) -> None:
+    """Raises: RecipeError where a metric is one that a trial of this space would never tell."""
+    asked = {"metric": metric} | ({} if settings.asha is None else {"asha.metric": settings.asha.metric})
     errors = []
-    if (problem := measures.problem(metric, recipe)) is not None:
-        errors.append((f"{SETTINGS}.metric", problem))
-    if settings.asha is not None:
-        problem = measures.problem(settings.asha.metric, recipe)
-        if problem is None and not measures.comes_while_running(settings.asha.metric):
-            problem = (
-                "expected a metric that is told while a stage runs, as instruct.nll_mean, or instruct.eval_nll with "
-                f"eval.every_steps, found {settings.asha.metric}"
-            )
-        if problem is not None:
-            errors.append((f"{SETTINGS}.asha.metric", problem))
+    for setting, name in asked.items():
+        for point, recipe in metric_variants(space):
+            problem = measures.problem(name, recipe)
+            if problem is None and setting == "asha.metric" and not measures.comes_while_running(name):
+                problem = (
+                    "expected a metric that is told while a stage runs, as instruct.nll_mean, or instruct.eval_nll with "
+                    f"eval.every_steps, found {name}"
+                )
+            if problem is not None:
+                at = f" (at {describe(point)})" if point else ""
+                errors.append((f"{SETTINGS}.{setting}", f"{problem}{at}"))
+                break
     if errors:
         raise RecipeError(errors, "sweep")
 

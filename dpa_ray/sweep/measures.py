@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 from dpa_ray.eval.exact_match import ExactMatch
 from dpa_ray.eval.held_out import PREFIX, TIME, HeldOutNll
-from dpa_ray.recipe import HELD_OUT, Recipe
+from dpa_ray.recipe import HELD_OUT, Recipe, SourceSection
+from dpa_ray.recipe_sources import is_mixture_file
+from dpa_ray.recipe_stages import PROXY_METHODS
 from dpa_ray.stages.spec import TRAINING_STAGES
 
 WINDOW_FRACTION = 0.1
@@ -23,8 +25,21 @@ REPORTS = 50
 SKIPPED = ("step", "epoch", "lr", "step_time_s", "data_wait_s", "saving_s", "packing_efficiency", TIME)
 """Numbers of metrics.jsonl that say how a step was made, as do those that begin with num_ or eval_num_."""
 
+STEP_KEYS = ("loss", "nll_mean", "weight_mean", "weight_at_lower_fraction", "weight_at_upper_fraction", "grad_norm",
+             "tokens_per_s")  # fmt: skip
+"""What every stage tells of how good a step was, by its name in metrics.jsonl."""
+
+VISUAL_KEYS = ("nll_mean_visual", "weight_mean_visual", "nll_mean_style", "weight_mean_style")
+"""What is told too where the data knows its visual words, as builtin:shapes does."""
+
+GAIN_KEYS = ("gain_auc",)
+"""What is told there where weights need q."""
+
 EVAL_KEYS = tuple(field.name for kind in (ExactMatch, HeldOutNll) for field in fields(kind))
 """What is told of each held-out set."""
+
+RUNNING_KEYS = tuple(f"{PREFIX}{field.name}" for field in fields(HeldOutNll) if not field.name.startswith("num_"))
+"""What is told of one while a stage runs."""
 
 
 def window(num_steps: int) -> int:
@@ -125,9 +140,48 @@ def problem(metric: str, recipe: Recipe) -> str | None:
             f"one of the held-out sets ({', '.join(sets) or 'this recipe has none'}) and one of {', '.join(EVAL_KEYS)}"
         )
         return f"expected eval.SET.KEY with {known}, found {metric}"
-    if where in TRAINING_STAGES and key and "." not in key:
-        if key.startswith(PREFIX) and recipe.held_out(where) is None:
-            needs = "data.eval" if where == "instruct" else "data.eval_captions"
-            return f"expected a recipe with eval.every_steps and {needs} for {metric}, found one without"
-        return None
-    return f"expected eval.SET.KEY or STAGE.KEY with one of {', '.join(TRAINING_STAGES)}, found {metric}"
+    if where not in TRAINING_STAGES or not key:
+        return f"expected eval.SET.KEY or STAGE.KEY with one of {', '.join(TRAINING_STAGES)}, found {metric}"
+    trained = _trained(recipe)
+    if where not in trained:
+        why = f"stages.{where}.from" if where in _imported(recipe) else f"method {recipe.method}"
+        return (
+            f"expected a stage that is trained ({', '.join(trained)}), found {metric}: with {why} there is no {where}"
+        )
+    if key.startswith(PREFIX) and key in RUNNING_KEYS and recipe.held_out(where) is None:
+        needs = "data.eval" if where == "instruct" else "data.eval_captions"
+        return f"expected a recipe with eval.every_steps and {needs} for {metric}, found one without"
+    told = stage_keys(recipe, where)
+    return None if key in told else f"expected {where}.KEY with one of {', '.join(told)}, found {metric}"
+
+
+def stage_keys(recipe: Recipe, stage: str) -> tuple[str, ...]:
+    """What `stage` of a run of this recipe tells of how good it is: the keys of `Running.values`."""
+    source = recipe.data.instruct if stage == "instruct" else recipe.data.pretrain
+    knows_visual = _may_know_visual(source)
+    has_gains = knows_visual and recipe.weights(stage) != "uniform"
+    is_evaluated = recipe.held_out(stage) is not None
+    return (
+        *STEP_KEYS,
+        *(VISUAL_KEYS if knows_visual else ()),
+        *(GAIN_KEYS if has_gains else ()),
+        *(RUNNING_KEYS if is_evaluated else ()),
+    )
+
+
+def _trained(recipe: Recipe) -> list[str]:
+    """The stages that a run of this recipe trains, or finds trained by another."""
+    absent = _imported(recipe) if recipe.method in PROXY_METHODS else {"proxy_llm", *_imported(recipe)}
+    return [stage for stage in TRAINING_STAGES if stage not in absent]
+
+
+def _imported(recipe: Recipe) -> set[str]:
+    """The stages whose result the user brings: they have no steps."""
+    return {stage for stage in ("proxy_llm", "proxy_mllm") if getattr(recipe.stages, stage).from_ is not None}
+
+
+def _may_know_visual(section: SourceSection) -> bool:
+    """May the visual words of this data be known? A mixture's file is not read here."""
+    if isinstance(section.source, str):
+        return section.source.startswith("builtin:") or is_mixture_file(section.source)
+    return any(entry.source.startswith("builtin:") for entry in section.source)

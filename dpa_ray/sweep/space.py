@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,9 @@ MAX_GRID = 10_000
 MAX_DRAWS = 1_000
 """Draws in a row that may break lower <= upper before a space counts as empty."""
 MAX_SHOWN = 20
+
+METRICS_OF_STAGE = ("weights", "from")
+"""Keys of a stage on which it hangs which metrics it tells, and whether it does."""
 
 
 class AshaSection(Section):
@@ -281,6 +285,29 @@ def grid_points(space: Space) -> tuple[list[Point], list[Point]]:
             [("cmo", f"{BOUNDS_ORDER}, found lower > upper in all {len(left_out)} combinations")], "space"
         )
     return points, left_out
+
+
+def metric_variants(space: Space) -> list[tuple[Point, Recipe]]:
+    """The recipes of a space that may have other metrics than each other, each with what of a point makes it so."""
+    if space.points:
+        points = [{key: value for key, value in point.items() if _names_metrics(key)} for point in space.points]
+    else:
+        listed = {k: d.values for k, d in space.domains.items() if d.kind in LISTED and _names_metrics(k)}
+        points = [dict(zip(listed, values, strict=True)) for values in itertools.product(*listed.values())]
+    found: list[tuple[Point, Recipe]] = []
+    for number, point in enumerate(points):
+        if point not in points[:number]:
+            with suppress(RecipeError):  # it is told with the points, or left out
+                found.append((point, parse(laid_over(space.recipe, point))))
+    return found
+
+
+def _names_metrics(key: str) -> bool:
+    """May a recipe's value at `key` change which metrics its runs tell?"""
+    section, _, last = key.rpartition(".")
+    return (
+        key == "method" or key.startswith(("data.", "eval.")) or (section[:7] == "stages." and last in METRICS_OF_STAGE)
+    )
 
 
 def describe(point: Point) -> str:

@@ -264,14 +264,64 @@ def test_step_times_say_on_how_many_gpus() -> None:
 
 
 def plan(capsys: pytest.CaptureFixture[str], made: Recipe, *told: str) -> str:
+    stages = ("proxy_llm", "proxy_mllm", "instruct")
+    given = arguments.read(parsed(*told), stages)
+    command.run(made, stages, given, measure=False, as_json=False)
+    return capsys.readouterr().out
+
+
+def parsed(*told: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     for name in ("--step-time", "--samples"):
         parser.add_argument(name, action="append", default=[])
     arguments.add_arguments(parser)
-    stages = ("proxy_llm", "proxy_mllm", "instruct")
-    given = arguments.read(parser.parse_args([*told]), stages)
-    command.run(made, stages, given, measure=False, as_json=False)
-    return capsys.readouterr().out
+    return parser.parse_args([*told])
+
+
+def test_a_plans_defaults_are_those_that_its_help_tells() -> None:
+    parser = argparse.ArgumentParser()
+    arguments.add_arguments(parser)
+    text = " ".join(parser.format_help().split())
+    for default in ("1-1024", "0.4", "8", "50", "25", "30"):
+        assert f"(default: {default})" in text
+    given = arguments.read(parsed(), ())
+    assert given == options.PlanOptions(options.gpu_list(options.DEFAULT_GPUS))
+    told = ["--mfu", "0.5", "--network-gbyte-s", "1", "--store-latency-ms", "7", "--gpus-per-node", "4", "--from", "r"]
+    given = arguments.read(parsed(*told, "--gpus", "2"), ())
+    assert (given.gpus, given.mfu, given.network_bytes_per_s, given.store_latency_s) == ((2,), 0.5, 1e9, 0.007)
+    assert (given.gpus_per_node, given.from_run, given.store_bytes_per_s) == (4, "r", 25e9)
+
+
+@pytest.mark.parametrize("told", [["--gpus", "1-1024"], ["--from", "x"], ["--mfu", "0.4"], ["--measure"]])
+def test_what_only_a_plan_reads_is_refused_without_one(told: list[str]) -> None:
+    with pytest.raises(ValueError, match=f"expected --plan beside {told[0]}, which only a plan reads"):
+        arguments.refuse_without_plan(parsed(*told))
+    arguments.refuse_without_plan(parsed("--plan", *told))
+    arguments.refuse_without_plan(parsed("--samples", "2"))
+
+
+def test_each_of_a_plans_arguments_is_refused_without_it() -> None:
+    """But those that the doctor reads too."""
+    parser = argparse.ArgumentParser(add_help=False)
+    arguments.add_arguments(parser)
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    assert flags - {"--plan"} == set(arguments.PLAN_ONLY)
+
+
+@pytest.mark.parametrize(
+    ("told", "text"),
+    [
+        (["--mfu", "80GB"], "expected a number > 0, without a unit, found '80GB'"),
+        (["--mfu", "-1"], "expected a number > 0, without a unit, found '-1'"),
+        (["--gpus-per-node", "1.5"], "expected a whole number > 0, found '1.5'"),
+    ],
+)
+def test_a_wrong_number_is_told_as_what_was_expected(
+    told: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parsed(*told)
+    assert text in capsys.readouterr().err
 
 
 def test_a_plan_of_a_recipe_whose_data_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -165,7 +165,15 @@ datasets:
         ("datasets: [", "not readable as YAML"),
         ("datasets: [{json: a.json}]", r"datasets.0: expected an entry with json_path \(or source\)"),
         ("datasets: [{json_path: a.json, strategy: all}]", "datasets.0: expected keys out of .*, found strategy"),
-        ("datasets: [{json_path: a.json, sampling_strategy: 'some:3'}]", "datasets.0: take: .*expected first:N"),
+        (
+            "datasets: [{json_path: a.json, sampling_strategy: 'some:3'}]",
+            "datasets.0: take: expected first:N, .*, found 'some:3'$",
+        ),
+        (
+            "datasets: [{json_path: a.json, weight: half}]",
+            "datasets.0: weight: expected a number, found string 'half'$",
+        ),
+        ("datasets: [{source: a.tar, columns: {imge: x}}]", r"datasets.0: columns.imge: .*did you mean image\?"),
         ("datasets: [{json_path: b.yaml}]", "datasets.0: .*found another mixture"),
         ("datasets: [{json_path: none.json}]", "expected a file at .*none.json, found nothing"),
     ],

@@ -375,9 +375,30 @@ def test_the_command_takes_columns_and_a_choice_of_rows(tmp_path, main, capsys):
         (["set.json", "--format", "parquet"], 1, "expected Parquet"),
         (["builtin:nothing"], 2, "expected builtin:shapes"),
         (["set.json", "--option", "size=5"], 2, "options belong to builtin sources only"),
-        (["builtin:shapes", "--option", "colour=5"], 2, "options.colour"),
+        (["builtin:shapes", "--option", "colour=5"], 2, "--option colour: unknown key; expected one of style"),
         (["set.json", "--column", "text=x"], 2, "columns belong to parquet and webdataset only"),
-        (["set.parquet", "--column", "colour=x"], 2, "columns.colour"),
+        (["set.parquet", "--column", "colour=x"], 2, "--column colour: unknown key; expected one of image, text,"),
+        (["set.parquet", "--column", "imge=x"], 2, "--column imge: unknown key (did you mean image?)"),
+        (["set.parquet", "--column", "image"], 2, "--column: expected KEY=VALUE, found 'image'"),
+        (
+            ["builtin:shapes", "--option", "style=a: b: c"],
+            2,
+            "--option style: expected a YAML value, found 'a: b: c': ",
+        ),
+        (["builtin:shapes", "--option", "size=-1"], 2, "--option size: expected a number > 0, found integer -1"),
+        (
+            ["set.json", "--take", "100"],
+            2,
+            "--take: expected first:N, last:N or random:N, where N may be a percentage like 10%, found '100'\n",
+        ),
+        (
+            ["set.parquet", "--take", "first:1", "--column", "imge=x"],
+            2,
+            "--column imge: unknown key (did you mean image?)",
+        ),
+        (["*.json"], 1, "globs and {00..12} patterns are for tars and Parquet only"),
+        (["set{0..1}.json"], 1, "globs and {00..12} patterns are for tars and Parquet only"),
+        (["broken.json"], 1, "(--max-quarantined-fraction)"),
         (["set.json", "--take", "some"], 2, "expected first:N, last:N or random:N"),
         (["set.tar", "--images", "x"], 2, "images does not belong to webdataset"),
         (["set.json", "--max-quarantined-fraction", "2"], 2, "expected 0 to 1, found 2"),
@@ -388,6 +409,7 @@ def test_the_command_takes_columns_and_a_choice_of_rows(tmp_path, main, capsys):
 )
 def test_wrong_arguments_end_with_one_message(tmp_path, monkeypatch, capsys, main, arguments, code, message):
     make(tmp_path, [record(0)])
+    (tmp_path / "broken.json").write_text('[{"id": "a", "conversations": []}]')
     monkeypatch.chdir(tmp_path)
     try:
         found = main([*arguments, "--store", str(tmp_path / "store")])
@@ -396,6 +418,18 @@ def test_wrong_arguments_end_with_one_message(tmp_path, monkeypatch, capsys, mai
     assert found == code
     assert message in capsys.readouterr().err
     assert not list((tmp_path / "store").rglob("manifest.json"))
+
+
+@pytest.mark.parametrize("store", ["s3:/bucket/dpa", "http://host/dpa", "gs://", ""])
+def test_the_command_takes_the_stores_that_a_recipe_takes(store, tmp_path, monkeypatch, capsys, main):
+    make(tmp_path, [record(0)])
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["set.json", "--store", store]) == 2
+    assert (
+        "--store: expected a folder, s3://bucket/prefix or gs://bucket/prefix, found string" in capsys.readouterr().err
+    )
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_preparing_is_done_before_it_is_slow(tmp_path, store):

@@ -76,6 +76,46 @@ def test_an_override_without_a_key_path_is_an_error(override: str) -> None:
     assert "expected key.path=value" in error[1]
 
 
+@pytest.mark.parametrize("section", ["cluster.label_selector", "cluster.fallback_label_selector"])
+@pytest.mark.parametrize("label", ["ray.io/accelerator-type", "team/gpu", "ray.io"])
+def test_a_label_in_a_key_path_is_told_how_it_is_written(section: str, label: str) -> None:
+    wrong = f"{section}.{label}=H100"
+    (found,) = errors_of(lambda: load("tiny", [wrong])).items()
+    hint = f"{section}={{{label}: H100}}"
+    assert found == (section, f"expected a label with '.' or '/' in braces, as '{hint}', found '{wrong}'")
+    assert getattr(load("tiny", [hint]).cluster, section.split(".")[1]) == {label: "H100"}
+    assert load("tiny", [f"{section}.team=vision"]).to_dict()["cluster"][section.split(".")[1]] == {"team": "vision"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["data.pretrain.source=/my.json"], "data.pretrain.options=null"),
+        (["data.pretrain.source=/my.yaml"], "data.pretrain.options=null"),
+        (["data.pretrain.source=/my.json", "data.pretrain.options.size=5"], None),
+    ],
+)
+def test_what_the_recipe_says_beside_a_source_that_is_replaced_is_told(overrides: list[str], told: str | None) -> None:
+    text = errors_of(lambda: load("tiny", overrides))["data.pretrain"]
+    if told is None:
+        assert text == "options belong to builtin sources only"
+        return
+    assert text.endswith(
+        f"data.pretrain.options comes from the recipe, whose source was replaced: leave it out with {told}"
+    )
+    assert load("tiny", [*overrides, told]).data.pretrain.options is None
+
+
+def test_all_that_does_not_fit_the_new_source_is_told(tmp_path: Path) -> None:
+    values = {
+        **SMALLEST,
+        "data": {**SMALLEST["data"], "instruct": {"source": "a.parquet", "images": "i", "format": "parquet"}},
+    }
+    file = written(tmp_path, yaml.safe_dump(values))
+    text = errors_of(lambda: load(file, ["data.instruct.source=builtin:shapes"]))["data.instruct"]
+    assert text.endswith("data.instruct.images=null data.instruct.format=null")
+
+
 def test_an_override_changes_one_of_two_sections_that_share_an_anchor(tmp_path: Path) -> None:
     text = yaml.safe_dump(SMALLEST) + "stages: {proxy_llm: &same {lr: 1}, instruct: *same}\n"
     got = load(written(tmp_path, text), ["stages.instruct.lr=2"])

@@ -173,3 +173,41 @@ def test_a_dry_run_without_a_store_says_so(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
     assert run_dpa.main(["llama31-8b-sharegpt4v", "--dry-run"]) == 0
     assert "? is not known from here: s3://my-bucket/dpa: no answer" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["model.vision_layer=40"], "model.vision_layer: expected a hidden state of"),
+        (["model.attention=flex_attention"], "model.attention: flex_attention trains on GPUs only"),
+        (["stages.proxy_mllm.from=/nope.bin"], "stages.proxy_mllm.from: expected a file or folder, found none at /nope.bin"),
+        (["stages.proxy_llm.from={empty}"], "{empty}: expected a PEFT adapter folder"),
+        (["stages.proxy_llm.from={recipes}"], "{recipes}: expected a PEFT adapter folder"),
+        (["model.llm=s3://bucket/llm"], "model.llm: expected a model folder, a hub id or builtin:tiny-*, found a URI"),
+        (["model.vision=hf://x/y"], "copy the folder to the same path on every node, or name a hub id"),
+    ],
+)  # fmt: skip
+def test_a_dry_run_looks_at_models_before_they_are_made(
+    overrides: list[str], told: str, run_dpa: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also at built-in ones that are not in the store, and at what `stages.X.from` names."""
+    places = {"empty": str(tmp_path / "empty"), "recipes": str(RECIPES_DIR)}
+    (tmp_path / "empty").mkdir()
+    filled = [override.format(**places) for override in overrides]
+    assert run_dpa.main(["tiny", "--dry-run", "--store", str(tmp_path / "store"), *filled]) == 1
+    assert told.format(**places) in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_dry_run_of_built_in_models_says_what_would_be_trained(
+    run_dpa: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    away = "stages.proxy_llm.from=s3://bucket/adapter"
+    for overrides in ([], [away]):
+        assert run_dpa.main(["tiny", "--dry-run", "--store", str(tmp_path / "store"), *overrides]) == 0
+        told = capsys.readouterr().out
+        rows = {line.split()[0]: line for line in told.splitlines() if line.split()}
+        trained = {"proxy_llm": "LoRA of the LLM", "proxy_mllm": "connector", "instruct": "connector + LLM"}
+        assert [what for stage, what in trained.items() if what not in rows[stage]] == []
+        assert ("s3://bucket/adapter is looked at by the run" in " ".join(told.split())) == bool(overrides)
+    assert not (tmp_path / "store").exists()
