@@ -173,6 +173,9 @@ class Finder:
         self._tokenizer, self._template = tokenizer, template
         self._fixed: dict[tuple[tuple[str, ...], bool], list[str] | None] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_fixed": {}}
+
     def __call__(
         self, messages: list[Message], roles: Collection[str], *, generation_prompt: bool = False
     ) -> tuple[str, list[Span]]:

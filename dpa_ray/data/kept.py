@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,11 @@ if TYPE_CHECKING:
 NUM_KEPT = 2
 """Loaders of one process: of a stage and of its held-out data, or of two runs on a cluster."""
 
-_LOADERS: OrderedDict[str, Loader] = OrderedDict()
-"""By their digests, the one last used at the end."""
+UNUSED_S = 60.0
+"""How long the one used before stays without a task for it: what it has read takes some 100 MB."""
+
+_LOADERS: OrderedDict[str, tuple[Loader, float]] = OrderedDict()
+"""By their digests, the one last used at the end, with when that was (time.monotonic)."""
 
 
 def digest(loader: Loader) -> str:
@@ -28,10 +32,10 @@ def loader(key: str, references: list[Any]) -> Loader:
     objects by the reference in `references` (in a list, so that Ray does not fetch it for each task)."""
     import ray
 
-    if key not in _LOADERS:
-        fetched = ray.get(references[0])
-        while len(_LOADERS) >= NUM_KEPT:
-            _LOADERS.popitem(last=False)
-        _LOADERS[key] = fetched
-    _LOADERS.move_to_end(key)
-    return _LOADERS[key]
+    now = time.monotonic()
+    wanted: Loader = _LOADERS.pop(key)[0] if key in _LOADERS else ray.get(references[0])
+    _LOADERS[key] = wanted, now
+    for other in list(_LOADERS):
+        if len(_LOADERS) > NUM_KEPT or now - _LOADERS[other][1] > UNUSED_S:
+            del _LOADERS[other]
+    return wanted

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dpa_ray.data import kept
@@ -32,6 +34,8 @@ def test_all_ranks_loaders_have_one_digest(tmp_path: Path, seed: str) -> None:
     command = [sys.executable, "-c", MAKE, str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == [kept.digest(mine)], done.stderr
+    mine.load(np.array([0, 2]), 1)
+    assert kept.digest(mine) == done.stdout.strip(), "whatever it has read"
     other = prepared_loader(tmp_path, [record(i) for i in range(4)])
     assert kept.digest(other) != kept.digest(mine)
 
@@ -51,4 +55,8 @@ def test_the_two_that_were_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -
     kept.loader("b", ["b"])
     kept.loader("a", ["a"])
     assert fetched == ["a", "b", "c", "a"], "a was the one that had not been used for longest"
+    later = time.monotonic() + kept.UNUSED_S + 1
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    kept.loader("a", ["a"])
+    assert list(kept._LOADERS) == ["a"], "the other one is of an earlier stage"
     kept._LOADERS.clear()
