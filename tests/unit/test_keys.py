@@ -34,6 +34,7 @@ CHANGES: dict[str, tuple[Any, str | None]] = {
     "cluster.label_selector": ({"market-type": "spot"}, None),
     "cluster.fallback_label_selector": ({"market-type": "on-demand"}, None),
     "cluster.fallback_after_s": (60, None),
+    "cluster.grow_every_s": (60, None),
     "cluster.max_failures": (0, None),
     "cluster.max_preemptions": (None, None),
     "cluster.collective_timeout_s": (99, None),
