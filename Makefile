@@ -25,9 +25,11 @@ format:  ## format and mend what can be mended
 	ruff check --fix .
 	ruff format .
 
-schema:  ## jobs/recipes/recipe.schema.json anew from dpa_ray/recipe.py
+schema:  ## jobs/recipes/recipe.schema.json and README.md (all keys) anew from dpa_ray/recipe.py
 	python -c 'import json; from dpa_ray.recipe import json_schema; print(json.dumps(json_schema(), indent=2))' \
 		> jobs/recipes/recipe.schema.json
+	python -c 'from dpa_ray.recipe import json_schema; from dpa_ray.recipe_table import table; print(table(json_schema()), end="")' \
+		> jobs/recipes/README.md
 
 lock:  ## cluster/requirements.lock anew, for the image: what it has stays unless `make lock UPGRADE=--upgrade` (needs uv)
 	uv pip compile pyproject.toml cluster/requirements.in --extra wandb --extra mlflow $(UPGRADE) \

@@ -83,7 +83,9 @@ class ModelSection(Section):
     vision_layer: int = Field(
         -2, description="hidden state of the tower that feeds the connector; negative counts from the last"
     )
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
+        "auto", description="of the LLM; auto: what transformers takes for its type"
+    )
     compile: bool = Field(
         False,
         description="compile the LLM's layers (torch.compile): fewer seconds a step, about half a minute more a stage",
@@ -93,14 +95,18 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    pretrain: SourceSection
-    instruct: SourceSection
-    eval: SourceSection | None = None
+    pretrain: SourceSection = Field(description="images with captions, for stages 1 (their text alone) and 2")
+    instruct: SourceSection = Field(description="conversations about images, for stage 3")
+    eval: SourceSection | None = Field(
+        None, description="held-out conversations, which the finished model is asked; eval.max_samples bounds them"
+    )
     eval_extra: dict[str, SourceSection] = Field(default_factory=dict, description="further held-out sets, by name")
     eval_captions: SourceSection | None = Field(
         None, description="held-out captions, for the nll of stages 1 and 2 while they run (eval.every_steps)"
     )
-    max_quarantined_fraction: float = Field(0.01, ge=0, le=1)
+    max_quarantined_fraction: float = Field(
+        0.01, ge=0, le=1, description="share of a source's samples that may be unusable before the run refuses it"
+    )
     skip_ids: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,
         description="training samples to pass over: ids (every sample that has one), or DIGEST:ROW of prepared data",
@@ -115,32 +121,45 @@ class DataSection(Section):
         900, gt=0, description="how long a worker waits for one batch before the run ends and says so"
     )
     shuffle_window: int = Field(65536, gt=0, description="samples that are shuffled together")
-    prefetch_batches: int = Field(2, ge=1, le=8)
+    prefetch_batches: int = Field(2, ge=1, le=8, description="micro-batches that are made ahead for each worker")
     workers: int = Field(2, ge=1, description="decode tasks at once for each training worker")
 
 
 class Recipe(Section):
     """The whole of a run. `resolve` fills what depends on other keys; `digest` names the result."""
 
-    name: str = Field(pattern=NAME_PATTERN, max_length=120)
+    name: str = Field(
+        pattern=NAME_PATTERN, max_length=120, description="of the run; default: the file's, with a digest of overrides"
+    )
     store: str = Field(
         DEFAULT_STORE,
         description="where data, artifacts and runs go: a folder, s3://bucket/prefix or gs://bucket/prefix",
     )
-    method: Method = "dpa"
-    model: ModelSection
-    data: DataSection
-    cmo: CmoSection = Field(default_factory=CmoSection)
-    stages: StagesSection = Field(default_factory=StagesSection)
-    precision: Literal["bf16", "fp32"] = "bf16"
-    engine: Literal["deepspeed", "torch"] = "deepspeed"
-    deepspeed: DeepspeedSection = Field(default_factory=DeepspeedSection)
-    cluster: ClusterSection = Field(default_factory=ClusterSection)
-    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
-    eval: EvalSection = Field(default_factory=EvalSection)
-    trackers: TrackersSection = Field(default_factory=TrackersSection)
-    debug: DebugSection = Field(default_factory=DebugSection)
-    seed: int = Field(0, ge=0, lt=2**31)
+    method: Method = Field(
+        "dpa",
+        description="dpa: proxy LLM and weighted tokens; pmo: proxy alone; cmo, cal: weights alone; vanilla: neither",
+    )
+    model: ModelSection = Field(description="the LLM and the vision tower")
+    data: DataSection = Field(description="what is trained and evaluated on")
+    cmo: CmoSection = Field(default_factory=CmoSection, description="how tokens are weighted, where they are")
+    stages: StagesSection = Field(default_factory=StagesSection, description="how each stage is trained")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="of what is computed; trained parameters and optimizer states are kept in fp32 too"
+    )
+    engine: Literal["deepspeed", "torch"] = Field(
+        "deepspeed", description="what runs the steps; torch: plain data parallelism"
+    )
+    deepspeed: DeepspeedSection = Field(default_factory=DeepspeedSection, description="of engine deepspeed")
+    cluster: ClusterSection = Field(
+        default_factory=ClusterSection, description="workers, where they go, what they outlive"
+    )
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="of the stage under way")
+    eval: EvalSection = Field(default_factory=EvalSection, description="of held-out data")
+    trackers: TrackersSection = Field(
+        default_factory=TrackersSection, description="where metrics go besides metrics.jsonl"
+    )
+    debug: DebugSection = Field(default_factory=DebugSection, description="what is kept to look into a run")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the order of samples, new weights and dropout")
 
     @field_validator("store")
     @classmethod

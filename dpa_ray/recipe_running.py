@@ -10,14 +10,19 @@ from dpa_ray.recipe_sources import Section
 
 
 class DeepspeedSection(Section):
-    zero_stage: int = Field(2, ge=0, le=3)
+    zero_stage: int = Field(
+        2,
+        ge=0,
+        le=3,
+        description="shared out among workers: 1 optimizer states, 2 gradients too, 3 parameters too; 0: none",
+    )
 
 
 class ElasticSection(Section):
     """As many workers as the cluster has room for."""
 
-    min: int = Field(gt=0)
-    max: int = Field(gt=0)
+    min: int = Field(gt=0, description="with fewer, training waits")
+    max: int = Field(gt=0, description="so many at most")
 
     @model_validator(mode="after")
     def _ordered(self) -> ElasticSection:
@@ -53,7 +58,9 @@ class ClusterSection(Section):
     gpus_per_worker: Annotated[float, AfterValidator(_one_or_none)] = Field(
         1, description="1, or 0: workers train on CPUs", json_schema_extra={"enum": [0, 1]}
     )
-    cpus_per_worker: float = Field(0.5, gt=0)
+    cpus_per_worker: float = Field(
+        0.5, gt=0, description="CPUs that Ray sets aside for a worker; what is left of a node's is for data tasks"
+    )
     label_selector: dict[LabelKey, LabelCondition] = Field(
         default_factory=dict,
         description="labels of the nodes that workers go to, e.g. {ray.io/accelerator-type: H100}; a value may be !v, in(v, w) or !in(v, w)",
@@ -110,15 +117,21 @@ class ClusterSection(Section):
 
 
 class CheckpointSection(Section):
-    every_s: float | None = Field(300, gt=0)
-    every_steps: int | None = Field(None, gt=0)
-    keep: int = Field(2, gt=0)
+    every_s: float | None = Field(300, gt=0, description="save so many seconds after the last time; null: not by time")
+    every_steps: int | None = Field(None, gt=0, description="save after so many steps; null: not by steps")
+    keep: int = Field(2, gt=0, description="the latest that stay; none of a finished stage does")
 
 
 class EvalSection(Section):
     max_samples: int = Field(500, gt=0, description="held-out samples of each set; the rest is left out")
-    batch_size: int = Field(50, gt=0)
-    max_new_tokens: int = Field(32, gt=0)
+    batch_size: int = Field(
+        50,
+        gt=0,
+        description="questions that are answered at once, and samples that are read at once for the nll at the end",
+    )
+    max_new_tokens: int = Field(
+        32, gt=0, description="tokens of an answer; a held-out answer that is longer can never be matched exactly"
+    )
     every_steps: int | None = Field(
         None, gt=0, description="held-out nll after so many steps of a stage, and after its last; null: only at the end"
     )
@@ -126,20 +139,22 @@ class EvalSection(Section):
 
 
 class WandbSection(Section):
-    project: str
-    entity: str | None = None
+    project: str = Field(description="W&B's project; WANDB_API_KEY is in the environment")
+    entity: str | None = Field(None, description="user or team that has the project; null: the key's own")
 
 
 class MlflowSection(Section):
-    tracking_uri: str
-    experiment: str = "dpa_ray"
+    tracking_uri: str = Field(description="MLflow's server, or a local store of its own")
+    experiment: str = Field("dpa_ray", description="that runs are put in; made where there is none")
 
 
 class TrackersSection(Section):
-    tensorboard: bool = True
-    wandb: WandbSection | None = None
-    mlflow: MlflowSection | None = None
+    tensorboard: bool = Field(True, description="event files in the run's folder")
+    wandb: WandbSection | None = Field(None, description="Weights & Biases; null: not used")
+    mlflow: MlflowSection | None = Field(None, description="null: not used")
 
 
 class DebugSection(Section):
-    record_samples: bool = False
+    record_samples: bool = Field(
+        False, description="write which samples each step took, with their ids, to samples.jsonl in the run's folder"
+    )

@@ -21,10 +21,15 @@ class Section(BaseModel):
 class SourceOptions(Section):
     """Options of `builtin:shapes`."""
 
-    style: Literal["terse", "ornate", "qa"] = "ornate"
-    split: Literal["train", "heldout", "heldout_pairs"] = "train"
+    style: Literal["terse", "ornate", "qa"] = Field(
+        "ornate", description="plain captions; captions with as much again that the image does not show; questions"
+    )
+    split: Literal["train", "heldout", "heldout_pairs"] = Field(
+        "train",
+        description="their scenes differ; heldout_pairs: with pairs of shape and colour that no other split shows",
+    )
     size: int = Field(2000, gt=0, description="number of scenes (samples)")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="what scenes are drawn from")
 
 
 class ColumnsSection(Section):
@@ -51,7 +56,7 @@ class Origin(Section):
     images: str | None = Field(None, description="folder that image names are relative to; default: the source's own")
     format: Format | None = Field(None, description="default: by the file's name; a folder needs it, unless llava")
     columns: ColumnsSection | None = Field(None, description="of Parquet and WebDataset")
-    options: SourceOptions | None = None
+    options: SourceOptions | None = Field(None, description="of builtin:shapes, which takes nothing else")
 
     def check_uri(self, uri: str) -> None:
         """Raises: ValueError where keys do not go together with one source at `uri`."""

@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="local path, s3:// or gs:// URI of a file, of tars and Parquet also of a folder, glob or {00..12} pattern; a .yaml mixture; "
-        "or builtin:shapes",
+        help="local path, s3:// or gs:// URI of a file, of tars and Parquet also of a folder, glob or {00..12} pattern; "
+        "a .yaml mixture; or builtin:shapes",
     )
     parser.add_argument(
         "--store",

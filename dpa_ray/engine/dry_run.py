@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dpa_ray.credentials import without_credentials
 from dpa_ray.data.prepare import find_prepared
-from dpa_ray.errors import Unreachable
+from dpa_ray.errors import Unreachable, UserError
 from dpa_ray.recipe import Recipe
 from dpa_ray.recipe_stages import PROXY_METHODS
 from dpa_ray.report import console
@@ -34,18 +34,15 @@ def dry_run(recipe: Recipe) -> None:
         console.plan(_unasked(recipe), recipe=recipe, ignored=ignored_sections(recipe))
         print(f"? is not known from here: {without_credentials(str(err))}")
         return
-    rows, notes = [], [f"{name} is taken at commit {commit}" for name, commit in plan.commits.items()]
-    for stage in plan.stages:
-        if (source := getattr(getattr(recipe.stages, stage), "from_", None)) is None:
-            continue
-        if source.startswith(("s3://", "gs://")):
-            notes.append(f"stages.{stage}.from: {source} is looked at by the run, which fetches it first")
-        else:
-            imports.check(stage, source)
+    notes = [f"{name} is taken at commit {commit}" for name, commit in plan.commits.items()]
+    rows, notes = [], [*notes, *_look_at_imports(recipe, plan.stages)]
     with tempfile.TemporaryDirectory() as scratch:
         llm = weights.located(plan.llm, "llm", store, Path(scratch))
         tower = weights.located(plan.tower, "vision", store, Path(scratch))
-        sets = trainables(recipe, llm, tower, plan.stages)
+        try:
+            sets = trainables(recipe, llm, tower, plan.stages)
+        except UserError as err:  # a built-in model is called by its name, not by where it was made to be looked at
+            raise UserError(str(err).replace(f"{scratch}/", "")) from None
     counts = {stage: {s.description: s.num_parameters} for stage, s in sets.items()}
     for stage in plan.shown:
         if stage in BLIND.values():
@@ -63,6 +60,18 @@ def dry_run(recipe: Recipe) -> None:
     console.plan(rows, recipe=recipe, ignored=ignored_sections(recipe))
     for note in notes:
         print(note)
+
+
+def _look_at_imports(recipe: Recipe, stages: tuple[str, ...]) -> list[str]:
+    """What is not looked at here of `stages.X.from`. Raises: UserError where a local one is not what the stage takes."""
+    notes = []
+    for stage in stages:
+        source: str | None = getattr(getattr(recipe.stages, stage), "from_", None)
+        if source is not None and source.startswith(("s3://", "gs://")):
+            notes.append(f"stages.{stage}.from: {source} is looked at by the run, which fetches it first")
+        elif source is not None:
+            imports.check(stage, source)
+    return notes
 
 
 def _unasked(recipe: Recipe) -> list[console.PlanRow]:

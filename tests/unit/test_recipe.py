@@ -14,6 +14,7 @@ import yaml
 from dpa_ray.data.mixture import entries
 from dpa_ray.recipe import RECIPES_DIR, RecipeError, SourceSection, find_recipe, json_schema, load, parse
 from dpa_ray.recipe_stages import METHOD_WEIGHTS
+from dpa_ray.recipe_table import table
 from dpa_ray.recipe_yaml import from_yaml, read_yaml
 from tests.recipe_helpers import SMALLEST, errors_of, written
 
@@ -313,6 +314,33 @@ def test_the_schema_file_is_up_to_date() -> None:
 def test_every_recipe_of_ours_loads_and_fits_the_schema(path: Path) -> None:
     load(str(path))
     jsonschema.validate(from_yaml(path.read_text()), json_schema())
+
+
+def test_every_key_says_what_it_means() -> None:
+    schema = json_schema()
+    sections = {"Recipe": schema, **schema["$defs"]}
+    keys = [(name, key, found) for name, section in sections.items() for key, found in section["properties"].items()]
+    assert len(keys) > 100
+    assert [f"{name}.{key}" for name, key, found in keys if not found.get("description")] == []
+
+
+def test_the_table_of_all_keys_is_up_to_date_and_has_each_of_them() -> None:
+    file = RECIPES_DIR / "README.md"
+    assert file.read_text() == table(json_schema()), f"{file} is out of date: make schema"
+    headings = [line for line in file.read_text().splitlines() if line.startswith("## ")]
+    for path in ("cmo", "stages.instruct.lora", "data.pretrain.source.N", "data.eval_extra.NAME", "cluster.workers"):
+        assert any(f"`{path}`" in heading for heading in headings), path
+    for row in ("| `skip_ids` | `[]` | list |", "| `window` | `3` | integer >= 1 |", "| `llm` | - | text |"):
+        assert row in file.read_text()
+
+
+def test_the_bounds_that_a_key_tells_are_those_of_its_methods() -> None:
+    keys = json_schema()["$defs"]["CmoSection"]["properties"]
+    for side, key in enumerate(("lower", "upper")):
+        for method in ("cmo", "dpa", "cal"):
+            bound = load("tiny", [f"method={method}"]).bounds("instruct")[side]
+            named = next(part for part in keys[key]["description"].split("; ") if method in part.partition("(")[2])
+            assert f"{bound:g} of" in named
 
 
 def test_the_schema_refuses_what_parse_refuses() -> None:

@@ -178,7 +178,7 @@ def test_a_dry_run_without_a_store_says_so(
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["model.vision_layer=40"], "model.vision_layer: expected a hidden state of"),
+        (["model.vision_layer=40"], "model.vision_layer: expected a hidden state of builtin:tiny-vit, -3 to 2"),
         (["model.attention=flex_attention"], "model.attention: flex_attention trains on GPUs only"),
         (["stages.proxy_mllm.from=/nope.bin"], "stages.proxy_mllm.from: expected a file or folder, found none at /nope.bin"),
         (["stages.proxy_llm.from={empty}"], "{empty}: expected a PEFT adapter folder"),

@@ -298,7 +298,9 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
 
 def test_a_store_that_cannot_be_is_told_clearly(tmp_path: Path) -> None:
     fill(tmp_path, file=1)
-    with pytest.raises(UserError, match="expected a folder, found a file"):
+    with pytest.raises(
+        UserError, match="expected a folder, found a file; give a folder, s3://bucket/prefix or gs://bucket/prefix"
+    ):
         Store(str(tmp_path / "file")).check()
     with pytest.raises(UserError, match="Not a directory"):
         Store(str(tmp_path / "file" / "below")).check()
