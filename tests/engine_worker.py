@@ -17,6 +17,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ from dpa_ray.engine.zero import ZeroEngine, _import_deepspeed
 from dpa_ray.errors import UserError
 from dpa_ray.eval.held_out import VISUAL_GAIN
 from dpa_ray.model.held_out import nll_sums
-from dpa_ray.model.step import StepModule, StepSums
+from dpa_ray.model.step import StepModule
 from dpa_ray.stages.trainable import select_trainable
 from tests.random_models import batch_of, make_step, make_vlm
 
@@ -76,11 +78,12 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What a rank saw. Everything in plain numbers and full tensors."""
+    """What a rank saw, of all steps but the broken one. Everything in plain numbers and full tensors."""
 
     losses: list[float] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    broken_norm: float = 0.0
     before_broken: dict[str, Tensor] = field(default_factory=dict)
     after_broken: dict[str, Tensor] = field(default_factory=dict)
     final: dict[str, Tensor] = field(default_factory=dict)
@@ -140,14 +143,30 @@ def share(notations: Sequence[str], rank: int, world_size: int, passes: int) -> 
     return batches
 
 
+def by_loop(engine: Engine, step: int, batches: list[Batch]) -> dict[str, Any]:
+    """Have the loop make one of STEPS of this rank's `batches`; what it records."""
+    lines: list[dict[str, Any]] = []
+    plan: Any = SimpleNamespace(steps=lambda: [(step + 1, 0, step)], num_passes=lambda _: len(batches))
+    schedule: Any = SimpleNamespace(lr=lambda _: LEARNING_RATES[step])
+    train(
+        engine, iter(batches), plan, schedule, stage="instruct", seed=0, device=next(engine.module.parameters()).device,
+        record=lambda line, _: lines.append(line),
+    )  # fmt: skip
+    return lines[0]
+
+
 def take_step(engine: Engine, step: int, rank: int = 0, world_size: int = 1) -> None:
-    """One of STEPS in one pass, as the loop makes it."""
-    (batch,) = share(STEPS[step], rank, world_size, 1)
-    num_targets = sum(batch_of([n]).num_targets for n in STEPS[step])
-    sums = engine.forward(batch)
-    weight = float(StepSums.of_detached(all_sum(sums.detached())).weight)
-    engine.backward(sums.loss / num_targets, last=True)
-    engine.update(weight / num_targets, LEARNING_RATES[step])
+    """One of STEPS in one pass."""
+    by_loop(engine, step, share(STEPS[step], rank, world_size, 1))
+
+
+def break_step(engine: Engine, step: int, batches: list[Batch]) -> float:
+    """An update whose gradients are NaN, of which the loop would end: one rank's NaN in the last pass is enough."""
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        loss = engine.forward(batch).loss
+        engine.backward(loss * torch.nan if last else loss, last=last)
+    return engine.update(1.0, LEARNING_RATES[step])
 
 
 def run(case: Case, rank: int, world_size: int) -> Outcome:
@@ -161,27 +180,18 @@ def run(case: Case, rank: int, world_size: int) -> Outcome:
             continue
         batches = share(notations, rank, world_size, case.passes)
         outcome.num_batches += len(batches)
-        num_targets = sum(batch_of([n]).num_targets for n in notations)
         if case.broken and step == BROKEN:
             outcome.before_broken = engine.gather(names)
-        total = torch.zeros(StepSums.size(), dtype=torch.float64)
-        for index, batch in enumerate(batches):
-            sums, last = engine.forward(batch), index == len(batches) - 1
-            total += sums.detached()
-            loss = sums.loss / num_targets
-            # as the loop does it: one rank's NaN in the last pass is enough
-            engine.backward(loss * torch.nan if case.broken and step == BROKEN and last else loss, last=last)
-        total = all_sum(total)
-        sum_of = vars(StepSums.of_detached(total))
-        norm = engine.update(float(sum_of["weight"]) / num_targets, LEARNING_RATES[step])
-        outcome.losses.append(float(sum_of["loss"] / sum_of["weight"]))
-        outcome.weights.append(float(sum_of["weight"]))
-        outcome.norms.append(norm)
+            outcome.broken_norm = break_step(engine, step, batches)
+            outcome.after_broken = engine.gather(names)
+            continue
+        line = by_loop(engine, step, batches)
+        outcome.losses.append(line["loss"])
+        outcome.weights.append(line["weight_mean"] * line["num_targets"])
+        outcome.norms.append(line["grad_norm"])
         if case.evaluated:
             (batch,) = share(HELD_OUT, rank, world_size, 1)
             outcome.evaluations.append(all_sum(nll_sums(module, batch, VISUAL_GAIN)))
-        if case.broken and step == BROKEN:
-            outcome.after_broken = engine.gather(names)
     outcome.final = engine.gather(names)
     return outcome
 

@@ -155,7 +155,7 @@ def test_what_goes_beyond_the_stages_length_is_not_taken_up(tmp_path: Path) -> N
 
 
 def test_whoever_loaded_a_part_before_it_failed_is_as_before(tmp_path: Path) -> None:
-    """Its last parameter is said to lie in more values than the file has: all others were loaded by then."""
+    """Its last parameter is said to lie in two stretches, of which the file has one: all others were loaded by then."""
     stage = Stage(tmp_path, "checkpoint.every_steps=2")
     stage.step(1)
     stage.step(2)
@@ -166,7 +166,7 @@ def test_whoever_loaded_a_part_before_it_failed_is_as_before(tmp_path: Path) -> 
     last = again.engine.fragments()[-1].name
     index = dict(checkpoint.manifest["index"])
     ((start, length, file),) = index[last]
-    index[last] = [[start, 1, file], [start + 1, length - 1, file]]  # the file has one stretch, of all
+    index[last] = [[start, 1, file], [start + 1, length - 1, file]]
     odd = checkpoints.Checkpoint(checkpoint.path, {**checkpoint.manifest, "index": index})
     _, problem = restore(again.store, odd, again.engine, CPU)
     assert problem is not None

@@ -88,6 +88,7 @@ def test_a_download_that_is_cut_is_no_file(proxied: Store, proxy: Proxy, tmp_pat
     proxy.fail(Fault(cut=True), "GET", containing="/a/x")
     with pytest.raises(NoAnswer):
         proxied.download("a", tmp_path / "down")
+    assert proxy.num_failed > 0
     assert not list((tmp_path / "down").rglob("*"))
     proxy.heal()
     proxied.download("a", tmp_path / "down")
