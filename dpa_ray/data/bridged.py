@@ -23,6 +23,9 @@ class BridgedStore:
     def exists(self, path: str) -> bool:
         return retried(lambda: self.store.exists(path), self.url(path))
 
+    def read_bytes(self, path: str) -> bytes:
+        return retried(lambda: self.store.read_bytes(path), self.url(path))
+
     def read_json(self, path: str) -> Any:
         return retried(lambda: self.store.read_json(path), self.url(path))
 

@@ -2,6 +2,7 @@
 
 data/<digest>/part-00000.parquet ...   one shard a part (none where all of its rows are in quarantine)
 data/<digest>/parts/00000.json ...     what is done, until the manifest is there: a killed attempt goes on from it
+data/<digest>/sizes.bin                how large each row is: what every reader that groups by length asks for
 data/<digest>/quarantine.jsonl         {id, place, reason, detail} of the rows that cannot be used
 data/<digest>/manifest.json            no manifest, no data
 
@@ -23,12 +24,13 @@ from typing import Any
 from dpa_ray.data.bridged import BridgedStore
 from dpa_ray.data.catalog import Piece, digest, pieces, source_digest
 from dpa_ray.data.known import Known
-from dpa_ray.data.prepared import SCHEMA_VERSION, Prepared, StoreLike, find_prepared, sealed
+from dpa_ray.data.prepared import SCHEMA_VERSION, SIZES_FILE, Prepared, StoreLike, find_prepared, sealed
 from dpa_ray.data.ray_tasks import bounded_retries, deaths_told, quiet_ray_data
 from dpa_ray.data.retry import bridged_s, bridging
 from dpa_ray.data.sample import Sample
 from dpa_ray.data.shard_file import footer_sha256
 from dpa_ray.data.shards import write_shard
+from dpa_ray.data.sizes import footer_text, from_text, in_footer
 from dpa_ray.data.sources import Part, Rejected, Scan, Source
 from dpa_ray.errors import UserError
 from dpa_ray.recipe import DEFAULT_RETRY_S, SourceSection
@@ -144,6 +146,7 @@ def _prepare(
         "num_quarantined": len(rejected),
         "quarantined": dict(sorted(reasons.items())),
         "shards": shards,
+        "sizes": _write_sizes(store, folder, results),
     }
     store.write_json(f"{folder}/manifest.json", sealed(manifest))
     store.delete(f"{folder}/parts")
@@ -155,6 +158,22 @@ def _prepare(
         f"{scan.num_rows / max(1e-3, seconds):,.0f}/s"
     )
     return prepared
+
+
+def _write_sizes(store: StoreLike, folder: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sizes of all rows, in order, as one file; returns what the manifest says of it."""
+    sizes = bytearray()
+    for result in results:
+        shard, text = result["shard"], result.pop("sizes", None)
+        if shard is None:
+            continue
+        if text is None:  # done by an older version
+            sizes += in_footer(store, folder, shard["name"], sum(shard["rows"]), shard["footer_sha256"]).tobytes()
+        else:
+            sizes += from_text(text).tobytes()
+    data = bytes(sizes)
+    store.write_bytes(f"{folder}/{SIZES_FILE}", data)
+    return {"name": SIZES_FILE, "size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _check_quarantine(store: StoreLike, folder: str, reasons: Counter[str], num_rows: int, limit: _Limit) -> None:
@@ -205,18 +224,20 @@ def prepare_part(
         path = Path(temporary) / name
         rows = _timed(source.read(part), part, source.name, report)
         groups = write_shard(path, _usable(rows, rejected, counts))
-        shard = None
+        shard = sizes = None
         if groups:
             store.upload(Path(temporary), folder, [name])
             shard = {
                 "name": name, "rows": groups, "size_bytes": path.stat().st_size, "sha256": _sha256(path),
                 "footer_sha256": footer_sha256(path),
             }  # fmt: skip
+            sizes = footer_text(path)
     result = {
         "index": part.index,
         "num_source_rows": part.num_chosen,
         "num_with_system": counts["system"],
         "shard": shard,
+        "sizes": sizes,
         "quarantine": [
             {"id": r.id, "place": source.name + r.place, "reason": r.reason, "detail": r.detail} for r in rejected
         ],

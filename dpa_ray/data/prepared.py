@@ -13,6 +13,8 @@ from dpa_ray.errors import BrokenJson, UserError
 
 SCHEMA_VERSION = 1
 """Of the manifest."""
+SIZES_FILE = "sizes.bin"
+"""Beside a source's shards: the size of each row (see sizes.py), a byte each, in order."""
 SEAL = "sha256"
 """In a manifest: of all that it says but this."""
 
@@ -22,6 +24,7 @@ class StoreLike(Protocol):
 
     def url(self, path: str) -> str: ...
     def exists(self, path: str) -> bool: ...
+    def read_bytes(self, path: str) -> bytes: ...
     def read_json(self, path: str) -> Any: ...
     def write_bytes(self, path: str, data: bytes) -> None: ...
     def write_json(self, path: str, value: Any) -> None: ...
@@ -43,6 +46,7 @@ class Prepared:
     num_quarantined: int
     sizes_bytes: tuple[int, ...] = ()  # of each shard
     footers: tuple[str, ...] = ()  # SHA-256 of each shard's footer, "" where it is not known
+    sizes: tuple[str, ...] = ()  # SHA-256 of the SIZES_FILE beside each shard, "" where there is none
     source_name: str = ""  # comes before the place of a sample
     num_with_system: int = 0  # samples that have a system turn
     homes: tuple[tuple[str, str], ...] = ()  # of a mixture, for each shard: the digest and name of its source
@@ -115,12 +119,23 @@ def _source(digest: str, manifest: dict[str, Any]) -> Prepared:
         num_quarantined=_count(manifest["num_quarantined"]),
         sizes_bytes=tuple(_count(shard["size_bytes"]) for shard in shards),
         footers=tuple(_text(shard.get("footer_sha256", "")) for shard in shards),
+        sizes=(_sizes(manifest),) * len(shards),
         source_name=_text(manifest["source_name"]),
         num_with_system=_count(manifest["num_with_system"]),
     )
     if found.num_rows != sum(found.row_groups):
         raise ValueError(f"{found.num_rows} rows, {sum(found.row_groups)} in its shards")
     return found
+
+
+def _sizes(manifest: dict[str, Any]) -> str:
+    """The SHA-256 of its SIZES_FILE, "" where it has none. Raises: KeyError, TypeError or ValueError."""
+    if "sizes" not in manifest:  # an older one
+        return ""
+    sizes = manifest["sizes"]
+    if sizes["name"] != SIZES_FILE or _count(sizes["size_bytes"]) != manifest["num_rows"]:
+        raise ValueError(f"{sizes['size_bytes']} bytes of sizes in {sizes['name']!r} for {manifest['num_rows']} rows")
+    return _text(sizes["sha256"])
 
 
 def _count(value: Any) -> int:
@@ -145,6 +160,7 @@ def mixed(digest: str, parts: Sequence[tuple[Prepared, int]]) -> Prepared:
         num_quarantined=sum(part.num_quarantined for part, _ in parts),
         sizes_bytes=tuple(size for part in each for size in part.sizes_bytes),
         footers=tuple(footer for part in each for footer in part.footers),
+        sizes=tuple(digest for part in each for digest in part.sizes),
         num_with_system=sum(part.num_with_system for part in each),
         homes=tuple((part.digest, part.source_name) for part in each for _ in part.shards),
     )

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,9 @@ def test_a_store_that_is_away_only_delays_what_is_prepared(server, tmp_path, mon
     assert prepared.num_rows == NUM_ROWS
     server.away()
     with bridging(60):
-        assert BridgedStore(store).list(prepared.path) == ["manifest.json", "part-00000.parquet", "quarantine.jsonl"]
+        assert BridgedStore(store).list(prepared.path) == [
+            "manifest.json", "part-00000.parquet", "quarantine.jsonl", "sizes.bin",
+        ]  # fmt: skip
 
 
 def test_an_outage_that_outlasts_retry_s_is_told(server, tmp_path, monkeypatch):
@@ -286,23 +289,29 @@ def test_a_loader_goes_on_with_the_same_batches(loader, server, outage, caplog):
     assert len(warnings(caplog)) == 1
 
 
-def test_the_sizes_in_footers_are_read_through_an_outage(loader, server):
+@pytest.mark.parametrize("in_footers", [False, True])
+def test_sizes_are_read_through_an_outage(loader, server, in_footers):
     rows = np.arange(24)
-    expected = Sizes(loader.store, loader.prepared)(rows)
+    prepared = replace(loader.prepared, sizes=()) if in_footers else loader.prepared
+    expected = Sizes(loader.store, prepared)(rows)
     server.away()
-    assert (Sizes(loader.store, loader.prepared, retry_s=60)(rows) == expected).all()
+    assert (Sizes(loader.store, prepared, retry_s=60)(rows) == expected).all()
 
 
 def test_shards_that_stay_away_are_told(loader, server):
     loader.retry_s = 0.5
     loader.load(BATCHES[0], 0)
     server.kill()
-    match = r"^s3://.*/part-00000.parquet: no answer from S3 .*set data.retry_s to more than 0.5$"
-    with pytest.raises(UserError, match=match) as caught:
-        loader.load(BATCHES[1], 0)
-    assert "prepared again" not in str(caught.value), "nothing is wrong with the data"
-    with pytest.raises(UserError, match=match):
-        Sizes(loader.store, loader.prepared, retry_s=0.5)(BATCHES[0])
+    footers = replace(loader.prepared, sizes=())
+    for name, call in (
+        ("part-00000.parquet", lambda: loader.load(BATCHES[1], 0)),
+        ("part-00000.parquet", lambda: Sizes(loader.store, footers, retry_s=0.5)(BATCHES[0])),
+        ("sizes.bin", lambda: Sizes(loader.store, loader.prepared, retry_s=0.5)(BATCHES[0])),
+    ):
+        match = rf"^s3://.*/{name}: no answer from S3 .*set data.retry_s to more than 0.5$"
+        with pytest.raises(UserError, match=match) as caught:
+            call()
+        assert "prepared again" not in str(caught.value), "nothing is wrong with the data"
 
 
 @pytest.mark.ci  # Ray, which must start with this server's environment, takes 15 s
