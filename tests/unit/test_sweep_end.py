@@ -90,7 +90,8 @@ def test_what_cannot_be_prepared_is_left_to_its_trials(
 
     monkeypatch.setattr(main, "make_plan", fail)
     layers = [recipe.model.vision_layer, recipe.model.vision_layer - 1]
-    main._prepare(recipe.to_dict(), [{"model.vision_layer": layer} for layer in layers], Store(recipe.store))
+    points = [{"model.vision_layer": layer} for layer in layers]
+    main._prepare(recipe.to_dict(), points, Store(recipe.store), record_of(recipe, []))
     assert tried == layers
 
 
