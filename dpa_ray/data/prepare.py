@@ -2,7 +2,7 @@
 
 data/<digest>/part-00000.parquet ...   one shard a part (none where all of its rows are in quarantine)
 data/<digest>/parts/00000.json ...     what is done, until the manifest is there: a killed attempt goes on from it
-data/<digest>/sizes.bin                how large each row is: what every reader that groups by length asks for
+data/<digest>/sizes.uint8                how large each row is: what every reader that groups by length asks for
 data/<digest>/quarantine.jsonl         {id, place, reason, detail} of the rows that cannot be used
 data/<digest>/manifest.json            no manifest, no data
 

@@ -13,7 +13,7 @@ from dpa_ray.errors import BrokenJson, UserError
 
 SCHEMA_VERSION = 1
 """Of the manifest."""
-SIZES_FILE = "sizes.bin"
+SIZES_FILE = "sizes.uint8"
 """Beside a source's shards: the size of each row (see sizes.py), a byte each, in order."""
 SEAL = "sha256"
 """In a manifest: of all that it says but this."""

@@ -188,7 +188,7 @@ def test_a_store_that_is_away_only_delays_what_is_prepared(server, tmp_path, mon
     server.away()
     with bridging(60):
         assert BridgedStore(store).list(prepared.path) == [
-            "manifest.json", "part-00000.parquet", "quarantine.jsonl", "sizes.bin",
+            "manifest.json", "part-00000.parquet", "quarantine.jsonl", "sizes.uint8",
         ]  # fmt: skip
 
 
@@ -306,7 +306,7 @@ def test_shards_that_stay_away_are_told(loader, server):
     for name, call in (
         ("part-00000.parquet", lambda: loader.load(BATCHES[1], 0)),
         ("part-00000.parquet", lambda: Sizes(loader.store, footers, retry_s=0.5)(BATCHES[0])),
-        ("sizes.bin", lambda: Sizes(loader.store, loader.prepared, retry_s=0.5)(BATCHES[0])),
+        ("sizes.uint8", lambda: Sizes(loader.store, loader.prepared, retry_s=0.5)(BATCHES[0])),
     ):
         match = rf"^s3://.*/{name}: no answer from S3 .*set data.retry_s to more than 0.5$"
         with pytest.raises(UserError, match=match) as caught:

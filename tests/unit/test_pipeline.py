@@ -160,7 +160,7 @@ def test_all_that_reads_data_waits_for_s3_as_long_as_the_recipe_says(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited: list[tuple[str, float]] = []
-    at = {"exists": 1, "upload": 2}  # which argument is the path
+    at = {"exists": 1, "read_bytes": 1, "upload": 2}  # which argument is the path
 
     def noted(kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def note(*args: Any, **options: Any) -> Any:
@@ -171,14 +171,20 @@ def test_all_that_reads_data_waits_for_s3_as_long_as_the_recipe_says(
         return note
 
     monkeypatch.setattr(pipeline, "source_digest", noted("source_digest", pipeline.source_digest))
-    for name in ("exists", "upload", "arrow"):
+    for name in ("exists", "read_bytes", "upload", "arrow"):
         monkeypatch.setattr(Store, name, noted(name, getattr(Store, name)))
     made = recipe("data.retry_s=7", "stages.instruct.group_by_length=true")
     tuned = carry_out(made, tmp_path)[4]
-    assert {kind for kind, _ in waited} == {"source_digest", "exists", "upload", "arrow"}  # arrow: check_supervision
+    assert {kind for kind, _ in waited} == {
+        "source_digest",
+        "exists",
+        "read_bytes",
+        "upload",
+        "arrow",
+    }  # arrow: check_supervision
     num = len(waited)
     assembling.cursor_of(tuned, Store(made.store)).rows(0, 0)
-    assert [kind for kind, _ in waited[num:]] == ["arrow"], "the sizes in the footer of its one shard"
+    assert [kind for kind, _ in waited[num:]] == ["read_bytes"], "the sizes of its rows"
     assert {seconds for _, seconds in waited} == {7}
     assert bridged_s() == 0
 

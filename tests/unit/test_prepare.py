@@ -89,10 +89,10 @@ def test_generated_samples_come_out_exactly_with_their_grounded_words(store):
 def test_the_manifest_names_every_file_with_size_and_digest(tmp_path, store):
     prepared = run(store, make(tmp_path, [record(i) for i in range(5)]))
     manifest = store.read_json(f"{prepared.path}/manifest.json")
-    assert store.list(prepared.path) == ["manifest.json", "part-00000.parquet", "quarantine.jsonl", "sizes.bin"]
-    sizes = store.read_bytes(f"{prepared.path}/sizes.bin")
+    assert store.list(prepared.path) == ["manifest.json", "part-00000.parquet", "quarantine.jsonl", "sizes.uint8"]
+    sizes = store.read_bytes(f"{prepared.path}/sizes.uint8")
     digest = hashlib.sha256(sizes).hexdigest()
-    assert manifest["sizes"] == {"name": "sizes.bin", "size_bytes": len(sizes), "sha256": digest}
+    assert manifest["sizes"] == {"name": "sizes.uint8", "size_bytes": len(sizes), "sha256": digest}
     assert prepared.sizes == (digest,)
     data = store.read_bytes(f"{prepared.path}/part-00000.parquet")
     footer = data[-int.from_bytes(data[-8:-4], "little") - 8 :]

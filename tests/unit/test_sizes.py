@@ -62,7 +62,7 @@ def test_sizes_are_those_of_the_samples(store_and_data):
     store, data = store_and_data
     assert len(data.shards) == 3
     expected = expected_of(store, data)
-    assert list(store.read_bytes(f"{data.path}/sizes.bin")) == expected
+    assert list(store.read_bytes(f"{data.path}/sizes.uint8")) == expected
     rows = np.array([19, 0, 7, 8, 13, 0])
     for cache_bytes in (0, 9, 10**6):
         for found in (data, without_file(data), dataclasses.replace(data, sizes=())):
@@ -79,7 +79,7 @@ def test_data_whose_manifest_names_no_file_is_read_by_its_footers(store_and_data
     path = f"{data.path}/manifest.json"
     manifest = {name: value for name, value in store.read_json(path).items() if name not in ("sizes", "sha256")}
     store.write_json(path, sealed(manifest))
-    store.delete(f"{data.path}/sizes.bin")
+    store.delete(f"{data.path}/sizes.uint8")
     found = find_prepared(store, data.digest)
     assert found == without_file(data)
     assert Sizes(store, found)(np.arange(20)).tolist() == expected_of(store, data)
@@ -124,7 +124,7 @@ def test_all_sizes_of_a_source_are_one_request(store_and_data, rclone_s3, monkey
 )
 def test_a_file_that_is_not_what_was_written_is_told(store_and_data, damage, message):
     store, data = store_and_data
-    path = f"{data.path}/sizes.bin"
+    path = f"{data.path}/sizes.uint8"
     left = damage(store.read_bytes(path))
     store.delete(path) if left is None else store.write_bytes(path, left)
     with pytest.raises(UserError, match=rf"{path}: {message}; delete .* to have the data prepared again"):
