@@ -236,7 +236,8 @@ class Checkpointer:
         while not notes <= set(store.list(pending.path)):  # of many ranks a long listing, made beside training
             if pending.given_up.wait(pause_s):
                 return
-            pause_s = min(2 * pause_s, LIST_EVERY_S)
+            if not pending.by_steps:  # else training waits for it
+                pause_s = min(2 * pause_s, LIST_EVERY_S)
         files: dict[str, Any] = {}
         index: dict[str, list[Any]] = {}
         untaught: list[Any] = []
