@@ -16,7 +16,6 @@ from typing import Any
 import ray
 from ray.autoscaler.sdk import request_resources
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from dpa_ray.data.ray_tasks import RETRY_ENVIRONMENT
 from dpa_ray.engine import stopping
@@ -25,7 +24,7 @@ from dpa_ray.engine.interface import RaysInterface
 from dpa_ray.engine.messages import FAILED, STARTED, Board, Orders
 from dpa_ray.engine.placing import Labels, matches, on_labels, worker_resources
 from dpa_ray.engine.pulse import Standstill
-from dpa_ray.engine.relaunching import Fit, Relaunches
+from dpa_ray.engine.relaunching import Fit, Relaunches, here
 from dpa_ray.engine.worker import run_worker
 from dpa_ray.errors import UserError
 from dpa_ray.recipe_running import ClusterSection
@@ -133,8 +132,8 @@ def launch(
     os.environ[SILENT_WORKER] = str(cluster.collective_timeout_s)
     os.environ[TRAIN_COLLECTIVE] = str(limit_s)
     os.environ[PLACING] = PLACING_S["fixed" if cluster.min_workers == cluster.max_workers else "elastic"]
-    trainer = TorchTrainer(
-        run_worker,
+    trainer = dict(
+        train_loop_per_worker=run_worker,
         train_loop_config=Orders(store.uri, order, board, uuid.uuid4().hex, socket.gethostname()),
         torch_config=RaysInterface(backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=math.ceil(limit_s)),
         scaling_config=ScalingConfig(
@@ -156,7 +155,7 @@ def launch(
     def note(text: str) -> None:
         handle("note", {"text": text}, time.time())
 
-    fit, starting, standstill = Fit(trainer), Starting(cluster, note), Standstill(cluster.collective_timeout_s)
+    fit, starting, standstill = Fit(**trainer), Starting(cluster, note), Standstill(cluster.collective_timeout_s)
     relaunches = Relaunches(cluster.max_failures)
     looked_at = time.monotonic()
     try:
@@ -164,15 +163,14 @@ def launch(
             ended = fit.ended
             for kind, values, at_s in ray.get(board.take.remote()):
                 starting.saw(kind)
-                relaunches.saw(kind, values)
                 handle(kind, values, at_s)
             if ended:
-                if not relaunches.recovers(fit.error, ray.get(board.progress.remote())):
+                if not relaunches.recovers(fit, ray.get(board.progress.remote())):
                     break
                 note(relaunches.text)
                 starting.saw(FAILED)
                 handle(FAILED, {"why": "failure"}, time.time())
-                fit = Fit(trainer)
+                fit = Fit(**trainer)
             starting.check()
             if time.monotonic() - looked_at >= LOOK_EVERY_S:
                 looked_at = time.monotonic()
@@ -189,10 +187,9 @@ def launch(
         ) from err
     finally:
         starting.end()
-        if fit.ended:
-            ray.kill(board)
-        elif ray.get_runtime_context().get_actor_id() is None:
-            ray.shutdown()  # ends the workers, before anybody else may take the run over
+        if not fit.ended or fit.error is not None:
+            fit.end()  # before anybody else may take the run over
+        ray.kill(board)
         shutil.rmtree(storage, ignore_errors=True)
 
 
@@ -354,13 +351,6 @@ def _there(cluster: ClusterSection, resources: dict[str, float]) -> str:
 
 def _num_workers(cluster: ClusterSection) -> int | tuple[int, int]:
     return cluster.workers if isinstance(cluster.workers, int) else (cluster.min_workers, cluster.max_workers)
-
-
-def here() -> Any:
-    """Scheduling on the driver's node, not beside it: with `soft` Ray leaves a head without CPUs for a node that may go."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _for_user(err: Exception) -> Exception:

@@ -2,26 +2,63 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any
 
 import ray
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray._raylet import PlacementGroupID
+from ray.train import Result
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2.api.exceptions import ControllerError
-from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpa_ray.engine.failures import GaveUp, first_line, root_causes
-from dpa_ray.engine.messages import FAILED, STARTED, Progress
+from dpa_ray.engine.messages import Progress
 from dpa_ray.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+
+END_S = 20.0
+"""How long a controller that is killed may take to be gone, as its driver sees it."""
+
+
+class _Trainer(TorchTrainer):
+    """One whose controller can be ended by another thread than the one that waits in `fit`. (Ray's own keeps it to itself.)"""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.controller: Any = None  # an actor, once there is one
+        self._unwanted = threading.Event()
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Result:
+        environment = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0", **get_env_vars_to_propagate()}
+        remote = ray.remote(num_cpus=0, scheduling_strategy=here(), runtime_env={"env_vars": environment})
+        self.controller = remote(TrainController).remote(**arguments)
+        if self._unwanted.is_set():
+            ray.kill(self.controller)
+        ray.get(self.controller.run.remote())
+        return ray.get(self.controller.get_result.remote())
+
+    def end(self) -> None:
+        """The controller is killed, and its workers with it: `fit` raises ActorDiedError."""
+        self._unwanted.set()
+        if self.controller is not None:
+            ray.kill(self.controller)
 
 
 class Fit(threading.Thread):
     """`trainer.fit` in a thread, so that the driver can give up waiting, and Ctrl-C is the driver's own."""
 
-    def __init__(self, trainer: TorchTrainer):
+    def __init__(self, **trainer: Any):
+        """`trainer`: TorchTrainer's arguments."""
         super().__init__(name="fit", daemon=True)
-        self.trainer = trainer
+        self.trainer = _Trainer(**trainer)
         self.error: Exception | None = None
         self.start()
 
@@ -35,6 +72,22 @@ class Fit(threading.Thread):
     def ended(self) -> bool:
         return not self.is_alive()
 
+    def end(self) -> None:
+        """Ends the controller and its workers, where they still live, and waits until this thread has left Ray: a `ray.shutdown`
+        under it takes the process with it at times, before it has said why."""
+        self.trainer.end()
+        self.join(END_S)
+        try:
+            self.free()
+        except Exception as err:  # Ray's: it is what ended the work, then
+            _log.info("workers were not ended: %s", err)
+
+    def free(self) -> None:
+        """Ray keeps what a dead controller asked for as long as the driver lives. Workers that are still there die with it."""
+        if self.trainer.controller is not None:
+            for group in groups_of(self.trainer.controller._actor_id.hex()):
+                remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
+
 
 class Relaunches:
     """Failures that Ray Train does not recover from: its controller died (killed, or out of memory), or workers died or did not
@@ -44,17 +97,10 @@ class Relaunches:
         """Of failures one after the other, with nothing new saved in between: as `cluster.max_failures`."""
         self.limit, self.text = limit, ""
         self.made = self.number = 0
-        self.group: str | None = None
 
-    def saw(self, kind: str, values: dict[str, Any]) -> None:
-        if kind == STARTED:
-            self.group = values["group"]
-        elif kind == FAILED:
-            self.group = None  # others are on their way
-
-    def recovers(self, error: Exception | None, progress: Progress) -> bool:
-        """May the work that ended of `error` go on? Then what its workers had is free, and `text` is for people."""
-        what = self._what(error)
+    def recovers(self, fit: Fit, progress: Progress) -> bool:
+        """May the work that `fit` ended go on? Then what its workers had is free, and `text` is for people."""
+        what = self._what(fit.error)
         if what is None:
             return False
         if progress.made > self.made:
@@ -62,40 +108,32 @@ class Relaunches:
         self.number += 1
         if self.number > self.limit:
             return False
-        for group in self._held():  # Ray keeps a dead controller's as long as the driver lives
-            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
-        self.group = None
+        fit.free()
         self.text = f"{what}; others are started, and go on from the last checkpoint (failure {self.number} of {self.limit}, {progress})"
         return True
 
     def _what(self, error: Exception | None) -> str | None:
         """One line on what happened; None where it is not one of those failures."""
         if isinstance(error, ray.exceptions.ActorDiedError):
-            # of one that dies while its workers start, a trial of a sweep does not know what it holds
-            if self.group is None and is_trial():
-                return None
             return "Ray Train's controller died, and its workers with it"
         causes = root_causes(error) if isinstance(error, ControllerError) else []
         if not causes or any(isinstance(cause, UserError | GaveUp) for cause in causes):
             return None
         return f"workers could not be started: {type(causes[-1]).__name__}: {first_line(causes[-1])}"
 
-    def _held(self) -> list[str]:
-        """The placement groups that this run's workers had, or were to have."""
-        if is_trial():
-            return [] if self.group is None else [self.group]
-        return groups_of_this_driver()
+
+def here() -> NodeAffinitySchedulingStrategy:
+    """Scheduling on the driver's node, not beside it: with `soft` Ray leaves a head without CPUs for a node that may go."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def is_trial() -> bool:
-    """Does this process share its driver with other runs?"""
-    return ray.get_runtime_context().get_actor_id() is not None
+def groups_of(actor: str) -> list[str]:
+    """The placement groups, by their ids, that the actor with this id made and nobody removed."""
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 
-
-def groups_of_this_driver() -> list[str]:
-    """The placement groups that its processes made and nobody removed, by their ids, which end with the driver's."""
-    job: str = ray.get_runtime_context().get_job_id()
+    table = map(PlacementGroupTableData.FromString, state._connect_and_get_accessor().get_placement_group_table())
     return [
-        str(group) for group, about in placement_group_table().items()
-        if group.endswith(job) and about["state"] != "REMOVED"
+        group.placement_group_id.hex() for group in table
+        if group.creator_actor_id.hex() == actor and group.state != PlacementGroupTableData.REMOVED
     ]  # fmt: skip

@@ -81,8 +81,7 @@ def run_worker(orders: Orders) -> None:
             f"store: expected one that {socket.gethostname()}, where a worker was started, reaches as {orders.machine} "
             f"does, found the folder {orders.store_uri}; take s3:// or gs://"
         )
-    group = ray.util.get_current_placement_group()
-    worker.tell(STARTED, number=world_size(), group=group.id.hex() if group is not None else None)
+    worker.tell(STARTED, number=world_size())
     with (
         bridging(recipe.data.retry_s, worker.note),
         beating(orders.board, rank(), recipe.cluster.collective_timeout_s),

@@ -21,6 +21,7 @@ from ray.tune.stopper import Stopper
 
 from dpa_ray.engine import launch
 from dpa_ray.engine.placing import Resources, place, worker_resources
+from dpa_ray.engine.relaunching import here
 from dpa_ray.recipe_running import ClusterSection
 from dpa_ray.sweep.record import one_line
 from dpa_ray.sweep.sharing import Claims
@@ -195,7 +196,7 @@ def default_at_once(cluster: ClusterSection) -> int:
 
 def start_claims() -> Any:
     """The actor that says who makes what."""
-    return ray.remote(num_cpus=0)(Claims).options(scheduling_strategy=launch.here()).remote()
+    return ray.remote(num_cpus=0)(Claims).options(scheduling_strategy=here()).remote()
 
 
 def carry_out(

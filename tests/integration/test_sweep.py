@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -115,6 +116,22 @@ def test_a_trial_that_fails_in_the_third_stage_is_told_and_the_rest_goes_on(tmp_
     assert "\n" not in reason
     assert f"sweep-0000 failed: {reason}" in run.stdout
     assert made(values) == {"proxy_llm": 1, "proxy_merged": 1, "blind": 1, "proxy_mllm": 1, "instruct": 1}
+
+
+@pytest.mark.full
+def test_a_controller_that_dies_while_a_trials_workers_start_is_replaced(tmp_path: Path, recipe: Callable) -> None:
+    """What it asked for is given back, though the trial's driver, the sweep, lives on: there is no room for its successor's."""
+    running = start(recipe(), tmp_path, {"cmo.upper": [0.5, 1.0]})
+    until = time.monotonic() + 120
+    while not (controllers := running.processes("ray::TrainController")):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    time.sleep(2.0)
+    os.kill(controllers[0], signal.SIGKILL)
+    run = running.finished()
+    assert run.returncode == 0, run.output
+    assert "Ray Train's controller died" in run.output
+    assert statuses(result(tmp_path)) == ["done"] * 2
 
 
 @pytest.mark.full

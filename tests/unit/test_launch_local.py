@@ -76,60 +76,75 @@ def test_a_controller_that_dies_is_told_with_what_to_do() -> None:
     assert "the same command goes on from there" in str(found)
 
 
-@pytest.mark.parametrize("trial", [False, True], ids=["driver", "trial of a sweep"])
-def test_controllers_that_die_are_counted_until_something_is_saved(
-    monkeypatch: pytest.MonkeyPatch, trial: bool
-) -> None:
-    """A driver knows by their ids which groups are its own; a trial shares its driver, and only knows its workers'."""
+class Ended:
+    """A Fit that ended of `error`."""
+
+    def __init__(self, error: Exception | None, freed: list[Exception | None]):
+        self.error, self.freed = error, freed
+
+    def free(self) -> None:
+        self.freed.append(self.error)
+
+
+def test_controllers_that_die_are_counted_until_something_is_saved() -> None:
     from ray.exceptions import ActorDiedError
 
-    from dpa_ray.engine import relaunching
     from dpa_ray.engine.messages import Progress
     from dpa_ray.engine.relaunching import Relaunches
 
-    job, group, removed = "03000000", "ab" * 14 + "03000000", []
-    table = {
-        group: {"state": "CREATED"}, "cd" * 14 + job: {"state": "REMOVED"}, "ef" * 14 + "04000000": {"state": "CREATED"}
-    }  # fmt: skip
-    context = SimpleNamespace(get_actor_id=lambda: "a1" if trial else None, get_job_id=lambda: job)
-    monkeypatch.setattr(relaunching.ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(relaunching, "placement_group_table", lambda: table)
-    monkeypatch.setattr(relaunching, "remove_placement_group", lambda group: removed.append(group.id.hex()))
-    lost = Relaunches(1)
+    lost, died, freed = Relaunches(1), ActorDiedError(), list[Exception | None]()
 
-    def dies(made: int) -> bool:
-        lost.saw("workers_started", {"number": 2, "group": group})
-        return lost.recovers(ActorDiedError(), Progress(made))
+    def recovers(error: Exception | None, made: int) -> bool:
+        return lost.recovers(Ended(error, freed), Progress(made))  # type: ignore[arg-type]
 
-    assert not lost.recovers(RuntimeError("a worker's"), Progress(0))
-    assert not lost.recovers(None, Progress(0))
-    assert dies(0)
-    assert removed == [group]
-    assert not dies(0)
-    assert dies(1)
-    lost.saw("workers_started", {"number": 2, "group": group})
-    lost.saw("failed", {"why": "failure"})
-    assert lost.recovers(ActorDiedError(), Progress(2)) != trial, "new workers were on their way"
-    assert removed == [group] * (2 if trial else 3)
+    assert not recovers(RuntimeError("a worker's"), 0)
+    assert not recovers(None, 0)
+    assert freed == []
+    assert recovers(died, 0)
+    assert freed == [died]
+    assert not recovers(died, 0)
+    assert recovers(died, 1)
+    assert freed == [died, died], "nothing is freed by Relaunches where the work is over"
 
 
-def test_workers_that_do_not_start_are_started_again_unless_they_said_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_are_an_actors_own_until_they_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group
+
+    from dpa_ray.engine.relaunching import groups_of
+
+    table = [
+        Group(placement_group_id=bytes([number]) * 18, creator_actor_id=bytes([actor]) * 16, state=at)
+        for number, actor, at in (
+            (1, 7, Group.CREATED),
+            (2, 7, Group.REMOVED),
+            (3, 8, Group.CREATED),
+            (4, 7, Group.PENDING),
+        )
+    ]
+    accessor = SimpleNamespace(get_placement_group_table=lambda: [group.SerializeToString() for group in table])
+    monkeypatch.setattr(state, "_connect_and_get_accessor", lambda: accessor)
+    assert groups_of("07" * 16) == ["01" * 18, "04" * 18]
+
+
+def test_workers_that_do_not_start_are_started_again_unless_they_said_why() -> None:
     from ray.train.v2.api.exceptions import ControllerError
 
-    from dpa_ray.engine import relaunching
     from dpa_ray.engine.failures import GaveUp
     from dpa_ray.engine.messages import Progress
     from dpa_ray.engine.relaunching import Relaunches
 
-    monkeypatch.setattr(relaunching, "is_trial", lambda: False)
-    monkeypatch.setattr(relaunching, "groups_of_this_driver", list)
     relaunches = Relaunches(1)
-    assert not relaunches.recovers(ControllerError(UserError("the store is full")), Progress(0))
-    assert not relaunches.recovers(ControllerError(GaveUp("worker 0 failed, 4 times")), Progress(0))
-    assert relaunches.recovers(ControllerError(RuntimeError("connect() timed out")), Progress(0))
+
+    def recovers(error: Exception) -> bool:
+        return relaunches.recovers(Ended(error, []), Progress(0))  # type: ignore[arg-type]
+
+    assert not recovers(ControllerError(UserError("the store is full")))
+    assert not recovers(ControllerError(GaveUp("worker 0 failed, 4 times")))
+    assert recovers(ControllerError(RuntimeError("connect() timed out")))
     assert "workers could not be started: RuntimeError: connect() timed out" in relaunches.text
     assert "(failure 1 of 1, before the first step)" in relaunches.text
-    assert not relaunches.recovers(ControllerError(RuntimeError("connect() timed out")), Progress(0))
+    assert not recovers(ControllerError(RuntimeError("connect() timed out")))
 
 
 def test_a_folder_is_no_store_for_several_machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
