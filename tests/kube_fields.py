@@ -1,12 +1,14 @@
 """What is wrong with a manifest, by the fields that Kubernetes and KubeRay know? Strict: a field that is not known is an error.
 
-Kubernetes' own types are lightkube's models, which are made from its API's description. KubeRay's are below, by the field
-reference of its CRDs (ray.io/v1, KubeRay 1.7), for RayCluster and RayJob.
+Kubernetes' own types are lightkube's models, which are made from its API's description. KubeRay's are below, for RayCluster and
+RayJob: the fields by the Go types that its CRDs (ray.io/v1, KubeRay 1.7) are generated from, and what its operator refuses
+although every field is known, by its validation of a RayCluster's and a RayJob's specification.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from typing import Any
 
@@ -46,7 +48,9 @@ AUTOSCALER = Fields({
     "resources": ResourceRequirements, "image": str, "imagePullPolicy": OneOf(("Always", "Never", "IfNotPresent")),
     "securityContext": SecurityContext, "idleTimeoutSeconds": int, "upscalingMode": OneOf(("Default", "Aggressive", "Conservative")),
     "version": OneOf(("v1", "v2")), "env": list[EnvVar], "envFrom": list[EnvFromSource], "volumeMounts": list[VolumeMount],
+    "command": list[str], "args": list[str],
 })  # fmt: skip
+MANAGERS = OneOf(("ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue"))
 AUTH = Fields({"mode": OneOf(("disabled", "token")), "secretName": str, "enableK8sTokenAuth": bool})
 GROUP: dict[str, Any] = {
     "template": PodTemplateSpec,
@@ -71,8 +75,8 @@ WORKERS = Fields(
 )  # fmt: skip
 CLUSTER_SPEC = Fields(
     {"rayVersion": str, "authOptions": AUTH, "enableInTreeAutoscaling": bool, "autoscalerOptions": AUTOSCALER,
-     "headGroupSpec": HEAD, "workerGroupSpecs": [WORKERS], "suspend": bool, "managedBy": str,
-     "headServiceAnnotations": Strings},
+     "headGroupSpec": HEAD, "workerGroupSpecs": [WORKERS], "suspend": bool, "managedBy": MANAGERS,
+     "headServiceAnnotations": Strings, "upgradeStrategy": Fields({"type": OneOf(("Recreate", "None"))})},
     ("headGroupSpec",),
 )  # fmt: skip
 JOB_SPEC = Fields({
@@ -80,7 +84,8 @@ JOB_SPEC = Fields({
     "clusterSelector": Strings, "submitterPodTemplate": PodTemplateSpec, "submitterConfig": Fields({"backoffLimit": int}),
     "submissionMode": OneOf(("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")), "backoffLimit": int,
     "activeDeadlineSeconds": int, "ttlSecondsAfterFinished": int, "shutdownAfterJobFinishes": bool, "suspend": bool,
-    "entrypointNumCpus": float, "entrypointNumGpus": float, "entrypointResources": str, "managedBy": str,
+    "entrypointNumCpus": float, "entrypointNumGpus": float, "entrypointResources": str, "managedBy": MANAGERS,
+    "preRunningDeadlineSeconds": int,
 })  # fmt: skip
 
 
@@ -96,6 +101,81 @@ KINDS: dict[str, Any] = {
 def problems(manifest: dict[str, Any]) -> list[str]:
     """Each with its path; none where all is well."""
     return _check(manifest, KINDS[manifest["kind"]], manifest["kind"])
+
+
+def refusals(manifest: dict[str, Any]) -> list[str]:
+    """What KubeRay's operator says of a RayCluster or RayJob whose fields are all known; none where it would start it."""
+    kind, name = manifest["kind"], manifest["metadata"]["name"]
+    longest = {"RayCluster": 53, "RayJob": 47}.get(kind)
+    if longest is None:
+        return []
+    spec = manifest["spec"]
+    found = [] if len(name) <= longest else [f"{kind} {name}: more than {longest} characters"]
+    if not re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", name):
+        found.append(f"{kind} {name}: no DNS label")
+    return found + (_of_job(spec) if kind == "RayJob" else _of_cluster(spec))
+
+
+def _of_job(spec: dict[str, Any]) -> list[str]:
+    ends, tries = spec.get("shutdownAfterJobFinishes", False), spec.get("backoffLimit", 0)
+    cluster = spec.get("rayClusterSpec", {})
+    rules = {
+        "suspend without shutdownAfterJobFinishes": spec.get("suspend", False) and not ends,
+        "ttlSecondsAfterFinished without shutdownAfterJobFinishes": spec.get("ttlSecondsAfterFinished", 0) > 0
+        and not ends,
+        "ttlSecondsAfterFinished below 0": spec.get("ttlSecondsAfterFinished", 0) < 0,
+        "neither rayClusterSpec nor clusterSelector": not (cluster or spec.get("clusterSelector")),
+        "backoffLimit below 0": tries < 0,
+        "backoffLimit with clusterSelector": tries > 0 and bool(spec.get("clusterSelector")),
+        "backoffLimit in InteractiveMode": tries > 0 and spec.get("submissionMode") == "InteractiveMode",
+        "activeDeadlineSeconds not above 0": spec.get("activeDeadlineSeconds", 1) <= 0,
+        "preRunningDeadlineSeconds not above 0": spec.get("preRunningDeadlineSeconds", 1) <= 0,
+        "submitter settings in SidecarMode": spec.get("submissionMode") == "SidecarMode"
+        and bool({"submitterPodTemplate", "submitterConfig"} & set(spec)),
+        "enableK8sTokenAuth of a RayJob": cluster.get("authOptions", {}).get("enableK8sTokenAuth", False),
+    }
+    return [text for text, broken in rules.items() if broken] + (_of_cluster(cluster) if cluster else [])
+
+
+def _of_cluster(spec: dict[str, Any]) -> list[str]:
+    found = []
+    version = tuple(int(part) for part in re.findall(r"\d+", spec.get("rayVersion", ""))[:3])
+    if "authOptions" in spec and spec["authOptions"].get("mode", "token") == "token" and version < (2, 52):
+        found.append("authOptions.mode token of a rayVersion below 2.52")
+    grows = spec.get("enableInTreeAutoscaling", False)
+    is_v2 = grows and spec.get("autoscalerOptions", {}).get("version") == "v2"
+    if spec.get("autoscalerOptions", {}).get("idleTimeoutSeconds", 0) < 0:
+        found.append("autoscalerOptions.idleTimeoutSeconds below 0")
+    for group in (spec.get("headGroupSpec", {}), *spec.get("workerGroupSpecs", [])):
+        name = group.get("groupName", "head")
+        pod, start = group.get("template", {}).get("spec", {}), group.get("rayStartParams", {})
+        least, most = group.get("minReplicas", 0), group.get("maxReplicas", 2**31 - 1)
+        rules = {
+            "no container": not pod.get("containers"),
+            "resources in both rayStartParams and resources": bool(group.get("resources"))
+            and bool({"num-cpus", "num-gpus", "memory", "resources"} & set(start)),
+            "labels in rayStartParams": "labels" in start,
+            "a label that Kubernetes does not take": not all(_is_label(*each) for each in group.get("labels", {}).items()),
+            "fewest below 0, or above the most": not 0 <= least <= most,
+            "restartPolicy other than Never": is_v2 and pod.get("restartPolicy", "Never") != "Never",
+            "suspend of a group that grows": grows and group.get("suspend", False),
+            "priority without autoscaler v2 and a rayVersion from 2.56": bool(group.get("priority"))
+            and not (is_v2 and version >= (2, 56)),
+            "idleTimeoutSeconds without autoscaler v2, or below 0": "idleTimeoutSeconds" in group
+            and not (is_v2 and group["idleTimeoutSeconds"] >= 0),
+        }  # fmt: skip
+        found += [f"{name}: {text}" for text, broken in rules.items() if broken]
+    return found
+
+
+def _is_label(key: str, value: str) -> bool:
+    prefix, _, name = key.rpartition("/")
+    word = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+    return bool(
+        re.fullmatch(word, name)
+        and re.fullmatch(f"({word})?", value)
+        and re.fullmatch(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?", prefix)
+    )
 
 
 def _check(value: Any, kind: Any, path: str) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
-from tests.kube_fields import problems
+from tests.kube_fields import problems, refusals
 from tests.ray_scheduler import launched
 
 KUBERAY = Path(__file__).resolve().parents[2] / "cluster" / "kuberay"
@@ -55,6 +55,15 @@ def rendered() -> dict[str, list[dict[str, Any]]]:
     return {f"{kind}/{name}": render(KUBERAY / kind / name) for kind in ("overlays", "jobs") for name in RENDERED}
 
 
+def changed(manifest: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    made = copy.deepcopy(manifest)
+    place: Any = made
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return made
+
+
 def groups(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {group["groupName"]: group for group in spec["workerGroupSpecs"]}
 
@@ -75,8 +84,8 @@ def size(text: str) -> int:
 # -- the base, which needs nothing to be read
 
 
-def test_the_bases_fields_are_known() -> None:
-    assert [text for manifest in base() for text in problems(manifest)] == []
+def test_the_bases_fields_are_known_and_the_operator_takes_them() -> None:
+    assert [text for manifest in base() for text in problems(manifest) + refusals(manifest)] == []
 
 
 @pytest.mark.parametrize(
@@ -90,13 +99,53 @@ def test_the_bases_fields_are_known() -> None:
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_found(cluster: dict[str, Any], path: tuple[Any, ...], value: Any, words: str) -> None:
-    wrong = copy.deepcopy(cluster)
-    place: Any = wrong
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    (text,) = problems(wrong)
+    (text,) = problems(changed(cluster, path, value))
     assert re.search(words, text)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("metadata", "name"), "x" * 54, "more than 53"),
+        (("metadata", "name"), "DPA", "no DNS label"),
+        (("spec", "rayVersion"), "2.51.0", "authOptions.mode token of a rayVersion below 2.52"),
+        (("spec", "headGroupSpec", "resources"), {"CPU": "0"}, "head: resources in both"),
+        (("spec", "headGroupSpec", "template", "spec", "restartPolicy"), "Always", "head: restartPolicy"),
+        (("spec", "workerGroupSpecs", 0, "rayStartParams", "labels"), "a=b", "gpu-spot: labels in rayStartParams"),
+        (("spec", "workerGroupSpecs", 0, "labels", "ray.io/market-type"), "spot or not", "gpu-spot: a label that"),
+        (("spec", "workerGroupSpecs", 0, "minReplicas"), 5, "gpu-spot: fewest"),
+        (("spec", "workerGroupSpecs", 0, "suspend"), True, "gpu-spot: suspend"),
+        (("spec", "workerGroupSpecs", 0, "template", "spec", "containers"), [], "gpu-spot: no container"),
+        (("spec", "autoscalerOptions", "version"), "v1", "gpu-spot: priority without autoscaler v2"),
+    ],
+)
+def test_what_the_operator_refuses_is_found(
+    cluster: dict[str, Any], path: tuple[Any, ...], value: Any, words: str
+) -> None:
+    wrong = changed(cluster, path, value)
+    assert problems(wrong) == [], "its fields are known"
+    assert re.search(words, refusals(wrong)[0])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("metadata", "name"), "x" * 48, "more than 47"),
+        (("spec", "shutdownAfterJobFinishes"), False, "ttlSecondsAfterFinished without"),
+        (("spec", "backoffLimit"), -1, "backoffLimit below 0"),
+        (("spec", "submissionMode"), "InteractiveMode", "backoffLimit in InteractiveMode"),
+        (("spec", "submissionMode"), "SidecarMode", "submitter settings in SidecarMode"),
+        (("spec", "rayClusterSpec", "authOptions", "enableK8sTokenAuth"), True, "enableK8sTokenAuth of a RayJob"),
+        (("spec", "rayClusterSpec", "workerGroupSpecs", 0, "idleTimeoutSeconds"), -1, "gpu-spot: idleTimeoutSeconds"),
+    ],
+)
+@needs_kustomize
+def test_what_the_operator_refuses_of_a_job_is_found(
+    rendered: dict[str, list[dict[str, Any]]], path: tuple[Any, ...], value: Any, words: str
+) -> None:
+    wrong = changed(of_kind(rendered["jobs/spot"], "RayJob"), path, value)
+    assert problems(wrong) == [], "its fields are known"
+    assert re.search(words, refusals(wrong)[0])
 
 
 def test_spot_comes_first_and_on_demand_where_there_is_none(cluster: dict[str, Any]) -> None:
@@ -222,9 +271,9 @@ def test_ray_is_reached_by_its_own_pods_the_operator_and_prometheus_alone(cluste
 
 
 @needs_kustomize
-def test_every_overlay_and_job_renders_to_known_fields(rendered: dict[str, list[dict[str, Any]]]) -> None:
+def test_every_overlay_and_job_renders_to_what_the_operator_takes(rendered: dict[str, list[dict[str, Any]]]) -> None:
     for name, manifests in rendered.items():
-        assert [text for manifest in manifests for text in problems(manifest)] == [], name
+        assert [text for manifest in manifests for text in problems(manifest) + refusals(manifest)] == [], name
         assert {m["metadata"]["namespace"] for m in manifests} == {"dpa-ray"}
         kinds = sorted(m["kind"] for m in manifests)
         main = "RayJob" if name.startswith("jobs/") else "RayCluster"
@@ -283,7 +332,7 @@ def test_kueue_is_a_component_that_suspends(tmp_path: Path, rendered: dict[str, 
     file = copied / "jobs/spot/kustomization.yaml"
     file.write_text(file.read_text() + "  - ../../components/kueue\n")
     manifests = render(copied / "jobs/spot")
-    assert [text for manifest in manifests for text in problems(manifest)] == []
+    assert [text for manifest in manifests for text in problems(manifest) + refusals(manifest)] == []
     job = of_kind(manifests, "RayJob")
     assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "dpa-ray"}
     assert job["spec"].pop("suspend") is True
