@@ -19,7 +19,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from dpa_ray.data.ray_tasks import RETRY_ENVIRONMENT
 from dpa_ray.engine import stopping
-from dpa_ray.engine.failures import Failures, first_line, for_user, root_causes
+from dpa_ray.engine.failures import SAVE_WITHIN_S, Failures, first_line, for_user, root_causes
 from dpa_ray.engine.interface import RaysInterface
 from dpa_ray.engine.messages import FAILED, STARTED, Board, Orders
 from dpa_ray.engine.placing import Labels, matches, on_labels, worker_resources
@@ -66,6 +66,8 @@ LOCAL = "DPA_RAY_LOCAL"
 """Set in the workers of a Ray that `connect` started on this machine. (RAY_ADDRESS is set for the driver of a cluster, but
 not for its workers, some of which are drivers of a sweep's trials.)"""
 
+ANSWER_S = 120.0
+"""How long the Board, which is on the driver's own node and never at work for long, may take to answer."""
 POLL_S = 0.2
 LOOK_EVERY_S = 5.0
 """How often the driver looks whether workers wait for one that does not come."""
@@ -155,17 +157,20 @@ def launch(
     def note(text: str) -> None:
         handle("note", {"text": text}, time.time())
 
+    def ask(method: Any) -> Any:
+        return ray.get(method.remote(), timeout=ANSWER_S)
+
     fit, starting, standstill = Fit(**trainer), Starting(cluster, note), Standstill(cluster.collective_timeout_s)
     relaunches = Relaunches(cluster.max_failures)
     looked_at = time.monotonic()
     try:
         while True:
             ended = fit.ended
-            for kind, values, at_s in ray.get(board.take.remote()):
+            for kind, values, at_s in ask(board.take):
                 starting.saw(kind)
                 handle(kind, values, at_s)
             if ended:
-                if not relaunches.recovers(fit, ray.get(board.progress.remote())):
+                if not relaunches.recovers(fit, ask(board.progress)):
                     break
                 note(relaunches.text)
                 starting.saw(FAILED)
@@ -174,17 +179,21 @@ def launch(
             starting.check()
             if time.monotonic() - looked_at >= LOOK_EVERY_S:
                 looked_at = time.monotonic()
-                if (told := standstill.look(ray.get(board.last_beats.remote()))) is not None:
-                    note(told)
+                told = (
+                    standstill.look(ask(board.last_beats)),
+                    fit.look(limit_s + cluster.collective_timeout_s + SAVE_WITHIN_S),
+                )
+                for text in filter(None, told):
+                    note(text)
             check()
             fit.join(POLL_S)
         if fit.error is not None:
             raise _for_user(fit.error) from fit.error
-    except ray.exceptions.RayActorError as err:  # of the Board: what workers told is lost with it
-        raise UserError(
-            "the process that takes what the workers tell (ray::Board, on the job's node) died: it was killed, or its node's memory "
-            f"was full ({first_line(err)}). What was saved stays, and the same command goes on from there"
-        ) from err
+    except (
+        ray.exceptions.RayActorError,
+        ray.exceptions.GetTimeoutError,
+    ) as err:  # of the Board, with what workers told
+        raise _of_board(err) from err
     finally:
         starting.end()
         if not fit.ended or fit.error is not None:
@@ -351,6 +360,16 @@ def _there(cluster: ClusterSection, resources: dict[str, float]) -> str:
 
 def _num_workers(cluster: ClusterSection) -> int | tuple[int, int]:
     return cluster.workers if isinstance(cluster.workers, int) else (cluster.min_workers, cluster.max_workers)
+
+
+def _of_board(err: Exception) -> UserError:
+    what = f"died: it was killed, or its node's memory was full ({first_line(err)})"
+    if isinstance(err, ray.exceptions.GetTimeoutError):
+        what = f"has not answered for {ANSWER_S:g} s"
+    return UserError(
+        f"the process that takes what the workers tell (ray::Board, on the job's node) {what}. What was saved stays, and the same "
+        "command goes on from there"
+    )
 
 
 def _for_user(err: Exception) -> Exception:

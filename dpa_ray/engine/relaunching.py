@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import Any
 
 import ray
@@ -34,20 +35,20 @@ class _Trainer(TorchTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.controller: Any = None  # an actor, once there is one
-        self._unwanted = threading.Event()
+        self.unwanted = threading.Event()
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Result:
         environment = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0", **get_env_vars_to_propagate()}
         remote = ray.remote(num_cpus=0, scheduling_strategy=here(), runtime_env={"env_vars": environment})
         self.controller = remote(TrainController).remote(**arguments)
-        if self._unwanted.is_set():
+        if self.unwanted.is_set():
             ray.kill(self.controller)
         ray.get(self.controller.run.remote())
         return ray.get(self.controller.get_result.remote())
 
     def end(self) -> None:
         """The controller is killed, and its workers with it: `fit` raises ActorDiedError."""
-        self._unwanted.set()
+        self.unwanted.set()
         if self.controller is not None:
             ray.kill(self.controller)
 
@@ -60,6 +61,8 @@ class Fit(threading.Thread):
         super().__init__(name="fit", daemon=True)
         self.trainer = _Trainer(**trainer)
         self.error: Exception | None = None
+        self._asked: Any = None
+        self._asked_s = 0.0
         self.start()
 
     def run(self) -> None:
@@ -71,6 +74,22 @@ class Fit(threading.Thread):
     @property
     def ended(self) -> bool:
         return not self.is_alive()
+
+    def look(self, limit_s: float) -> str | None:
+        """Asks the controller for a sign of life, now and then. One that gives none for `limit_s` is killed: this thread ends, as
+        of one that dies by itself. Returns: that, for people."""
+        controller, now = self.trainer.controller, time.monotonic()
+        if controller is None or self.trainer.unwanted.is_set():
+            return None
+        if self._asked is None or ray.wait([self._asked], timeout=0)[0]:
+            self._asked, self._asked_s = (
+                controller.__ray_call__.remote(bool),
+                now,
+            )  # in its loop, where `__ray_ready__` is not
+        elif now - self._asked_s >= limit_s:
+            self.trainer.end()
+            return f"Ray Train's controller has not answered for {limit_s:g} s: it is killed"
+        return None
 
     def end(self) -> None:
         """Ends the controller and its workers, where they still live, and waits until this thread has left Ray: a `ray.shutdown`

@@ -257,16 +257,22 @@ def test_a_worker_that_dies_each_time_ends_the_run_and_keeps_what_was_saved(tmp_
 
 
 @pytest.mark.full
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [(signal.SIGKILL, "died"), (signal.SIGSTOP, "has not answered for 120 s")],
+    ids=["lost", "stopped"],
+)
 def test_a_lost_board_ends_the_run_and_the_same_command_goes_on(
-    tmp_path: Path, recipe: Callable, whole: Callable[..., Run]
+    tmp_path: Path, recipe: Callable, whole: Callable[..., Run], fault: int, words: str
 ) -> None:
     running = start_dpa(recipe(), tmp_path / "store", "run")
     running.wait_for("proxy_mllm", 5)
     (board,) = running.processes("ray::Board")
-    os.kill(board, signal.SIGKILL)
+    os.kill(board, fault)
     run = running.finished()
     assert run.returncode == 1, run.output
-    assert "error: the process that takes what the workers tell (ray::Board, on the job's node) died" in run.stderr
+    assert f"error: the process that takes what the workers tell (ray::Board, on the job's node) {words}" in run.stderr
+    assert not Path(f"/proc/{board}").exists()
     assert "Traceback" not in run.stderr
     assert "Started a local Ray instance" not in run.stderr, "none is started to tell of the end"
     again = start_dpa(recipe(), tmp_path / "store", "run").finished()
@@ -305,6 +311,22 @@ def test_a_controller_that_dies_while_workers_start_is_replaced(
     run = running.finished()
     assert run.returncode == 0, run.output
     assert "Ray Train's controller died" in run.output
+
+
+@pytest.mark.full
+def test_a_controller_that_stands_still_is_replaced_and_nothing_changes(
+    tmp_path: Path, recipe: Callable, whole: Callable[..., Run]
+) -> None:
+    made = recipe(cluster__collective_timeout_s=10, data__stall_timeout_s=10, data__retry_s=10)
+    running = start_dpa(made, tmp_path / "store", "run")
+    running.wait_for("proxy_mllm", 5)
+    (controller,) = running.processes("ray::TrainController")
+    os.kill(controller, signal.SIGSTOP)
+    run = running.finished()
+    assert run.returncode == 0, run.output
+    assert "Ray Train's controller has not answered for 150 s: it is killed" in run.stdout
+    assert not Path(f"/proc/{controller}").exists()
+    assert_same_to_the_bit(run, whole())
 
 
 @pytest.mark.full
