@@ -77,7 +77,7 @@ def run(recipe: Recipe, company: Company | None = None) -> dict[str, Any]:
 
         def check() -> None:
             if held.taken:
-                raise LeaseTaken(f"{store.url(run_record.path)}: another process has taken this run over")
+                raise LeaseTaken(f"{store.url(held.path)}, the lease of this run: {held.why}")
 
         ledger = Ledger(run_record.started, run_record.earlier_goodput())
         run_record.goodput = lambda: ledger.entries(time.time())

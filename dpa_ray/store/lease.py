@@ -42,6 +42,8 @@ class Lease:
         self.lapses_after_s = lapses_after_s
         self._lost, self._taken, self._lock = lost, threading.Event(), threading.Lock()
         self._sure_since = time.monotonic()
+        self.why = "another process has taken over"
+        """Of one that is taken, for people."""
 
     @property
     def taken(self) -> bool:
@@ -62,12 +64,14 @@ class Lease:
         """Write the lease anew, through `store`. Raises: LeaseTaken; UserError where that cannot be done."""
         with self._lock:
             begun = time.monotonic()
-            if self.taken or _highest(store, self.path) != self.number:
+            if self.taken or (found := _highest(store, self.path)) != self.number:
                 if not self.taken:
+                    if not found:  # nobody's: somebody else may be at work already
+                        self.why = "its file was deleted; the same command goes on from what is left"
                     self._taken.set()
-                    _log.error("%s: another process has taken over", store.url(self.path))
+                    _log.error("%s: %s", store.url(self.path), self.why)
                     self._lost()
-                raise LeaseTaken(f"{store.url(self.path)}: another process has taken over")
+                raise LeaseTaken(f"{store.url(self.path)}: {self.why}")
             store.write_bytes(_file(self.path, self.number), _content(self.number, self.owner))
             self._sure_since = begun  # of this write somebody may have seen the beginning
 

@@ -171,6 +171,15 @@ def test_a_holder_whose_lease_was_taken_over_is_told(store: Store) -> None:
     assert store.read_bytes(f"{PATH}/2.json") == b"{}", "the other one's lease is left alone"
 
 
+def test_a_holder_whose_lease_was_deleted_is_told_so(store: Store) -> None:
+    lost = threading.Event()
+    with hold(store, lost=lost.set) as lease:
+        store.delete(PATH)
+        assert lost.wait(2 * TTL_S)
+        with pytest.raises(LeaseTaken, match=f"{PATH}: its file was deleted"):
+            lease.confirm()
+
+
 def test_of_many_at_once_one_gets_it(store: Store) -> None:
     got, refused = [], []
     release = threading.Event()
