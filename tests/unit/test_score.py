@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dpa_ray.model import score
 from dpa_ray.model.score import TargetScorer
 from tests.memory import peak_bytes
 
@@ -124,6 +125,24 @@ def test_bf16_is_summed_in_fp32(frozen: bool) -> None:
     for name in found.keys() - {"log_prob", "logit"}:
         assert found[name].dtype == torch.bfloat16
         assert error(found[name], exact[name]) < 2**-6, name
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_products_in_fp32_leave_no_rounding_in_scores(
+    monkeypatch: pytest.MonkeyPatch, frozen: bool, softcap: float | None
+) -> None:
+    """As GPUs give them; CPUs have none, so they are made of fp32 copies here (tests/gpu/test_score.py has the real ones)."""
+    monkeypatch.setattr(score, "_product", lambda left, right: left.float() @ right.float())
+    case = make_case(torch.bfloat16, bias=True)
+    case.head.requires_grad_(not frozen)
+    exact = naive(case, torch.float64, softcap, None)
+    found = ours(case, softcap, None)
+    assert (found["log_prob"] - exact["log_prob"]).abs().max() < 1e-5
+    assert (found["logit"] - exact["logit"]).abs().max() < 1e-5
+    for name in found.keys() - {"log_prob", "logit"}:
+        assert found[name].dtype == torch.bfloat16
+        assert error(found[name], exact[name]) < 2**-7, name
 
 
 def test_a_trained_heads_gradient_loses_nothing_over_many_parts_of_rows() -> None:
