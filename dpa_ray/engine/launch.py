@@ -189,10 +189,7 @@ def launch(
             fit.join(POLL_S)
         if fit.error is not None:
             raise _for_user(fit.error) from fit.error
-    except (
-        ray.exceptions.RayActorError,
-        ray.exceptions.GetTimeoutError,
-    ) as err:  # of the Board, with what workers told
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as err:  # of the Board
         raise _of_board(err) from err
     finally:
         starting.end()

@@ -24,7 +24,6 @@ from dpa_ray.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-
 END_S = 20.0
 """How long a controller that is killed may take to be gone, as its driver sees it."""
 
@@ -82,10 +81,8 @@ class Fit(threading.Thread):
         if controller is None or self.trainer.unwanted.is_set():
             return None
         if self._asked is None or ray.wait([self._asked], timeout=0)[0]:
-            self._asked, self._asked_s = (
-                controller.__ray_call__.remote(bool),
-                now,
-            )  # in its loop, where `__ray_ready__` is not
+            self._asked = controller.__ray_call__.remote(bool)  # runs in its loop, which `__ray_ready__` does not
+            self._asked_s = now
         elif now - self._asked_s >= limit_s:
             self.trainer.end()
             return f"Ray Train's controller has not answered for {limit_s:g} s: it is killed"
