@@ -96,7 +96,7 @@ class Fit(threading.Thread):
         try:
             self.free()
         except Exception as err:  # Ray's: it is what ended the work, then
-            _log.info("workers were not ended: %s", err)
+            _log.warning("workers may not have been ended: %s", err)
 
     def free(self) -> None:
         """Ray keeps what a dead controller asked for as long as the driver lives. Workers that are still there die with it."""

@@ -191,6 +191,14 @@ class Running:
                 continue
         return sorted(found)
 
+    def wait_for_process(self, title: str, timeout_s: float = 120) -> list[int]:
+        """`processes(title)`, once there are some."""
+        until = time.monotonic() + timeout_s
+        while not (found := self.processes(title)):
+            assert time.monotonic() < until, f"no {title} after {timeout_s} s"
+            time.sleep(0.05)
+        return found
+
     def wait_for_end_of(self, title: str, timeout_s: float = 60) -> None:
         """Until no process of this command has `title` in its command line: what was told to end needs a moment."""
         until = time.monotonic() + timeout_s

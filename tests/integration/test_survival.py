@@ -290,10 +290,7 @@ def test_a_lost_board_ends_the_run_and_the_same_command_goes_on(
 def test_a_worker_that_dies_while_workers_start_is_replaced(tmp_path: Path, recipe: Callable, after_s: float) -> None:
     """While it imports, while it looks for the others, and in its first task."""
     running = start_dpa(recipe(), tmp_path / "store", "run")
-    until = time.monotonic() + 120
-    while not (workers := running.processes("ray::RayTrainWorker")):
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    workers = running.wait_for_process("ray::RayTrainWorker")
     time.sleep(after_s)
     os.kill(workers[-1], signal.SIGKILL)
     run = running.finished()
@@ -307,10 +304,7 @@ def test_a_controller_that_dies_while_workers_start_is_replaced(
 ) -> None:
     """Before and after it has asked for their placement group, and while they import."""
     running = start_dpa(recipe(), tmp_path / "store", "run")
-    until = time.monotonic() + 120
-    while not (controllers := running.processes("ray::TrainController")):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    controllers = running.wait_for_process("ray::TrainController")
     time.sleep(after_s)
     os.kill(controllers[0], signal.SIGKILL)
     run = running.finished()

@@ -122,10 +122,7 @@ def test_a_trial_that_fails_in_the_third_stage_is_told_and_the_rest_goes_on(tmp_
 def test_a_controller_that_dies_while_a_trials_workers_start_is_replaced(tmp_path: Path, recipe: Callable) -> None:
     """What it asked for is given back, though the trial's driver, the sweep, lives on: there is no room for its successor's."""
     running = start(recipe(), tmp_path, {"cmo.upper": [0.5, 1.0]})
-    until = time.monotonic() + 120
-    while not (controllers := running.processes("ray::TrainController")):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    controllers = running.wait_for_process("ray::TrainController")
     time.sleep(2.0)
     os.kill(controllers[0], signal.SIGKILL)
     run = running.finished()

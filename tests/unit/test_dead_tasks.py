@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -397,40 +396,3 @@ def test_what_a_worker_said_to_the_user_ends_the_run_with_it(local_ray: None) ->
             RunningState(), RestartingState(WorkerGroupError("told", {0: UserError("lower the learning rate")}))
         )
     ray.kill(board)
-
-
-@pytest.mark.ci
-@pytest.mark.usefixtures("local_ray")
-def test_a_controller_that_gives_no_sign_of_life_is_killed() -> None:
-    import ray
-
-    from dpa_ray.engine.relaunching import Fit
-
-    class Controller:
-        def __init__(self) -> None:
-            self.stands = threading.Event()
-
-        async def pid(self) -> int:
-            return os.getpid()
-
-        async def stand(self) -> None:
-            self.stands.wait()
-
-    controller: Any = ray.remote(num_cpus=0)(Controller).remote()
-    ended = threading.Event()
-    fit = Fit.__new__(Fit)
-    fit.trainer = SimpleNamespace(controller=controller, unwanted=threading.Event(), end=ended.set)  # type: ignore[assignment]
-    fit._asked, fit._asked_s = None, 0.0
-    pid = ray.get(controller.pid.remote())
-    for _ in range(3):
-        assert fit.look(0.5) is None
-        time.sleep(1.0)  # it answers: that is not silence
-    controller.stand.remote()
-    time.sleep(0.5)
-    assert fit.look(0.5) is None, "what was asked before is answered"
-    time.sleep(1.0)
-    assert fit.look(0.5) == "Ray Train's controller has not answered for 0.5 s: it is killed"
-    assert ended.is_set()
-    fit.trainer.unwanted.set()
-    assert fit.look(0.5) is None, "it is said once"
-    os.kill(pid, signal.SIGKILL)
