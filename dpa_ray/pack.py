@@ -24,10 +24,13 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     if longest > max_length:
         raise ValueError(f"expected samples of at most {max_length} tokens, found one of {longest}")
     best = first_fit(lengths, longest)
+    least = _cost_of(len(best), _width(lengths, best)) if best else 0
     for num_rows in range(1, len(best)):
+        if _cost_of(num_rows, max(longest, -(-sum(lengths) // num_rows))) >= least:
+            continue  # not even rows without a gap would cost less
         rows = _narrowest(lengths, num_rows, max_length)
-        if rows is not None and _cost(lengths, rows) < _cost(lengths, best):
-            best = rows
+        if rows is not None and (cost := _cost_of(len(rows), _width(lengths, rows))) < least:
+            best, least = rows, cost
     return [sorted(row) for row in best]
 
 
@@ -61,6 +64,9 @@ def first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
     return rows
 
 
-def _cost(lengths: Sequence[int], rows: list[list[int]]) -> int:
-    width = max(sum(lengths[i] for i in row) for row in rows)
-    return len(rows) * width * (LINEAR_COST + width)
+def _width(lengths: Sequence[int], rows: list[list[int]]) -> int:
+    return max(sum(lengths[i] for i in row) for row in rows)
+
+
+def _cost_of(num_rows: int, width: int) -> int:
+    return num_rows * width * (LINEAR_COST + width)

@@ -5,6 +5,7 @@ Variants of a step on the same weights and samples, interleaved round by round:
   released  what the released code does (tests/benchmarks/released_form.py)
   live      ours: q from the text alone, the head in chunks of target positions
   cached    ours, q handed in with the batch (stage 2 only: there the LLM is frozen)
+  whole     vanilla as others take it: every layer at all positions, and the head on target positions only
 Stage 2 trains the connector, stage 3 the LLM too. The tower is left out: its features are data, the same in all
 variants. A ratio is the median over rounds of two times of one round. Beside it: the same of CPU times, which other
 processes disturb less (with OMP_WAIT_POLICY=passive), and of the matrix products that the mathematics needs (no
@@ -26,9 +27,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +40,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from dpa_ray.batch import IGNORE_INDEX, NO_TURN, Batch
 from dpa_ray.engine.plain import PlainEngine
 from dpa_ray.engine.protocol import OptimizerSettings
+from dpa_ray.model import step
 from dpa_ray.model.cmo import Weighting
 from dpa_ray.model.packed import positions_of
-from dpa_ray.model.step import StepModule
+from dpa_ray.model.step import StepModule, StepSums
 from dpa_ray.stages.build import compile_layers
 from tests.benchmarks.released_form import ReleasedStep
 from tests.memory import peak_bytes
@@ -47,8 +51,10 @@ from tests.memory import peak_bytes
 NUM_PATCHES, TOWER_WIDTH = 576, 1024
 TEXT = {2: (0, 0, 60), 3: (20, 180, 100)}
 """Tokens before the image, behind it and in the answer, by stage: only the last are targets."""
-VARIANTS = {2: ("vanilla", "released", "live", "cached"), 3: ("vanilla", "released", "live")}
-WEIGHTINGS = {"vanilla": Weighting("uniform", 1.0, 1.0, 1)}
+VARIANTS = {2: ("vanilla", "released", "live", "cached", "whole"), 3: ("vanilla", "released", "live", "whole")}
+BASES = ("vanilla", "whole", "released")
+"""What the others are compared with."""
+UNIFORM = Weighting("uniform", 1.0, 1.0, 1)
 CMO = Weighting("prob", 0.05, 0.5, 3)
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16, from the makers' data sheets."""
@@ -77,6 +83,14 @@ class FeatureTower(nn.Module):
 
     def forward(self, pixel_values: Tensor, **_: Any) -> Any:
         return argparse.Namespace(hidden_states=(pixel_values,))
+
+
+class WholeTrunk(StepModule):
+    """A step that computes the last layer at all positions, too."""
+
+    def forward(self, batch: Batch) -> StepSums:
+        with patch.object(step, "only_read", lambda *_: nullcontext()):
+            return super().forward(batch)
 
 
 class NoLayers(nn.Module):
@@ -175,6 +189,8 @@ def num_flops(variant: str, stage: int, config: Any) -> float:
     head = 2 * width * vocabulary
     if variant == "released":
         return trunk + weights + attention + head * length * (products + 1)
+    if variant == "whole":
+        return trunk + head * answer * products
     by_position = 2 * (2 * width * width + 3 * width * config.intermediate_size)  # of the last layer, where it is read
     unread = by_position * (length - answer) * products
     blind = sum(forward(text)) - by_position * (text - answer) + head * answer if variant == "live" else 0
@@ -211,7 +227,8 @@ class Setting:
 def make_module(variant: str, model: Any) -> Any:
     if variant == "released":
         return ReleasedStep(StepModule(model, CMO, softcap=None, num_softmax_rows=None))
-    return StepModule(model, WEIGHTINGS.get(variant, CMO), softcap=None, num_softmax_rows=None)
+    kind = WholeTrunk if variant == "whole" else StepModule
+    return kind(model, UNIFORM if variant in ("vanilla", "whole") else CMO, softcap=None, num_softmax_rows=None)
 
 
 def make_setting(
@@ -306,17 +323,19 @@ def measure(stage: int, args: argparse.Namespace) -> list[dict[str, Any]]:
         for v in variants
     ]  # fmt: skip
     print(f"\nstage {stage}, {args.model}, {args.device} {kind}, medians of {args.rounds} rounds")
+    columns = "".join(f"{'/' + base:>11}{'(CPU':>7}{'FLOPs)':>7}" for base in BASES)
     print(
-        f"{'':10}{'batch':>6}{'step s':>8}{'/vanilla':>10}{'(CPU':>8}{'FLOPs)':>8}{'/released':>11}{'(CPU':>8}{'FLOPs)':>8}{'tokens/s':>10}"
-        f"{'MFU':>6}{'loss MiB':>10}{'peak MiB':>10}{'loss':>9}"
+        f"{'':10}{'batch':>6}{'step s':>8}{columns}{'tokens/s':>10}{'MFU':>6}{'loss MiB':>10}{'peak MiB':>10}{'loss':>9}"
     )
     for v, row in zip(variants, rows, strict=True):
         median = statistics.median(times[v])
         mfu = f"{flops[v] * sizes[v] / median / peak_flops:.2f}" if peak_flops else "-"
+        ratios = "".join(
+            f"{ratio(times, v, base):11.3f}{ratio(cpu_times, v, base):7.3f}{flops[v] / flops[base]:7.3f}"
+            for base in BASES
+        )
         print(
-            f"{v:10}{sizes[v]:6}{median:8.3f}{ratio(times, v, 'vanilla'):10.3f}{ratio(cpu_times, v, 'vanilla'):8.3f}"
-            f"{flops[v] / flops['vanilla']:8.3f}{ratio(times, v, 'released'):11.3f}{ratio(cpu_times, v, 'released'):8.3f}"
-            f"{flops[v] / flops['released']:8.3f}{row['tokens_per_s']:10.0f}{mfu:>6}"
+            f"{v:10}{sizes[v]:6}{median:8.3f}{ratios}{row['tokens_per_s']:10.0f}{mfu:>6}"
             f"{row['loss_peak_bytes'] / 2**20:10.1f}{row['peak_bytes'] / 2**20:10.1f}{losses[v]:9.4f}",
             flush=True,
         )
@@ -335,7 +354,9 @@ def main() -> None:
     rows = [row for stage in ([args.stage] if args.stage else [2, 3]) for row in measure(stage, args)]
     if args.out:
         device = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu {platform.machine()}"
-        args.out.write_text(json.dumps({"device": device, "rows": rows}, indent=1) + "\n")
+        whole = [row for row in rows if row["variant"] == "whole"]
+        values = {"device": device, "rows": [row for row in rows if row not in whole], "whole": whole}
+        args.out.write_text(json.dumps(values, indent=1) + "\n")
 
 
 if __name__ == "__main__":
