@@ -1,4 +1,4 @@
-.PHONY: help install run test ci-tests lint format schema lock image ci
+.PHONY: help install run test ci-tests gpu lint format schema lock image ci
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -14,6 +14,13 @@ test:  ## the fast tests
 
 ci-tests:  ## the marked tests: real weights, a real S3 server, minutes
 	pytest -m ci
+
+gpu:  ## what only a GPU can tell: its tests, the loss and a step of 8B shapes (an H100 takes them; no Ray, no DeepSpeed needed)
+	python -m pytest --noconftest tests/gpu
+	for model in llama-3.1-8b qwen2.5-7b; do \
+		python -m tests.benchmarks.loss --model $$model --targets 2048 --rows 512 --device cuda || exit 1; \
+		python -m tests.benchmarks.cmo_step --model $$model --rounds 5 --device cuda --out cmo_step-$$model.json || exit 1; \
+	done
 
 lint:  ## what .ci/run and pre-commit check
 	ruff check .

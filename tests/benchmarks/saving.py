@@ -29,7 +29,7 @@ from dpa_ray.engine.protocol import OptimizerSettings
 from dpa_ray.model.step import StepModule
 from dpa_ray.recipe import load
 from dpa_ray.store.fs import Store
-from tests.benchmarks.cmo_step import CPU_MICRO_BATCH, WEIGHTINGS, make_batch, make_model
+from tests.benchmarks.cmo_step import CPU_MICRO_BATCH, UNIFORM, make_batch, make_model
 
 CPU = torch.device("cpu")
 
@@ -47,7 +47,7 @@ class Stage:
         model = make_model("small", 3, "cpu")
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.engine = PlainEngine(
-            StepModule(model, WEIGHTINGS["vanilla"], softcap=None, num_softmax_rows=None),
+            StepModule(model, UNIFORM, softcap=None, num_softmax_rows=None),
             OptimizerSettings((0.9, 0.999), 0.0, 1.0),
             CPU,
         )

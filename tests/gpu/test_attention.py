@@ -1,6 +1,6 @@
-"""Every attention that a GPU has: is a step in bf16 what it is on the CPU in fp32? Needs torch, transformers and peft only.
+"""Every attention that a GPU has: is a step in bf16 what it is on the CPU in fp32? Needs torch, transformers, peft and pyarrow.
 
-pytest tests/gpu
+pytest tests/gpu, with --noconftest where nothing else is installed
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Does the plain engine train on a GPU as on the CPU, and give the GPU back? Needs torch, transformers and peft only.
+"""Does the plain engine train on a GPU as on the CPU, and give the GPU back? Needs torch, transformers, peft and pyarrow.
 
-pytest tests/gpu
+pytest tests/gpu, with --noconftest where nothing else is installed
 """
 
 from __future__ import annotations

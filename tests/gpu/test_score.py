@@ -1,4 +1,4 @@
-"""Are scores on a GPU in bf16 those of the bf16 weights, with nothing rounded to bf16 on the way? Needs torch and transformers only."""
+"""Are scores on a GPU in bf16 those of the bf16 weights, with nothing rounded to bf16 on the way? Needs torch, transformers, peft and pyarrow."""
 
 from __future__ import annotations
 
