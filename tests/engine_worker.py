@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -30,23 +31,27 @@ from dpa_ray.engine.loop import Plan, Schedule, train
 from dpa_ray.engine.plain import PlainEngine
 from dpa_ray.engine.protocol import Engine, OptimizerSettings, all_sum
 from dpa_ray.engine.zero import ZeroEngine, _import_deepspeed
+from dpa_ray.engine.zero import deepspeed_config as zero_config
 from dpa_ray.errors import UserError
 from dpa_ray.eval.held_out import VISUAL_GAIN
 from dpa_ray.model.held_out import nll_sums
 from dpa_ray.model.step import StepModule
+from dpa_ray.stages.build import checkpointing
 from dpa_ray.stages.trainable import select_trainable
 from tests.random_models import batch_of, make_step, make_vlm
 
 # What each step takes. Its samples go to the ranks in turn, and in parts to the accumulation passes. With two ranks the
-# second one sees text only in step 1, filler only in step 3, and less than the first in step 4.
+# second one sees text only in step 1, filler only in step 3, and less than the first in step 4; in step 5 nearly all that
+# the first sees are targets, which the second's are not.
 STEPS: tuple[tuple[str, ...], ...] = (
     ("s1 I t6", "I t5", "s2 I s1 t4 s1 u3", "s1 I t2", "s3 t4"),
     ("s1 I t3", "s4 t5", "I t6", "s2 t9"),
     ("s1 I t9", "I t4", "s2 I t5", "s1 I t1"),
     ("s2 I t8",),
     ("s1 I t5", "s3 I t4", "I s1 t6", "s2 I s3", "s5 t6"),
+    ("s1 t9", "s4 I t4", "s1 t8", "s2 t3"),
 )
-LEARNING_RATES = (1e-3, 2e-3, 4e-4, 8e-4, 2e-4)
+LEARNING_RATES = (1e-3, 2e-3, 4e-4, 8e-4, 2e-4, 4e-4)
 BROKEN = 2
 """The step that in some cases has gradients that are not finite."""
 
@@ -70,6 +75,7 @@ class Case:
     trained: str = "full"  # or "connector", "lora"
     tied: bool = False
     evaluated: bool = False  # before the first step and after every one
+    gathered: bool = False  # ZeRO-3 shards small parameters too, and layers are recomputed
 
     @property
     def name(self) -> str:
@@ -105,6 +111,7 @@ def cases(world_size: int) -> list[Case]:
     found += [Case(stage, bf16=True, fp32_sum=True) for stage in (0, 1, 2, 3)]
     found += [Case(stage, passes=2) for stage in some]
     found += [Case(stage, evaluated=True) for stage in some]
+    found += [Case(3, gathered=True), Case(3, trained="lora", gathered=True)]
     return found + [Case(2, trained="connector"), Case(3, trained="lora"), Case(2, tied=True), Case(3, tied=True)]
 
 
@@ -117,6 +124,7 @@ def make_module(case: Case) -> StepModule:
         select_trainable(model, "proxy_mllm", "frozen")
     else:
         select_trainable(model, "instruct", case.trained)
+    checkpointing(model, case.gathered)
     # p - q of bf16 logits is half noise, which has nothing to do with engines
     return make_step(model, "uniform" if case.bf16 else "prob").train()
 
@@ -126,10 +134,18 @@ def make_engine(case: Case, module: StepModule) -> Engine:
     if case.zero_stage is None:
         return PlainEngine(module, SETTINGS, device)
     zero.FP32_SUM_FROM = 1 if case.fp32_sum else 64
-    return ZeroEngine(
-        module, SETTINGS, device, zero_stage=case.zero_stage, bf16=case.bf16, micro_batch_size=8,
-        accumulation_steps=case.passes,
-    )  # fmt: skip
+    with patch.object(zero, "deepspeed_config", all_gathered if case.gathered else zero.deepspeed_config):
+        return ZeroEngine(
+            module, SETTINGS, device, zero_stage=case.zero_stage, bf16=case.bf16, micro_batch_size=8,
+            accumulation_steps=case.passes,
+        )  # fmt: skip
+
+
+def all_gathered(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """DeepSpeed keeps whole what has fewer than 100,000 values, which here is all."""
+    config = zero_config(*args, **kwargs)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return config
 
 
 def share(notations: Sequence[str], rank: int, world_size: int, passes: int) -> list[Batch]:

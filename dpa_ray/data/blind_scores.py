@@ -1,7 +1,8 @@
 """Where is q of a sample's targets, once it is computed? In a Parquet file beside each shard, row by row, and joined by row.
 
 A file has the rows and row groups of its shard: `log_q` and `logit` of each target, in their order. log_q is -inf, and
-the logit 0, where no text comes before the target. A row that nobody asked for is null; a shard of such rows has no file.
+the logit 0, where no text comes before the target; both are 0 of a sample without an image: there q is p, and nobody reads
+them. A row that nobody asked for is null; a shard of such rows has no file.
 """
 
 from __future__ import annotations

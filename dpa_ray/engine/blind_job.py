@@ -41,9 +41,10 @@ PASS_TOKENS = {"cuda": 8192, "cpu": 2048}
 
 @dataclass(frozen=True)
 class _Text:
-    """A row's text, where it comes from, what names it in `data.skip_ids`, and whether it is there."""
+    """A row's text, has it an image, where it comes from, what names it in `data.skip_ids`, and whether it is there."""
 
     sample: TextSample
+    pictured: bool
     place: str
     entry: str
     skipped: bool
@@ -152,7 +153,7 @@ def _texts(task: BlindTask, store: Store, encode: Encoder, shard: int, wanted: n
                 raise
             return None
         own = text_of(e.input_ids, e.target, encode.image_token_id)
-        return _Text(own, sample.place, entry_of(data.digest, row), row in skipped)
+        return _Text(own, e.num_images > 0, sample.place, entry_of(data.digest, row), row in skipped)
 
     def encoded(numbered: tuple[int, list[Sample]]) -> list[Text]:
         first, samples = numbered
@@ -174,7 +175,7 @@ def _passes(groups: Iterator[list[Text]], num_tokens: int) -> Iterator[list[Text
     size = 0
     for group in groups:
         for text in group:
-            length = len(text.sample.input_ids) if text else 0
+            length = len(text.sample.input_ids) if text and text.pictured else 0
             if part and size + length > num_tokens:
                 yield part
                 part, size = [], 0
@@ -185,18 +186,22 @@ def _passes(groups: Iterator[list[Text]], num_tokens: int) -> Iterator[list[Text
 
 
 def _scored(built: BlindBuilt, texts: list[Text]) -> list[Scores | None]:
-    """Scores of `texts`, None for each None; what is not finite (of a sample that is skipped) as it is: it goes under a
-    key that says nothing of what is skipped."""
-    given = [text for text in texts if text is not None]
-    if not given:
-        return [None] * len(texts)
-    scores = _scores(built, [text.sample for text in given])
+    """Scores of `texts`, None for each None, 0 of what has no image (there q is p); what is not finite (of a sample that
+    is skipped) as it is: it goes under a key that says nothing of what is skipped."""
+    given = [text for text in texts if text is not None and text.pictured]
+    scores = _scores(built, [text.sample for text in given]) if given else []
     if not all(map(is_finite, scores)):
         # one that is not finite spoils those that share its row: each alone
         scores = [score for text in given for score in _scores(built, [text.sample])]
         _check_finite(given, scores)
     found_of = iter(scores)
-    return [None if text is None else next(found_of) for text in texts]
+
+    def found(text: Text) -> Scores | None:
+        if text is None:
+            return None
+        return next(found_of) if text.pictured else np.zeros((2, len(text.sample.targets)), np.float32)
+
+    return [found(text) for text in texts]
 
 
 def _scores(built: BlindBuilt, samples: list[TextSample]) -> list[Scores]:

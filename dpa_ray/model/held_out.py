@@ -13,7 +13,7 @@ from torch import Tensor
 from dpa_ray.batch import IGNORE_INDEX, Batch
 from dpa_ray.model.cmo import TargetScores, probability_gain
 from dpa_ray.model.last_layer import only_read
-from dpa_ray.model.packed import positions_of
+from dpa_ray.model.packed import attention_mask_of, positions_of
 from dpa_ray.model.step import StepModule, spread
 
 SUMS_SHAPE = (3, 4)
@@ -61,17 +61,17 @@ def _both_scores(module: StepModule, batch: Batch) -> BothScores:
     with only_read(module.decoder, row, column - 1, batch.labels.shape):
         hidden = module.decoder(
             inputs_embeds=embeds,
-            attention_mask=batch.attention_mask,
+            attention_mask=attention_mask_of(batch, module.decoder.config, embeds.dtype),
             position_ids=positions,
             use_cache=False,
         ).last_hidden_state
     seen = module.scorer.score(hidden[row, column - 1], target)
     if not module.is_vlm:
         return BothScores(row, column, seen, seen, torch.zeros_like(row, dtype=torch.bool))
-    pictured = batch.image_mask.any(1)[row]
+    pictured = batch.image_mask.cumsum(1)[row, column] > 0
     asked = [values[pictured] for values in (row, positions[row, column], target)]
     blind, has_blind = spread(*module._blind(batch, *asked), pictured)
-    # Without an image p and q are the same number.
+    # Without an image before it p and q are the same number.
     blind.log_prob = torch.where(pictured, blind.log_prob, seen.log_prob)
     blind.logit = torch.where(pictured, blind.logit, seen.logit)
     return BothScores(row, column, seen, blind, has_blind)

@@ -39,17 +39,19 @@ def only_read(decoder: Any, row_N: Tensor, column_N: Tensor, shape: Sequence[int
         shape: (B, T) of its output.
     """
     parts = _parts_by_position(decoder)
-    # Position 0 is always computed: no part may be called with nothing, as other ranks may wait for it (ZeRO-3).
-    index_K = torch.unique(torch.cat([row_N.new_zeros(1), row_N * shape[1] + column_N]))
-    if not parts or len(index_K) > WORTH_WHILE * shape[0] * shape[1]:
+    if not parts:
         yield
         return
-    # Recomputing the layer in its backward would free nothing: it is the first whose activations are asked for.
+    # Position 0 is always computed: no part may be called with nothing, as other ranks may wait for it (ZeRO-3).
+    index_K = torch.unique(torch.cat([row_N.new_zeros(1), row_N * shape[1] + column_N]))
+    # Recomputing the layer in its backward would free nothing: it is the first whose activations are asked for. This must
+    # not depend on what a rank reads: under ZeRO-3 a layer that is recomputed is gathered in another order.
     last, hooks = decoder.layers[-1], []
     recomputed, last.gradient_checkpointing = last.gradient_checkpointing, False
-    for part in parts:
-        hooks.append(part.register_forward_pre_hook(lambda _, args: _picked(index_K, *args)))
-        hooks.append(part.register_forward_hook(lambda _, __, output: _put_back(output, index_K, shape)))
+    if len(index_K) <= WORTH_WHILE * shape[0] * shape[1]:
+        for part in parts:
+            hooks.append(part.register_forward_pre_hook(lambda _, args: _picked(index_K, *args)))
+            hooks.append(part.register_forward_hook(lambda _, __, output: _put_back(output, index_K, shape)))
     try:
         yield
     finally:

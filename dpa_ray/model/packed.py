@@ -95,6 +95,14 @@ def num_slots(batch: Batch, config: Any) -> int:
     return batch.input_ids.numel()
 
 
+def attention_mask_of(batch: Batch, config: Any, dtype: torch.dtype) -> Mask | dict[str, Mask] | None:
+    """The `attention_mask` to call a transformers decoder with on a batch, packed or right-padded; arguments as of
+    `block_masks`. Causal attention never looks at the padding behind a sample: without a mask it computes half a square."""
+    if batch.sample is not None:
+        return block_masks(batch, config, dtype)
+    return batch.attention_mask if takes_one_row(config) else torch.ones_like(batch.attention_mask)
+
+
 def block_masks(batch: Batch, config: Any, dtype: torch.dtype) -> Mask | dict[str, Mask] | None:
     """The `attention_mask` to call a transformers decoder with on a packed batch; None for flash attention.
 

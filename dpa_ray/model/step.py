@@ -17,7 +17,7 @@ from dpa_ray.model.blind import attention_argument, drop_images, layout_of, star
 from dpa_ray.model.cmo import TargetScores, Weighting, probability_gain, raw_weights, smooth_within_turn
 from dpa_ray.model.gain import BINS, counted
 from dpa_ray.model.last_layer import only_read
-from dpa_ray.model.packed import apart, block_masks, in_one_row, num_slots, positions_of, takes_one_row
+from dpa_ray.model.packed import apart, attention_mask_of, in_one_row, num_slots, positions_of, takes_one_row
 from dpa_ray.model.score import TargetScorer
 
 MOST_TURNS = 2**31
@@ -109,14 +109,19 @@ class StepModule(nn.Module):
         return num_slots(batch, self.decoder.config)
 
     def forward(self, batch: Batch) -> StepSums:
-        packed = batch.sample is not None
-        if packed and takes_one_row(self.decoder.config):
+        if batch.sample is not None and takes_one_row(self.decoder.config):
             batch = in_one_row(batch)
         row, column = (batch.labels != IGNORE_INDEX).nonzero(as_tuple=True)  # (N,) each
         target = batch.labels[row, column]
         embeds = self._embed(batch)
         positions = positions_of(batch)
-        mask = block_masks(batch, self.decoder.config, embeds.dtype) if packed else batch.attention_mask
+        sample = row if batch.sample is None else batch.sample[row, column].long()
+        asks = self.weighting.kind != "uniform"
+        if asks:  # before the forward, of which q needs nothing: what waits for the GPU waits for little
+            # Before its first image a sample's p and q are the same.
+            pictured = apart(batch)[2].cumsum(1)[sample, positions[row, column]] > 0
+            blind, has_blind = self._blind_scores(batch, row, column, pictured)
+        mask = attention_mask_of(batch, self.decoder.config, embeds.dtype)
         with only_read(self.decoder, row, column - 1, batch.labels.shape):
             hidden = self.decoder(
                 inputs_embeds=embeds,
@@ -128,18 +133,10 @@ class StepModule(nn.Module):
 
         gains = torch.zeros(2, BINS, dtype=torch.float64, device=hidden.device)
         grounded = batch.grounded[row, column]
-        if self.weighting.kind == "uniform":
+        if not asks:
             raw = torch.ones_like(seen.log_prob)
             weight = raw
         else:
-            sample = row if batch.sample is None else batch.sample[row, column].long()
-            pictured = apart(batch)[2].any(1)[sample]
-            if batch.log_q is not None and batch.blind_logit is not None:
-                blind = TargetScores(batch.log_q[row, column], batch.blind_logit[row, column])
-                has_blind = blind.log_prob > -torch.inf
-            else:
-                asked = [values[pictured] for values in (sample, positions[row, column], target)]
-                blind, has_blind = spread(*self._blind(batch, *asked), pictured)
             # Without an image p and q are the same number: the weight is the clamp of 0, not of rounding noise.
             blind.log_prob = torch.where(pictured, blind.log_prob, seen.log_prob.detach())
             blind.logit = torch.where(pictured, blind.logit, seen.logit.detach())
@@ -158,8 +155,8 @@ class StepModule(nn.Module):
                 nll=nll.double().sum(),
                 at_lower=(raw <= self.weighting.lower).double().sum(),
                 at_upper=(raw >= self.weighting.upper).double().sum(),
-                grounded_weight=weight.double()[grounded].sum(),
-                grounded_nll=nll.double()[grounded].sum(),
+                grounded_weight=torch.where(grounded, weight.double(), 0.0).sum(),
+                grounded_nll=torch.where(grounded, nll.double(), 0.0).sum(),
                 num_grounded=grounded.double().sum(),
                 gains=gains,
             )
@@ -184,6 +181,19 @@ class StepModule(nn.Module):
         if num_images == 0:
             return embeds + 0.0 * features.sum().to(embeds.dtype)
         return embeds.masked_scatter(batch.image_mask.unsqueeze(-1), features.to(embeds.dtype))
+
+    def _blind_scores(
+        self, batch: Batch, row_N: Tensor, column_N: Tensor, pictured_N: Tensor
+    ) -> tuple[TargetScores, Tensor]:
+        """Of each target, and whether any text comes before it: what the batch has of them, else by a blind pass of the
+        `pictured_N`, 0 and True of the others."""
+        if batch.log_q is not None and batch.blind_logit is not None:
+            blind = TargetScores(batch.log_q[row_N, column_N], batch.blind_logit[row_N, column_N])
+            return blind, blind.log_prob > -torch.inf
+        row, column = row_N[pictured_N], column_N[pictured_N]
+        sample = row if batch.sample is None else batch.sample[row, column].long()
+        asked = sample, positions_of(batch)[row, column], batch.labels[row, column]
+        return spread(*self._blind(batch, *asked), pictured_N)
 
     @torch.no_grad()
     def _blind(self, batch: Batch, sample: Tensor, position: Tensor, target: Tensor) -> tuple[TargetScores, Tensor]:

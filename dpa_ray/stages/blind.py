@@ -12,7 +12,7 @@ from dpa_ray.stages.proxy_mllm import frozen_llm
 from dpa_ray.stages.spec import BlindTask, InstructTask, precision_dtype
 from dpa_ray.store.fs import Store
 
-VERSION = 1
+VERSION = 2
 """Raise when a change of code changes q: it is part of the key."""
 
 

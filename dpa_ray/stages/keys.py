@@ -99,7 +99,6 @@ def blind_inputs(
         chosen |= {
             "max_steps": section.max_steps, "global_batch_size": section.global_batch_size,
             "shuffle_window": recipe.data.shuffle_window,
-            "order": instruct.VERSION if stage == "instruct" else proxy_mllm.VERSION,
         }  # fmt: skip
         if stage == "instruct":
             chosen["group_by_length"] = section.group_by_length
@@ -108,6 +107,7 @@ def blind_inputs(
         template = {"template": "chat", "template_date": recipe.model.template_date}
     return {
         "format": FORMAT, "version": blind.VERSION, "stage": BLIND[stage], "llm": llm_key,
+        "reader": instruct.VERSION if stage == "instruct" else proxy_mllm.VERSION,  # how it encodes, and in which order
         "precision": recipe.precision, **template, "max_length": section.max_length,
         "num_image_tokens": num_image_tokens, "data": data_digest, "chosen": chosen,
     }  # fmt: skip

@@ -22,6 +22,7 @@ from dpa_ray.data.skip import entry_of
 from dpa_ray.engine import assembling, blind_job
 from dpa_ray.engine.blind_job import chosen_rows, compute_blind, share, staging
 from dpa_ray.errors import LeaseTaken, UserError
+from dpa_ray.model.blind import TextSample
 from dpa_ray.recipe import Recipe
 from dpa_ray.stages import proxy_mllm
 from dpa_ray.stages.pipeline import Pipeline, make_plan
@@ -333,6 +334,25 @@ def test_q_that_is_not_finite_of_one_caption_spoils_no_other(
 
 
 # Parts of it
+
+
+def test_what_has_no_image_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its q is its p: text-only conversations may be the longest texts of stage 3."""
+    passed: list[TextSample] = []
+
+    def scores(_: Any, samples: list[TextSample]) -> list[np.ndarray]:
+        passed.extend(samples)
+        return [np.full((2, len(sample.targets)), -1, np.float32) for sample in samples]
+
+    monkeypatch.setattr(blind_job, "_scores", scores)
+    samples = [TextSample(np.arange(n), np.arange(n), np.arange(1, n)) for n in (3, 4, 5)]
+    text, *pictured = (blind_job._Text(s, n > 0, "", "", False) for n, s in enumerate(samples))
+    built: Any = None
+    found = blind_job._scored(built, [pictured[0], None, text, pictured[1]])
+    assert passed == samples[1:]
+    assert [None if x is None else x.tolist() for x in found] == [
+        [[-1] * 3] * 2, None, [[0] * 2] * 2, [[-1] * 4] * 2,
+    ]  # fmt: skip
 
 
 def test_shards_are_shared_by_their_rows() -> None:

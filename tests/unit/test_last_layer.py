@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpa_ray.model import lora
 from dpa_ray.model.last_layer import KNOWN, only_read
+from dpa_ray.stages.build import checkpointing
 from tests.random_models import VOCABULARY, make_llm
 
 ROWS, COLUMNS = torch.tensor([0, 0, 1, 1]), torch.tensor([3, 9, 0, 9])
@@ -131,3 +132,16 @@ def test_where_nearly_all_is_read_all_is_computed() -> None:
     with only_read(llm.base_model, rows, columns, SHAPE):
         llm.base_model(input_ids=torch.ones(SHAPE, dtype=torch.long), use_cache=False)
     assert calls == [SHAPE[1]]
+
+
+@pytest.mark.parametrize("num_read", [1, SHAPE[1]])
+def test_it_is_not_recomputed_however_much_is_read(num_read: int) -> None:
+    """Ranks that read more than others would gather sharded layers in another order (ZeRO-3)."""
+    llm = make_llm("llama")
+    checkpointing(llm, True)
+    last = llm.base_model.layers[-1]
+    rows, columns = torch.ones(SHAPE[0], num_read).nonzero(as_tuple=True)
+    with only_read(llm.base_model, rows, columns, SHAPE):
+        assert not last.gradient_checkpointing
+        assert bool(last.mlp._forward_hooks) == (num_read == 1)
+    assert last.gradient_checkpointing

@@ -235,6 +235,23 @@ def test_gradient_checkpointing_changes_no_number() -> None:
 # Padding, filler, company
 
 
+def test_padding_takes_no_attention_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Causal attention does not look behind a sample, so that it need not compute a whole square."""
+    module = make_step(make_vlm(), "prob")
+    masks = []
+    attend = functional.scaled_dot_product_attention
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        masks.append((args[3] if len(args) > 3 else kwargs.get("attn_mask"), kwargs.get("is_causal")))
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(StepModule, "_embed", lambda self, batch: self.model.get_input_embeddings()(batch.input_ids))
+    module(batch_of(["s1 I t6", "s1 I t5"]))
+    num_layers = module.decoder.config.num_hidden_layers
+    assert masks == [(None, True)] * 2 * num_layers, "forward and blind pass"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_changes_nothing(kind: str) -> None:
     """Neither its length nor which token it is, the image token included."""
@@ -292,6 +309,17 @@ def test_text_without_image_has_no_weight_above_a_lower_bound_of_zero(kind: str)
         assert sums.weight == 0
         assert sums.loss == 0
     assert module(batch_of(["s1 I t9"])).weight > 0
+
+
+@pytest.mark.parametrize("kind", ["prob", "logit"])
+def test_targets_before_the_first_image_have_no_weight_above_a_lower_bound_of_zero(kind: str) -> None:
+    """Before it p is q, to the last bit: not the difference of two passes' rounding."""
+    before, behind = (
+        make_step(make_vlm(), kind, bounds=(0.0, 5.0))(batch_of([n])) for n in ("s2 t5 s1 I s2", "s2 s1 I s2 t5")
+    )
+    assert before.weight == 0
+    assert before.gains.sum() == 0
+    assert behind.gains.sum() == 5
 
 
 def check_zero_but_attached(module: StepModule, batch: Batch) -> None:
