@@ -60,6 +60,11 @@ def only_read(decoder: Any, row_N: Tensor, column_N: Tensor, shape: Sequence[int
             hook.remove()
 
 
+def leaves_out(decoder: Any) -> bool:
+    """Is the last layer one that is computed only where it is read? Not where it is compiled."""
+    return bool(_parts_by_position(decoder))
+
+
 def _parts_by_position(decoder: Any) -> list[nn.Module]:
     """The modules of the last layer whose output at a position depends on that position alone."""
     layers = getattr(decoder, "layers", None) if decoder.config.model_type in KNOWN else None

@@ -20,6 +20,7 @@ from dpa_ray.errors import UserError
 from dpa_ray.model import vlm
 from dpa_ray.model.cmo import Weighting
 from dpa_ray.model.image_row import ImageRow, add_image_token, load_tokenizer
+from dpa_ray.model.last_layer import leaves_out
 from dpa_ray.model.step import StepModule
 from dpa_ray.model.tower import TowerSpec, image_processor, tower_spec
 from dpa_ray.recipe import Recipe
@@ -97,7 +98,9 @@ def checkpointing(model: Any, on: bool) -> None:
 
 
 def compile_layers(llm: Any) -> None:
-    """Have each decoder layer compiled when it is first called: one program for all, whatever the lengths.
+    """Have each decoder layer compiled when it is first called: one program for all, whatever the lengths. The last one
+    stays as it is where it is computed only where it is read, which saves more (but for flex attention, which is fused
+    only where it is compiled).
 
     Names of parameters stay, and checkpointing stays around a layer. Raises: UserError where there is no compiler, or
     where the decoder's layers are of a kind that is not known.
@@ -108,6 +111,8 @@ def compile_layers(llm: Any) -> None:
     layers = [part for part in llm.modules() if isinstance(part, GradientCheckpointingLayer)]
     if not layers:
         raise UserError(f"model.compile: expected decoder layers to compile in {llm.config.model_type}, found none")
+    if leaves_out(llm) and llm.config._attn_implementation != "flex_attention":
+        layers = [layer for layer in layers if layer is not llm.layers[-1]]
     for layer in layers:
         layer.compile(dynamic=True)
 

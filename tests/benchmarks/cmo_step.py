@@ -140,7 +140,8 @@ def make_model(name: str, stage: int, device: str) -> Any:
     return model
 
 
-def make_batch(stage: int, size: int, vocabulary: int, device: str) -> Batch:
+def make_batch(stage: int, size: int, vocabulary: int, device: str, padding: int = 0) -> Batch:
+    """Samples of equal length, or all but the first shorter by `padding`."""
     before, behind, answer = TEXT[stage]
     length = before + NUM_PATCHES + behind + answer
     generator = torch.Generator().manual_seed(1)
@@ -148,13 +149,16 @@ def make_batch(stage: int, size: int, vocabulary: int, device: str) -> Batch:
     image = torch.zeros(size, length, dtype=torch.bool)
     image[:, before : before + NUM_PATCHES] = True
     ids[image] = vocabulary - 1
-    labels = torch.full_like(ids, IGNORE_INDEX)
-    labels[:, -answer:] = ids[:, -answer:]
+    index, ends = torch.arange(length), torch.full((size, 1), length)
+    ends[1:] -= padding
+    real = index < ends
+    is_target = real & ~image & (index >= ends - answer)
+    labels = torch.where(is_target, ids, IGNORE_INDEX)
     turn = torch.where(labels != IGNORE_INDEX, 0, NO_TURN).int()
     features = torch.randn(size, NUM_PATCHES, TOWER_WIDTH, generator=generator)
     batch = Batch(
-        ids, torch.ones_like(ids), labels, turn, torch.zeros_like(image), image, features, size, ids.numel(),
-        size * answer,
+        ids, real.long(), labels, turn, torch.zeros_like(image), image, features, size, int(real.sum()),
+        int(is_target.sum()),
     )  # fmt: skip
     return batch.to(device)
 
@@ -232,7 +236,7 @@ def make_module(variant: str, model: Any) -> Any:
 
 
 def make_setting(
-    stage: int, name: str, device: str, *, compiled: bool = False
+    stage: int, name: str, device: str, *, compiled: bool = False, padding: int = 0
 ) -> tuple[Setting, Callable[[str, int], Batch]]:
     model = make_model(name, stage, device)
     if compiled:
@@ -246,7 +250,7 @@ def make_setting(
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
     def batch_of(variant: str, size: int) -> Batch:
-        batch = make_batch(stage, size, model.config.text_config.vocab_size, device)
+        batch = make_batch(stage, size, model.config.text_config.vocab_size, device, padding)
         return with_q(batch, modules["live"]) if variant == "cached" else batch
 
     return Setting(modules, engine, {}), batch_of
@@ -286,7 +290,7 @@ def loss_peak_bytes(variant: str, setting: Setting, device: str) -> int:
 
 
 def measure(stage: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    setting, batch_of = make_setting(stage, args.model, args.device, compiled=args.compile)
+    setting, batch_of = make_setting(stage, args.model, args.device, compiled=args.compile, padding=args.padding)
     variants = VARIANTS[stage]
     sizes = {
         v: CPU_MICRO_BATCH if args.device == "cpu" else largest_micro_batch(v, setting, batch_of) for v in variants
@@ -348,6 +352,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("small", "llama-3.1-8b", "qwen2.5-7b"), default="small")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--padding", type=int, default=0, help="tokens that all samples but the first lack")
     parser.add_argument("--compile", action="store_true", help="the layers, of all variants, as model.compile does")
     parser.add_argument("--out", type=Path, help="a JSON file of all rounds")
     args = parser.parse_args()

@@ -40,6 +40,9 @@ def test_compiled_layers_are_the_same_model(lora_rank: int | None, checkpoints: 
     torch._dynamo.reset()
     compile_layers(module.decoder)
     assert list(module.state_dict()) == names
+    first, last = module.decoder.layers
+    assert first._compiled_call_impl is not None
+    assert last._compiled_call_impl is None, "it is computed where it is read only"
     torch._dynamo.utils.counters.clear()
     for batch, wanted in zip(batches, expected, strict=True):
         for name, value in of_step(module, batch).items():
