@@ -153,6 +153,8 @@ def _texts(task: BlindTask, store: Store, encode: Encoder, shard: int, wanted: n
                 raise
             return None
         own = text_of(e.input_ids, e.target, encode.image_token_id)
+        if e.num_images == 0:  # nothing of it is passed
+            own = TextSample(own.input_ids[:0], own.position_ids[:0], own.targets)
         return _Text(own, e.num_images > 0, sample.place, entry_of(data.digest, row), row in skipped)
 
     def encoded(numbered: tuple[int, list[Sample]]) -> list[Text]:
@@ -175,7 +177,7 @@ def _passes(groups: Iterator[list[Text]], num_tokens: int) -> Iterator[list[Text
     size = 0
     for group in groups:
         for text in group:
-            length = len(text.sample.input_ids) if text and text.pictured else 0
+            length = len(text.sample.input_ids) if text else 0
             if part and size + length > num_tokens:
                 yield part
                 part, size = [], 0

@@ -19,7 +19,7 @@ class TokenWeights:
 
     position: Tensor  # (N,) int64: where in the sample
     weight: Tensor  # (N,) float32: as in the loss, after clamp and smoothing
-    gain: Tensor  # (N,) float32: p - q, whatever the method's weights are; 0 in a sample without an image
+    gain: Tensor  # (N,) float32: p - q, whatever the method's weights are; 0 without an image before it
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ class BothScores:
     row: Tensor  # (N,) int64
     column: Tensor  # (N,) int64
     seen: TargetScores
-    blind: TargetScores  # seen's own in a sample without an image; meaningless where has_blind is False
+    blind: TargetScores  # seen's own of a target without an image before it; meaningless where has_blind is False
     has_blind: Tensor  # (N,) bool: is there any text before the target, and can the model see at all?
 
     @property

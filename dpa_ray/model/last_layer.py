@@ -47,7 +47,8 @@ def only_read(decoder: Any, row_N: Tensor, column_N: Tensor, shape: Sequence[int
     # Recomputing the layer in its backward would free nothing: it is the first whose activations are asked for. This must
     # not depend on what a rank reads: under ZeRO-3 a layer that is recomputed is gathered in another order.
     last, hooks = decoder.layers[-1], []
-    recomputed, last.gradient_checkpointing = last.gradient_checkpointing, False
+    recomputed = last.gradient_checkpointing
+    last.gradient_checkpointing = False
     if len(index_K) <= WORTH_WHILE * shape[0] * shape[1]:
         for part in parts:
             hooks.append(part.register_forward_pre_hook(lambda _, args: _picked(index_K, *args)))
@@ -61,8 +62,9 @@ def only_read(decoder: Any, row_N: Tensor, column_N: Tensor, shape: Sequence[int
 
 
 def leaves_out(decoder: Any) -> bool:
-    """Is the last layer one that is computed only where it is read? Not where it is compiled."""
-    return bool(_parts_by_position(decoder))
+    """Is the last layer's MLP computed only where it is read? Not where the layer is compiled."""
+    mlp = decoder.layers[-1].mlp if _parts_by_position(decoder) else None
+    return any(part is mlp for part in _parts_by_position(decoder))
 
 
 def _parts_by_position(decoder: Any) -> list[nn.Module]:

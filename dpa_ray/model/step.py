@@ -36,7 +36,7 @@ class StepSums:
     grounded_weight: Tensor  # () float64: sum of w over targets known to be visually grounded
     grounded_nll: Tensor  # () float64
     num_grounded: Tensor  # () float64
-    gains: Tensor  # (2, BINS) float64: p - q of the targets of samples with an image, see gain.py
+    gains: Tensor  # (2, BINS) float64: p - q of the targets behind an image, see gain.py
 
     def detached(self) -> Tensor:
         """(8 + 2 BINS,) float64, in the order of the fields; addable over micro-batches and ranks."""
@@ -71,9 +71,9 @@ def vision_features(model: Any, pixel_values: Tensor) -> Tensor:
 class StepModule(nn.Module):
     """A causal LLM or a LLaVA model together with the loss of its stage; what an engine wraps.
 
-    Forward flow: (1) embed the tokens; (2) put the connector's image features in the image positions; (3) the decoder;
-    (4) the head on target positions only; (5) q by the blind pass, where the weights need it and the batch does not
-    have it; (6) the sums.
+    Forward flow: (1) embed the tokens; (2) put the connector's image features in the image positions; (3) q by the blind
+    pass, where the weights need it and the batch does not have it; (4) the decoder; (5) the head on target positions
+    only; (6) the sums.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class StepModule(nn.Module):
             raw = torch.ones_like(seen.log_prob)
             weight = raw
         else:
-            # Without an image p and q are the same number: the weight is the clamp of 0, not of rounding noise.
+            # Without an image before it p and q are the same number: the weight is the clamp of 0, not of rounding noise.
             blind.log_prob = torch.where(pictured, blind.log_prob, seen.log_prob.detach())
             blind.logit = torch.where(pictured, blind.logit, seen.logit.detach())
             raw = raw_weights(seen, blind, has_blind, self.weighting)

@@ -97,11 +97,11 @@ def checkpointing(model: Any, on: bool) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def compile_layers(llm: Any) -> None:
-    """Have each decoder layer compiled when it is first called: one program for all, whatever the lengths. The last one
-    stays as it is where it is computed only where it is read, which saves more (but for flex attention, which is fused
-    only where it is compiled).
+def compile_layers(llm: Any, *, read_whole: bool = False) -> None:
+    """Have each decoder layer compiled when it is first called: one program for all, whatever the lengths.
 
+    The last one stays as it is where it is computed only where it is read, which saves more: not in a stage of which most
+    positions are read (`read_whole`), and not under flex attention, which is fused only where it is compiled.
     Names of parameters stay, and checkpointing stays around a layer. Raises: UserError where there is no compiler, or
     where the decoder's layers are of a kind that is not known.
     """
@@ -111,7 +111,7 @@ def compile_layers(llm: Any) -> None:
     layers = [part for part in llm.modules() if isinstance(part, GradientCheckpointingLayer)]
     if not layers:
         raise UserError(f"model.compile: expected decoder layers to compile in {llm.config.model_type}, found none")
-    if leaves_out(llm) and llm.config._attn_implementation != "flex_attention":
+    if not read_whole and leaves_out(llm) and llm.config._attn_implementation != "flex_attention":
         layers = [layer for layer in layers if layer is not llm.layers[-1]]
     for layer in layers:
         layer.compile(dynamic=True)
@@ -144,5 +144,5 @@ def step_module(model: Any, recipe: Recipe, stage: str, row: ImageRow, llm_confi
         model, weighting(recipe, stage), softcap=vlm.softcap_of(llm_config), num_softmax_rows=row.num_softmax_rows
     )
     if recipe.model.compile:
-        compile_layers(module.decoder)
+        compile_layers(module.decoder, read_whole=stage == "proxy_llm")
     return module

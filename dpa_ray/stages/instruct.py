@@ -15,7 +15,7 @@ from dpa_ray.stages import build
 from dpa_ray.stages.spec import InstructTask, precision_dtype
 from dpa_ray.store.fs import Store
 
-VERSION = 3
+VERSION = 4
 """Raise when a change of code changes this stage's result: it is part of the key."""
 
 

@@ -353,7 +353,11 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--padding", type=int, default=0, help="tokens that all samples but the first lack")
-    parser.add_argument("--compile", action="store_true", help="the layers, of all variants, as model.compile does")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="the layers as model.compile does: the last one not, of `whole` and `released` neither",
+    )
     parser.add_argument("--out", type=Path, help="a JSON file of all rounds")
     args = parser.parse_args()
     rows = [row for stage in ([args.stage] if args.stage else [2, 3]) for row in measure(stage, args)]

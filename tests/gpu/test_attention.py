@@ -1,4 +1,4 @@
-"""Every attention that a GPU has: is a step in bf16 what it is on the CPU in fp32? Needs torch, transformers, peft and pyarrow.
+"""Every attention that a GPU has: is a step in bf16 what it is on the CPU in fp32? Needs torch, transformers, peft, pydantic and pyarrow.
 
 pytest tests/gpu, with --noconftest where nothing else is installed
 """

@@ -1,4 +1,4 @@
-"""Does the plain engine train on a GPU as on the CPU, and give the GPU back? Needs torch, transformers, peft and pyarrow.
+"""Does the plain engine train on a GPU as on the CPU, and give the GPU back? Needs torch, transformers, peft, pydantic and pyarrow.
 
 pytest tests/gpu, with --noconftest where nothing else is installed
 """

@@ -1,4 +1,4 @@
-"""Are scores on a GPU in bf16 those of the bf16 weights, with nothing rounded to bf16 on the way? Needs torch, transformers, peft and pyarrow."""
+"""Are scores on a GPU in bf16 those of the bf16 weights, with nothing rounded to bf16 on the way? Needs torch, transformers, peft, pydantic and pyarrow."""
 
 from __future__ import annotations
 
