@@ -22,7 +22,7 @@ from dpa_ray.data.skip import entry_of
 from dpa_ray.engine import assembling, blind_job
 from dpa_ray.engine.blind_job import chosen_rows, compute_blind, share, staging
 from dpa_ray.errors import LeaseTaken, UserError
-from dpa_ray.model.blind import TextSample
+from dpa_ray.model.blind import TextSample, packed_scores
 from dpa_ray.recipe import Recipe
 from dpa_ray.stages import proxy_mllm
 from dpa_ray.stages.pipeline import Pipeline, make_plan
@@ -30,6 +30,7 @@ from dpa_ray.stages.runs import Run
 from dpa_ray.stages.spec import BlindTask, ProxyMllmTask
 from dpa_ray.store.artifacts import find
 from dpa_ray.store.fs import Store
+from tests import tiny_models
 from tests.files import Asked
 
 CPU = torch.device("cpu")
@@ -104,6 +105,28 @@ def test_stage_two_computes_the_same_with_it_as_live(small: Callable[..., BlindT
     filler = loader.load(np.array([], np.int64), 3)
     assert filler.log_q is not None
     assert float(module(filler.to(CPU)).weight) == 0
+
+
+def test_stage_two_computes_the_same_where_some_have_no_image(
+    small: Callable[..., BlindTask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those nothing is passed: their q is their p."""
+    data = tiny_models.make_captions(tmp_path / "captions", 6, text_only=(1, 4, 5))
+    task = small(f"data.pretrain={{source: {data.file}, images: {data.images}}}")
+    passed: list[TextSample] = []
+
+    def scores(llm: Any, samples: list[TextSample], *args: Any, **kwargs: Any) -> list[np.ndarray]:
+        passed.extend(samples)
+        return packed_scores(llm, samples, *args, **kwargs)
+
+    monkeypatch.setattr(blind_job, "packed_scores", scores)
+    run(task)
+    assert len(passed) == 3
+    found, expected = (
+        module(loader.load(np.arange(6), 0).to(CPU)).detached()
+        for loader, module in (loader_of(task.reader), loader_of(task.reader, cached=False))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
