@@ -66,9 +66,8 @@ def gradients(way: LogProb, head: nn.Linear, hidden: Tensor, target: Tensor) -> 
 
 def exact(head: nn.Linear, hidden: Tensor, target: Tensor) -> tuple[Tensor, list[Tensor]]:
     """In float64, with the weights of its own p."""
-    weight = head.weight.detach().double().requires_grad_(head.weight.requires_grad)
     copy = nn.Linear(1, 1, bias=False)
-    copy.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+    copy.weight = nn.Parameter(head.weight.detach().double(), requires_grad=head.weight.requires_grad)
     return gradients(
         lambda h, t: -functional.cross_entropy(copy(h), t, reduction="none"), copy, hidden.double(), target
     )

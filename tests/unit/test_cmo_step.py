@@ -56,3 +56,15 @@ def test_variants_take_the_same_step(stage: int) -> None:
     setting.batches.update({v: batch_of(v, 2) for v in cmo_step.VARIANTS[stage]})
     losses = {v: setting.step(v) for v in cmo_step.VARIANTS[stage]}
     assert losses == pytest.approx(dict.fromkeys(losses, losses["whole"]), rel=1e-5)
+
+
+@pytest.mark.usefixtures("small")
+def test_whole_computes_the_last_layer_at_every_position() -> None:
+    setting, batch_of = cmo_step.make_setting(3, "small", "cpu")
+    setting.batches.update({v: batch_of(v, 2) for v in ("vanilla", "whole")})
+    rows: list[int] = []
+    last = setting.modules["whole"].decoder.layers[-1].mlp.up_proj
+    last.register_forward_hook(lambda _, args, __: rows.append(args[0].flatten(0, 1).shape[0]))
+    for variant in ("vanilla", "whole"):
+        setting.step(variant)
+    assert rows == [2 * 5 + 1, 2 * 40], "the first position is always among those that are read"
